@@ -1,0 +1,1 @@
+"""The pipeline: Prefect flows and the command line."""

@@ -1,0 +1,48 @@
+"""Every way the registry says no.
+
+RegistryError
+├── ManifestInvalid     the manifest is not one we can read
+├── DigestMismatch      a file, manifest or bundle is not the one its digest names
+├── BundleIncomplete    a file the manifest lists is not there
+├── BundleNotFound      nothing under that name or digest
+├── AmbiguousDigest     a short digest that fits several bundles
+├── ChannelMoved        somebody moved the channel first
+├── ChannelNotFound     the channel has never been set
+└── StoreFull           the disk has no room for the bundle
+"""
+
+
+class RegistryError(Exception):
+    """Base of all registry errors; the message names the value and the limit."""
+
+
+class ManifestInvalid(RegistryError):
+    """The manifest is missing, is not JSON, has unknown keys or a value out of range."""
+
+
+class DigestMismatch(RegistryError):
+    """Bytes do not hash to the digest that names them."""
+
+
+class BundleIncomplete(RegistryError):
+    """A file listed in the manifest is missing, or an unlisted one is there."""
+
+
+class BundleNotFound(RegistryError):
+    """No bundle under that model name or digest."""
+
+
+class AmbiguousDigest(RegistryError):
+    """A shortened digest that more than one bundle starts with."""
+
+
+class ChannelMoved(RegistryError):
+    """The channel no longer points at what the caller saw: read it again and decide again."""
+
+
+class ChannelNotFound(RegistryError):
+    """The channel was never set."""
+
+
+class StoreFull(RegistryError):
+    """The store ran out of space; nothing was published."""

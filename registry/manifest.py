@@ -1,0 +1,251 @@
+"""The manifest: what a bundle is, how it was made, how good it is and which bytes belong to it."""
+
+import hashlib
+import json
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from registry.errors import BundleIncomplete, DigestMismatch, ManifestInvalid, RegistryError
+
+__all__ = [
+    "MANIFEST_NAME", "BundleIncomplete", "Compatibility", "Cosine", "DigestMismatch", "EngineEntry", "FileEntry",
+    "Lineage", "Manifest", "ManifestInvalid", "Performance", "Profile", "Quantization", "RegistryError", "Validation",
+    "describe_validation", "digest_of", "hash_file", "payload_checksum", "read_manifest", "scan_files", "verify_bundle",
+    "write_manifest",
+]  # fmt: skip
+
+MANIFEST_NAME = "manifest.json"
+_CHUNK_BYTES = 1 << 20
+
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "cuda"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Pooling = Literal["mean", "cls", "lasttoken"]
+Compatibility = Literal["drop-in", "reindex"]
+
+
+def _safe_name(name: str) -> str:
+    """A model or variant name becomes a folder and a metric label: letters, digits, dot, dash and underscore."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise ValueError(f"{name!r} is not a name: use 1 to 128 letters, digits, '.', '_' or '-'")
+    return name
+
+
+def _safe_path(name: str) -> str:
+    """A file of a bundle stays inside it."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+        raise ValueError(f"{name!r} leaves the bundle: use a plain relative path such as 'reports/quality.json'")
+    return name
+
+
+SafeName = Annotated[str, AfterValidator(_safe_name)]
+SafePath = Annotated[str, AfterValidator(_safe_path)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class FileEntry(_Part):
+    """One file of the bundle: SHA-256 in hex and size in bytes."""
+
+    sha256: Sha256
+    size: int = Field(ge=0)
+
+
+class Profile(_Part):
+    """A TensorRT optimisation profile: batch min-opt-max, lengths to `max_length`."""
+
+    name: Literal["low_latency", "balanced", "high_throughput"]
+    min_batch: int
+    opt_batch: int
+    max_batch: int
+    max_length: int = 512
+
+
+class EngineEntry(_Part):
+    """One way to run the bundle. `compute` is the arithmetic the engine is told to use outside quantised layers."""
+
+    runtime: Runtime
+    file: SafePath
+    sha256: Sha256
+    size: int = Field(ge=0)
+    compute: Literal["f32", "bf16", "f16"] = "f32"
+    sm: str | None = None
+    trt_version: str | None = None
+    profiles: tuple[Profile, ...] = ()
+
+
+class Quantization(_Part):
+    """How weights or activations were quantised; `accuracy_loss` is 1 - cosine mean against fp32."""
+
+    method: str
+    calibration_dataset: str | None
+    calibration_digest: str | None
+    calibration_size: int = Field(ge=0)
+    accuracy_loss: float
+
+
+class Performance(_Part):
+    """Measured on `hardware` with the engine class the worker runs; latency at batch 1, throughput at `batch_size`."""
+
+    latency_p50_ms: float
+    latency_p95_ms: float
+    latency_p99_ms: float
+    throughput_qps: float
+    gpu_memory_mb: float | None
+    peak_memory_mb: float
+    batch_size: int
+    hardware: str
+
+
+class Cosine(_Part):
+    """Cosine similarity to the fp32 teacher over the evaluation texts; `ci` is the 95 % interval of the mean."""
+
+    mean: float
+    p1: float
+    min: float
+    ci: tuple[float, float]
+
+
+class Validation(_Part):
+    """Quality on the evaluation part; what the corpus cannot measure is null, never guessed."""
+
+    cosine_similarity_vs_fp32: Cosine
+    overlap_at_10: float | None
+    recall_at_k: float | None
+    ndcg_at_10: float | None
+    cross_recall_at_10: float | None
+    cross_ndcg_at_10: float | None
+    sts_spearman: float | None
+    test_dataset: str
+
+
+class Lineage(_Part):
+    """Where the bundle comes from: digests of what it was made of, the recipe, and the run that made it."""
+
+    parents: dict[str, str]
+    recipe: dict[str, str]
+    git_commit: str | None
+    mlflow_run_id: str | None
+    versions: dict[str, str]
+
+
+class Manifest(_Part):
+    """The whole manifest. A bundle's digest is the SHA-256 of its manifest file, and the manifest names every file."""
+
+    schema_version: Literal[1] = 1
+    model_name: SafeName
+    model_id: str
+    variant: SafeName
+    version: SafeName
+    dimension: int = Field(ge=1)
+    max_seq_length: int = Field(ge=1)
+    pooling: Pooling
+    normalize: bool
+    prompts: dict[str, str]
+    precision: Precision
+    compatibility: Compatibility
+    quantization: Quantization | None
+    performance: Performance
+    validation: Validation
+    lineage: Lineage
+    engines: tuple[EngineEntry, ...] = Field(min_length=1)
+    files: dict[SafePath, FileEntry]
+    created_at: AwareDatetime
+    checksum: Sha256
+
+    @model_validator(mode="after")
+    def _files_agree(self) -> "Manifest":
+        if MANIFEST_NAME in self.files:
+            raise ValueError(f"{MANIFEST_NAME} cannot list itself under files")
+        for engine in self.engines:
+            entry = self.files.get(engine.file)
+            if entry is None or (entry.sha256, entry.size) != (engine.sha256, engine.size):
+                raise ValueError(f"engine file {engine.file!r} is not listed under files with the same digest and size")
+        if self.checksum != payload_checksum(self.files):
+            raise ValueError("checksum is not the digest of the files table")
+        return self
+
+
+def describe_validation(error: ValidationError) -> str:
+    """One line per fault with the key's path and the value's fault, without echoing whole inputs."""
+    return "; ".join(f"{'.'.join(str(part) for part in e['loc']) or 'document'}: {e['msg']}" for e in error.errors())
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Hash one file in bounded memory."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(sha256=digest.hexdigest(), size=size)
+
+
+def scan_files(bundle: Path) -> dict[str, FileEntry]:
+    """Hash every file below `bundle` but the manifest; a link is refused because its target is not the bundle's."""
+    entries: dict[str, FileEntry] = {}
+    for path in sorted(bundle.rglob("*")):
+        name = path.relative_to(bundle).as_posix()
+        if path.is_symlink():
+            raise BundleIncomplete(f"{name} in {bundle} is a symbolic link: a bundle holds plain files only")
+        if path.is_file() and name != MANIFEST_NAME:
+            entries[name] = hash_file(path)
+    return entries
+
+
+def payload_checksum(files: dict[str, FileEntry]) -> str:
+    """SHA-256 over the files table: equal payloads have equal checksums whenever they were made."""
+    table = {name: [entry.sha256, entry.size] for name, entry in files.items()}
+    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> str:
+    """Write `manifest.json` in its one canonical form and return the bundle's digest (hex SHA-256)."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (bundle / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(bundle: Path) -> str:
+    """The bundle's digest: SHA-256 of its manifest file as it lies there."""
+    try:
+        return hash_file(bundle / MANIFEST_NAME).sha256
+    except FileNotFoundError:
+        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and validate the manifest of a bundle folder. Raises ManifestInvalid; does not hash the files."""
+    path = bundle / MANIFEST_NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None
+    except ValidationError as error:
+        raise ManifestInvalid(f"{path}: {describe_validation(error)}") from None
+
+
+def verify_bundle(bundle: Path, digest: str | None = None) -> Manifest:
+    """Check that a folder is exactly the bundle its manifest (and `digest`, when given) names, then return it.
+
+    Raises ManifestInvalid, DigestMismatch (names the file, both digests) or BundleIncomplete (missing or extra file).
+    """
+    if digest is not None and digest_of(bundle) != digest:
+        raise DigestMismatch(f"{bundle / MANIFEST_NAME} has digest {digest_of(bundle)}, expected {digest}")
+    manifest = read_manifest(bundle)
+    found = scan_files(bundle)
+    missing, extra = manifest.files.keys() - found.keys(), found.keys() - manifest.files.keys()
+    if missing or extra:
+        raise BundleIncomplete(f"{bundle}: missing {sorted(missing)}, not in the manifest {sorted(extra)}")
+    for name, entry in manifest.files.items():
+        if found[name] != entry:
+            raise DigestMismatch(
+                f"{name} in {bundle} has digest {found[name].sha256}, the manifest says {entry.sha256}"
+            )
+    return manifest

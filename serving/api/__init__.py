@@ -1,0 +1,1 @@
+"""The worker's HTTP faces: one request core, several dialects."""

@@ -1,0 +1,46 @@
+"""Engines behind one protocol: token ids in, sentence embeddings out."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from registry.manifest import EngineEntry
+from serving.errors import EngineUnavailable
+from serving.tokenizer import Ids
+
+Embeddings = NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """A loaded model. One batch at a time: callers that share an engine take turns."""
+
+    @property
+    def runtime(self) -> str:
+        """The vendor runtime and its version, such as `onnxruntime 1.31.1`."""
+        ...
+
+    def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
+        """Pooled, normalised sentence embeddings, float32 [B, D], of int64 [B, T] ids and mask."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine's memory; it cannot be used afterwards."""
+        ...
+
+
+def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0) -> Engine:
+    """Load the engine `entry` of a bundle folder on `num_threads` threads (0: one per core).
+
+    Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
+    """
+    if entry.runtime == "onnxruntime":
+        from serving.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415  a runtime loads only when chosen
+
+        return OnnxRuntimeEngine(folder / entry.file, num_threads)
+    if entry.runtime == "openvino":
+        from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
+
+        return OpenVinoEngine(folder / entry.file, entry.compute, num_threads)
+    raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime and openvino")

@@ -1,0 +1,39 @@
+"""OpenVINO on the CPU."""
+
+from pathlib import Path
+
+import numpy as np
+
+from serving.engines import Embeddings
+from serving.errors import EngineUnavailable
+from serving.tokenizer import Ids
+
+
+class OpenVinoEngine:
+    """Runs an OpenVINO IR (or ONNX) graph; `compute` is the arithmetic of layers that are not quantised."""
+
+    def __init__(self, path: Path, compute: str = "f32", num_threads: int = 0) -> None:
+        """Compile `path` for the CPU with `num_threads` (0: one per core). Raises EngineUnavailable."""
+        try:
+            import openvino as ov  # noqa: PLC0415  an optional extra
+        except ImportError:
+            raise EngineUnavailable("openvino is not installed: pip install 'thorforge[serve,openvino]'") from None
+        options = {"INFERENCE_PRECISION_HINT": compute, "PERFORMANCE_HINT": "LATENCY"}
+        if num_threads:
+            options["INFERENCE_NUM_THREADS"] = str(num_threads)
+        try:
+            self._model = ov.Core().compile_model(str(path), "CPU", options)
+        except Exception as error:  # openvino raises bare RuntimeError and Exception
+            raise EngineUnavailable(f"openvino {ov.__version__} cannot load {path}: {error}") from None
+        self._request = self._model.create_infer_request()
+        self.runtime = f"openvino {ov.__version__.split('-')[0]}"
+
+    def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
+        """See `Engine.embed`."""
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        result = self._request.infer(feeds, share_inputs=True, share_outputs=True)
+        return np.array(result[0], dtype=np.float32)  # a copy: the request reuses its output memory
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self._request, self._model

@@ -1,0 +1,108 @@
+"""Every way the worker says no, and the one table that turns each into an HTTP status.
+
+ServingError
+├── RequestError            the client can mend it (4xx)
+│   ├── InvalidRequest      400  malformed JSON, wrong type, unknown field
+│   ├── InputTooLong        400  more tokens than the model takes, truncation refused
+│   ├── ModelNotFound       404  no such model
+│   ├── RouteNotFound       404  no such path
+│   ├── MethodNotAllowed    405  the path exists, the verb does not
+│   ├── BodyTooLarge        413  more bytes than the limit
+│   └── Overloaded          429  the queue is full: come back after `retry_after_seconds`
+├── NotReady                503  still loading, or draining
+├── EngineFailed            500  the engine raised or returned a non-finite vector
+├── DeadlineExceeded        504  the engine did not answer in time
+├── EngineUnavailable       500  the engine asked for cannot be loaded on this node (start-up)
+├── BundleRejected          500  the bundle is not one this worker can serve (start-up)
+└── ConfigInvalid           500  a setting is unknown or out of range (start-up)
+"""
+
+from http import HTTPStatus
+
+
+class ServingError(Exception):
+    """Base of all worker errors; the message names the value and the limit, never the user's text.
+
+    `param` is the request field at fault, as the OpenAI error object reports it.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class RequestError(ServingError):
+    """The request is at fault."""
+
+
+class InvalidRequest(RequestError):
+    """Malformed JSON, a wrong type, an unknown field or a value out of range."""
+
+
+class InputTooLong(RequestError):
+    """More tokens than the model takes, and the client asked not to truncate."""
+
+
+class ModelNotFound(RequestError):
+    """The worker serves no model of that name."""
+
+
+class RouteNotFound(RequestError):
+    """No such path."""
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, but not for this method."""
+
+
+class BodyTooLarge(RequestError):
+    """The body has more bytes than the limit."""
+
+
+class Overloaded(RequestError):
+    """Admission refused the request; try again after `retry_after_seconds`."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class NotReady(ServingError):
+    """The worker is still loading or is draining."""
+
+
+class EngineFailed(ServingError):
+    """The engine raised, or returned something that is not a finite vector."""
+
+
+class DeadlineExceeded(ServingError):
+    """The engine did not answer within the deadline."""
+
+
+class EngineUnavailable(ServingError):
+    """An engine asked for by name cannot be loaded on this node."""
+
+
+class BundleRejected(ServingError):
+    """The bundle is damaged, or needs what this worker does not have."""
+
+
+class ConfigInvalid(ServingError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+STATUS: dict[type[ServingError], HTTPStatus] = {
+    InvalidRequest: HTTPStatus.BAD_REQUEST,
+    InputTooLong: HTTPStatus.BAD_REQUEST,
+    ModelNotFound: HTTPStatus.NOT_FOUND,
+    RouteNotFound: HTTPStatus.NOT_FOUND,
+    MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
+    BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
+    NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
+    EngineFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
+    DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
+    EngineUnavailable: HTTPStatus.INTERNAL_SERVER_ERROR,
+    BundleRejected: HTTPStatus.INTERNAL_SERVER_ERROR,
+    ConfigInvalid: HTTPStatus.INTERNAL_SERVER_ERROR,
+}

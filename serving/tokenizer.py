@@ -1,0 +1,74 @@
+"""Text to token ids and ids to padded arrays, exactly as the teacher's own tokenizer does it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from serving.errors import BundleRejected, InputTooLong
+
+TOKENIZER_NAME = "tokenizer.json"
+# Text past this many characters per token the model takes is dropped before tokenising, so that megabytes cost
+# nothing. English has about 5; only text that is nearly all spaces or one unbroken word could notice.
+_MAX_CHARS_PER_TOKEN = 250
+
+Ids = NDArray[np.int64]
+
+
+class TextTokenizer:
+    """A tokenizer bound to the model's maximum length. Safe to call from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        """`max_length` counts tokens, special tokens included."""
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length)
+        self._tokenizer = tokenizer
+        self._max_chars = max_length * _MAX_CHARS_PER_TOKEN
+        self.max_length = max_length
+
+    @classmethod
+    def from_folder(cls, folder: Path, max_length: int) -> "TextTokenizer":
+        """Load `tokenizer.json`. Raises BundleRejected when it is missing or unreadable."""
+        path = folder / TOKENIZER_NAME
+        if not path.is_file():
+            raise BundleRejected(f"{folder} holds no {TOKENIZER_NAME}")
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleRejected(f"{path} cannot be read as a tokenizer: {error}") from None
+        return cls(tokenizer, max_length)
+
+    def encode(self, texts: Sequence[str], truncate: bool = True) -> list[Ids]:
+        """Ids of each text, special tokens included, at most `max_length` long.
+
+        With `truncate=False` a text that does not fit raises InputTooLong, which names its place and length.
+        """
+        cut = [text[: self._max_chars] for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(cut)
+        if not truncate:
+            for index, encoding in enumerate(encodings):
+                dropped = len(texts[index]) > self._max_chars
+                if encoding.overflowing or dropped:
+                    raise InputTooLong(self._describe_too_long(index, len(texts[index]), dropped, encoding), "input")
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def _describe_too_long(self, index: int, chars: int, dropped: bool, encoding: Encoding) -> str:
+        if dropped:
+            return f"text {index} has {chars} characters, limit {self._max_chars} ({self.max_length} tokens)"
+        special = sum(encoding.special_tokens_mask)
+        tokens = self.max_length + sum(len(part) - special for part in encoding.overflowing)
+        return f"text {index} has {tokens} tokens, limit {self.max_length}"
+
+
+def pad_batch(batch: Sequence[Ids]) -> tuple[Ids, Ids]:
+    """Right-pad id rows to the longest: (input_ids, attention_mask), both int64 [B, T].
+
+    Padding is id 0; the attention mask hides it, so any id would do.
+    """
+    lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
+    mask = (np.arange(lengths.max())[None, :] < lengths[:, None]).astype(np.int64)
+    input_ids = np.zeros(mask.shape, dtype=np.int64)
+    input_ids[mask.astype(bool)] = np.concatenate(batch)
+    return input_ids, mask
