@@ -1,0 +1,119 @@
+"""What tasks pass to one another: folders named by the digest of their content, and the cache policy built on that."""
+
+import hashlib
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from prefect.cache_policies import INPUTS, TASK_SOURCE, CachePolicy
+from prefect.context import TaskRunContext
+from pydantic import BaseModel, ConfigDict
+
+from registry.manifest import payload_checksum, scan_files
+from tasks.errors import ArtifactMissing
+
+STATE_VARIABLE = "THORFORGE_HOME"
+# Libraries whose version changes what a task makes.
+LIBRARIES = (
+    "thorforge", "torch", "transformers", "sentence-transformers", "tokenizers", "onnx", "onnxruntime", "openvino",
+    "nncf", "numpy",
+)  # fmt: skip
+
+
+def state_dir() -> Path:
+    """Where thorforge keeps all its state: `$THORFORGE_HOME`, by default `.thorforge` of the working folder."""
+    return Path(os.environ.get(STATE_VARIABLE, ".thorforge")).absolute()
+
+
+class Artifact(BaseModel):
+    """A finished, immutable folder: its place below the state folder and the digest of its files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    digest: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder itself. Raises ArtifactMissing when somebody deleted it."""
+        folder = state_dir() / self.path
+        if not folder.is_dir():
+            raise ArtifactMissing(f"{folder} is gone, but a cached result names it: run again with --refresh")
+        return folder
+
+
+class Draft:
+    """An artifact being written: a hidden folder that becomes visible, complete, or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is the hidden folder to write into."""
+        self.folder = folder
+        self._artifact: Artifact | None = None
+
+    @property
+    def artifact(self) -> Artifact:
+        """The finished artifact; only after the `with` block."""
+        assert self._artifact is not None, "artifact read before its draft was finished"
+        return self._artifact
+
+    def finish(self, kind: str) -> None:
+        """Name the folder by its content and move it into place; an equal one that is there already wins."""
+        digest = payload_checksum(scan_files(self.folder))
+        path = Path("artifacts") / f"{kind}-{digest[:16]}"
+        if not (state_dir() / path).exists():
+            self.folder.rename(state_dir() / path)
+        self._artifact = Artifact(path=str(path), digest=digest)
+
+
+@contextmanager
+def draft(kind: str) -> Iterator[Draft]:
+    """Write an artifact of `kind` into `draft.folder`; after the block `draft.artifact` names it.
+
+    A crash in the middle leaves nothing that a later run could take for finished.
+    """
+    root = state_dir() / "artifacts"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=root))
+    try:
+        work = Draft(folder)
+        yield work
+        folder.chmod(0o755)
+        work.finish(kind)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Version of every library that shapes a result; one that is not installed is left out."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class _CodeAndLibraries(CachePolicy):
+    """What INPUTS and TASK_SOURCE cannot see: the helpers beside the task, and the libraries it calls."""
+
+    def compute_key(
+        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
+    ) -> str:
+        source = inspect.getsource(inspect.getmodule(task_ctx.task.fn) or task_ctx.task.fn)
+        return hashlib.sha256(f"{source}{sorted(library_versions().items())}".encode()).hexdigest()
+
+
+# Results are reused across runs: Prefect's default policy adds the run's id and never hits.
+CODE_AND_LIBRARIES = _CodeAndLibraries()
+CACHED = INPUTS + TASK_SOURCE + CODE_AND_LIBRARIES

@@ -1,0 +1,206 @@
+"""Benchmark: latency at batch 1 and throughput at batch 32, on the corpus's real lengths, systems interleaved."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from prefect import task
+from pydantic import BaseModel, ConfigDict
+
+from registry.gate import Measurement
+from registry.manifest import EngineEntry, read_manifest
+from serving.engines import open_engine
+from serving.tokenizer import Ids, TextTokenizer, pad_batch
+from tasks.artifacts import CACHED, Artifact
+from tasks.corpus import read_part, read_retrieval
+from tasks.progress import progress
+from tasks.quantize import Candidate
+from tasks.statistics import Values, statistic_interval
+from tasks.teacher import Teacher, load_sentence_transformer
+
+TORCH = "fp32-torch"
+CHAMPION = "champion"
+BATCH_SIZE = 32
+_ROUNDS = 8
+_TEXTS_PER_TURN = 25
+_NUM_BATCHES = 16
+_WARM_UP = 3
+
+Batch = tuple[Ids, Ids]
+Run = Callable[[Ids, Ids], object]
+
+
+class Speed(BaseModel):
+    """One system's speed. Latencies in ms of one text at a time; throughput in texts a second at batch 32."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    latencies_ms: tuple[float, ...]
+    round_throughputs_per_s: tuple[float, ...]
+    peak_memory_mb: float | None
+
+    def latency_ms(self, percent: float) -> float:
+        """A percentile of the latencies."""
+        return float(np.percentile(self.latencies_ms, percent))
+
+    @property
+    def throughput_per_s(self) -> float:
+        """Texts a second at batch 32: median of the rounds."""
+        return float(np.median(self.round_throughputs_per_s))
+
+
+class SpeedReport(BaseModel):
+    """All systems of one interleaved run on one node."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hardware: str
+    mean_tokens: float
+    speeds: dict[str, Speed]
+
+    def speedup_vs_torch(self, name: str) -> float:
+        """Throughput over torch fp32's, both of this run."""
+        return self.speeds[name].throughput_per_s / self.speeds[TORCH].throughput_per_s
+
+    def champion_ratios(self, name: str) -> dict[str, Measurement]:
+        """Median latency and throughput over the champion's, with intervals; empty without a champion."""
+        champion = self.speeds.get(CHAMPION)
+        if champion is None:
+            return {}
+        speed = self.speeds[name]
+        return {
+            "latency_ratio_vs_champion": _median_ratio(speed.latencies_ms, champion.latencies_ms),
+            "throughput_ratio_vs_champion": _median_ratio(
+                speed.round_throughputs_per_s, champion.round_throughputs_per_s
+            ),
+        }
+
+
+@task(task_run_name="benchmark", cache_policy=CACHED, persist_result=True, result_serializer="json")
+def benchmark(
+    candidates: list[Candidate], teacher: Teacher, corpus: Artifact, hardware: str, champion: Path | None
+) -> SpeedReport:
+    """Time every candidate, torch fp32 and the champion bundle (if any) in turns, so that all meet the same weather.
+
+    Each turn begins with untimed calls, because the system before it leaves threads spinning and caches cold.
+    """
+    tokenizer = TextTokenizer.from_folder(candidates[0].artifact.folder, teacher.max_seq_length)
+    ids = sample_ids(tokenizer, corpus)
+    singles, batches = _single_batches(ids), _sorted_batches(ids)
+    latencies: dict[str, list[float]] = {}
+    throughputs: dict[str, list[float]] = {}
+    with ExitStack() as stack, progress("benchmark", _ROUNDS) as advance:
+        systems = _open_systems(stack, candidates, teacher, champion)
+        for turn in range(_ROUNDS):
+            for name in _rotate(list(systems), turn):
+                part = singles[turn * _TEXTS_PER_TURN : (turn + 1) * _TEXTS_PER_TURN]
+                latencies.setdefault(name, []).extend(1e3 * t for t in _time_calls(systems[name], part))
+                seconds = sum(_time_calls(systems[name], batches))
+                throughputs.setdefault(name, []).append(BATCH_SIZE * len(batches) / seconds)
+            advance(1)
+    peaks = {c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates}
+    speeds = {
+        name: Speed(
+            latencies_ms=tuple(latencies[name]),
+            round_throughputs_per_s=tuple(throughputs[name]),
+            peak_memory_mb=peaks.get(name),  # type: ignore[call-overload]  # keyed by variant; torch and champion have none
+        )
+        for name in systems
+    }
+    return SpeedReport(hardware=hardware, mean_tokens=float(np.mean([len(row) for row in ids])), speeds=speeds)
+
+
+def sample_ids(tokenizer: TextTokenizer, corpus: Artifact) -> list[Ids]:
+    """Ids of evaluation texts (sentences, queries and documents in their real proportion), evenly drawn."""
+    texts = read_part(corpus, "evaluation")
+    retrieval = read_retrieval(corpus)
+    if retrieval is not None:
+        texts += [*retrieval.queries.values(), *retrieval.documents.values()]
+    count = max(_ROUNDS * _TEXTS_PER_TURN, _NUM_BATCHES * BATCH_SIZE)
+    return tokenizer.encode([texts[index % len(texts)] for index in _spread(count, len(texts))])
+
+
+def _spread(count: int, size: int) -> NDArray[np.intp]:
+    """`count` places over `size` texts, in an order that has nothing to do with the corpus's own."""
+    return np.random.default_rng(0).permutation(max(count, size))[:count]
+
+
+def _single_batches(ids: list[Ids]) -> list[Batch]:
+    return [pad_batch([row]) for row in ids[: _ROUNDS * _TEXTS_PER_TURN]]
+
+
+def _sorted_batches(ids: list[Ids]) -> list[Batch]:
+    """Batches of 32 of like length, as the worker and sentence-transformers both pack them."""
+    ordered = sorted(ids[: _NUM_BATCHES * BATCH_SIZE], key=len)
+    return [pad_batch(ordered[start : start + BATCH_SIZE]) for start in range(0, len(ordered), BATCH_SIZE)]
+
+
+def _open_systems(
+    stack: ExitStack, candidates: list[Candidate], teacher: Teacher, champion: Path | None
+) -> dict[str, Run]:
+    systems: dict[str, Run] = {TORCH: _torch_run(teacher)}
+    folders = [(c.variant.name, c.artifact.folder, c.engine) for c in candidates]
+    for name, folder, entry in (*folders, *_champion_entry(champion)):
+        engine = open_engine(folder, entry)
+        stack.callback(engine.close)
+        systems[name] = engine.embed
+    return systems
+
+
+def _champion_entry(champion: Path | None) -> Iterator[tuple[str, Path, EngineEntry]]:
+    if champion is not None:
+        yield CHAMPION, champion, read_manifest(champion).engines[0]
+
+
+def _torch_run(teacher: Teacher) -> Run:
+    import torch  # noqa: PLC0415  seconds that a cached run need not pay
+
+    model = load_sentence_transformer(teacher.folder)
+
+    def run(input_ids: Ids, attention_mask: Ids) -> object:
+        features = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
+        with torch.inference_mode():
+            return model(features)["sentence_embedding"].numpy()
+
+    return run
+
+
+def _time_calls(run: Run, batches: list[Batch]) -> list[float]:
+    """Seconds of each call, after a few that are not timed."""
+    for batch in batches[:_WARM_UP]:
+        run(*batch)
+    seconds = []
+    for batch in batches:
+        started = time.perf_counter()
+        run(*batch)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _peak_memory_mb(folder: Path, entry: EngineEntry, max_length: int) -> float:
+    command = [sys.executable, "-m", "tasks.footprint", str(folder), entry.model_dump_json(), str(max_length)]
+    # The checkout, not the working folder, is where `tasks` lies.
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_mb"])
+
+
+def _rotate(names: list[str], turn: int) -> list[str]:
+    """Another system goes first in each round."""
+    start = turn % len(names)
+    return names[start:] + names[:start]
+
+
+def _median_ratio(own: tuple[float, ...], other: tuple[float, ...]) -> Measurement:
+    """Ratio of medians, resampling rounds or calls in pairs: call i of both systems met the same text."""
+    first, second = np.array(own), np.array(other)
+
+    def statistic(rows: NDArray[np.intp]) -> Values:
+        return np.asarray(np.median(first[rows], axis=1) / np.median(second[rows], axis=1), dtype=np.float64)
+
+    return statistic_interval(statistic, len(first), float(np.median(first) / np.median(second)))

@@ -1,0 +1,182 @@
+"""Corpora by URI: `docs:`, a file, or a BEIR folder, split once into disjoint parts by content."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from prefect import task
+
+from tasks.artifacts import CACHED, Artifact, draft
+from tasks.docs_corpus import harvest_documents, split_pair, split_sentences
+from tasks.errors import CorpusRejected
+from tasks.text_files import Record, read_jsonl, read_qrels, read_records
+
+Part = Literal["calibration", "distillation", "evaluation"]
+# Shares of the documents in percent; evaluation gets most because its size sets the width of every interval.
+_SHARES: tuple[tuple[Part, int], ...] = (("calibration", 10), ("distillation", 35), ("evaluation", 55))
+_MIN_PART_TEXTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """A retrieval task: texts by id, and graded relevant documents by query."""
+
+    queries: dict[str, str]
+    documents: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+
+@dataclass(slots=True)
+class _Parts:
+    """Texts and pairs by part, while a corpus is being split."""
+
+    texts: dict[Part, dict[str, None]] = field(default_factory=lambda: {part: {} for part, _ in _SHARES})
+    pairs: dict[Part, dict[str, str]] = field(default_factory=lambda: {part: {} for part, _ in _SHARES})
+
+
+def part_of(text: str) -> Part:
+    """The part a text belongs to, by its content alone: the same in every run and on every machine."""
+    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 100
+    for part, share in _SHARES:
+        if point < share:
+            return part
+        point -= share
+    raise AssertionError("shares sum to 100")
+
+
+@task(task_run_name="corpus", cache_policy=CACHED, persist_result=True, result_serializer="json")
+def build_corpus(uri: str, fingerprint: str) -> Artifact:
+    """Read the corpus at `uri` and write its parts; `fingerprint` makes the cache see a changed source.
+
+    Raises CorpusRejected.
+    """
+    retrieval = None
+    if uri == "docs:":
+        parts = _split_documents(text for _, text in harvest_documents())
+    elif Path(uri).is_dir():
+        retrieval = read_beir(Path(uri))
+        parts = _split_records([Record(text) for text in retrieval.documents.values()])
+    else:
+        parts = _split_records(read_records(Path(uri)))
+    _check_sizes(uri, parts)
+    with draft("corpus") as work:
+        for part, _ in _SHARES:
+            _write_jsonl(work.folder / f"{part}.jsonl", ({"text": text} for text in parts.texts[part]))
+        retrieval = retrieval or _pairs_as_retrieval(parts.pairs["evaluation"])
+        if retrieval is not None:
+            _write_beir(work.folder / "retrieval", retrieval)
+    return work.artifact
+
+
+def corpus_fingerprint(uri: str) -> str:
+    """What changes when the corpus behind `uri` changes. Raises CorpusRejected for a URI that names nothing."""
+    if uri == "docs:":
+        joined = "\x00".join(f"{title}\x01{text}" for title, text in harvest_documents())
+        return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
+    path = Path(uri)
+    if not path.exists():
+        raise CorpusRejected(
+            f"corpus {uri!r} does not exist: give docs:, a .txt, .jsonl, .csv or .parquet file or a BEIR folder"
+        )
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_part(corpus: Artifact, part: Part) -> list[str]:
+    """The texts of one part, in the order they were written."""
+    return [json.loads(line)["text"] for line in (corpus.folder / f"{part}.jsonl").open(encoding="utf-8")]
+
+
+def read_retrieval(corpus: Artifact) -> Retrieval | None:
+    """The corpus's evaluation pairs or qrels as a retrieval task, or None where it has none."""
+    folder = corpus.folder / "retrieval"
+    return read_beir(folder) if folder.is_dir() else None
+
+
+def read_beir(folder: Path) -> Retrieval:
+    """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/test.tsv`. Raises CorpusRejected."""
+    qrels = read_qrels(folder / "qrels" / "test.tsv")
+    documents = {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in read_jsonl(folder, "corpus")}
+    queries = {row["_id"]: row["text"] for row in read_jsonl(folder, "queries")}
+    for query, judged in qrels.items():
+        if query not in queries:
+            raise CorpusRejected(f"{folder}/qrels/test.tsv judges query {query!r}, which queries.jsonl does not have")
+        unknown = judged.keys() - documents.keys()
+        if unknown:
+            raise CorpusRejected(
+                f"{folder}/qrels/test.tsv names document {min(unknown)!r}, which corpus.jsonl does not have"
+            )
+    return Retrieval({query: queries[query] for query in qrels}, documents, qrels)
+
+
+def _split_documents(texts: Iterable[str]) -> _Parts:
+    parts = _Parts()
+    for text in texts:
+        part = part_of(text)
+        parts.texts[part].update(dict.fromkeys(split_sentences(text)))
+        if pair := split_pair(text):
+            parts.pairs[part].setdefault(*pair)
+    return _make_disjoint(parts)
+
+
+def _split_records(records: Sequence[Record]) -> _Parts:
+    parts = _Parts()
+    for record in records:
+        part = part_of(record.text)
+        parts.texts[part][record.text] = None
+        if record.query is not None:
+            parts.pairs[part].setdefault(record.query, record.text)
+    return _make_disjoint(parts)
+
+
+def _make_disjoint(parts: _Parts) -> _Parts:
+    """Drop from calibration and distillation what evaluation has too: documents share sentences."""
+    judged = parts.texts["evaluation"].keys() | parts.pairs["evaluation"].keys()
+    later: tuple[Part, ...] = ("distillation", "calibration")
+    for part in later:
+        kept = {text: None for text in parts.texts[part] if text not in judged}
+        parts.texts[part] = kept
+        judged |= kept.keys()
+    return parts
+
+
+def _check_sizes(uri: str, parts: _Parts) -> None:
+    for part, _ in _SHARES:
+        count = len(parts.texts[part])
+        if count < _MIN_PART_TEXTS:
+            raise CorpusRejected(
+                f"corpus {uri!r} gives {count} {part} texts, at least {_MIN_PART_TEXTS} are needed: "
+                "give a corpus of a few hundred different texts"
+            )
+
+
+def _pairs_as_retrieval(pairs: dict[str, str]) -> Retrieval | None:
+    """Each query's own body is its one relevant document; equal bodies are one document."""
+    if not pairs:
+        return None
+    ids = {body: f"d{index}" for index, body in enumerate(dict.fromkeys(pairs.values()))}
+    queries = {f"q{index}": query for index, query in enumerate(pairs)}
+    qrels = {f"q{index}": {ids[body]: 1} for index, body in enumerate(pairs.values())}
+    return Retrieval(queries, {name: body for body, name in ids.items()}, qrels)
+
+
+def _write_beir(folder: Path, retrieval: Retrieval) -> None:
+    (folder / "qrels").mkdir(parents=True)
+    _write_jsonl(folder / "corpus.jsonl", ({"_id": i, "text": t} for i, t in retrieval.documents.items()))
+    _write_jsonl(folder / "queries.jsonl", ({"_id": i, "text": t} for i, t in retrieval.queries.items()))
+    lines = [f"{q}\t{d}\t{score}" for q, judged in retrieval.qrels.items() for d, score in judged.items()]
+    header = "query-id\tcorpus-id\tscore"
+    (folder / "qrels" / "test.tsv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

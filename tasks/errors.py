@@ -1,0 +1,38 @@
+"""Every way the pipeline says no before it spends hours.
+
+TaskError
+├── TeacherRejected   the model folder is missing, damaged, or needs what we will not run
+├── CorpusRejected    the corpus is missing, empty, too small, or holds what is not text
+├── ExportFailed      the exported graph is not the teacher
+├── QuantizationFailed  a variant could not be built
+├── ArtifactMissing   the cache names an artifact that is gone
+└── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
+"""
+
+
+class TaskError(Exception):
+    """Base of all pipeline errors; the message names the value and what would be right."""
+
+
+class TeacherRejected(TaskError):
+    """The teacher cannot be used."""
+
+
+class CorpusRejected(TaskError):
+    """The corpus cannot be used."""
+
+
+class ExportFailed(TaskError):
+    """The exported graph does not equal the teacher."""
+
+
+class QuantizationFailed(TaskError):
+    """A variant could not be built."""
+
+
+class ArtifactMissing(TaskError):
+    """A cached result names an artifact that is no longer there."""
+
+
+class SourceUnreachable(TaskError):
+    """A model, bundle or worker named for evaluation does not answer as one."""

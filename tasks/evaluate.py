@@ -1,0 +1,203 @@
+"""Evaluate: how close a candidate's embeddings are to the teacher's, and what that costs on tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from prefect import task
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import rankdata
+
+from registry.gate import Measurement
+from serving.engines import Embeddings, Engine, open_engine
+from serving.tokenizer import TextTokenizer, pad_batch
+from tasks.artifacts import CACHED, Artifact
+from tasks.corpus import Retrieval, read_part, read_retrieval
+from tasks.progress import Advance, progress
+from tasks.quantize import Candidate
+from tasks.statistics import Values, loss_interval, mean_interval, statistic_interval
+
+TOP_K = 10
+_BATCH = 32
+_SCORE_ROWS = 512
+
+
+class Quality(BaseModel):
+    """Measurements by name. A metric that the corpus cannot give is absent: a gate that asks for it fails."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metrics: dict[str, Measurement]
+    num_texts: int
+    num_queries: int
+
+    def value(self, name: str) -> float | None:
+        """The point value of a metric, or None where it was not measured."""
+        return self.metrics[name].value if name in self.metrics else None
+
+
+class Encode(Protocol):
+    """Texts to embeddings [N, D], reporting progress."""
+
+    def __call__(self, texts: Sequence[str], advance: Advance) -> Embeddings:
+        """Embed `texts`, in their order."""
+        ...
+
+
+@task(task_run_name="evaluate-{candidate.variant.name}", cache_policy=CACHED, persist_result=True, result_serializer="json")
+def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifact) -> Quality:
+    """Judge a candidate on the evaluation part, through the engine class that the worker runs."""
+    sentences, retrieval = read_part(corpus, "evaluation"), read_retrieval(corpus)
+    teacher = {path.stem: np.load(path, allow_pickle=False) for path in teacher_embeddings.folder.glob("*.npy")}
+    encode, engine = open_candidate(candidate)
+    sets = {"sentences": sentences}
+    if retrieval is not None:
+        sets |= {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}
+    with progress(f"evaluate {candidate.variant.name}", sum(map(len, sets.values()))) as advance:
+        own = {name: encode(texts, advance) for name, texts in sets.items()}
+    engine.close()
+    metrics = compare_embeddings(own["sentences"], teacher["sentences"])
+    metrics["nonfinite"] = _count_nonfinite(list(own.values()))
+    if retrieval is not None:
+        metrics |= compare_retrieval(own, teacher, retrieval)
+    return Quality(metrics=metrics, num_texts=len(sentences), num_queries=len(sets.get("queries", ())))
+
+
+def open_candidate(candidate: Candidate) -> tuple[Encode, Engine]:
+    """The candidate's engine, and text encoding on top of it: batches of 32 of like length."""
+    tokenizer = TextTokenizer.from_folder(candidate.artifact.folder, candidate.max_seq_length)
+    engine = open_engine(candidate.artifact.folder, candidate.engine)
+    return make_encoder(tokenizer, engine), engine
+
+
+def make_encoder(tokenizer: TextTokenizer, engine: Engine) -> Encode:
+    """Encoding of texts with an engine, sorted by length so that little padding is computed."""
+
+    def encode(texts: Sequence[str], advance: Advance) -> Embeddings:
+        ids = tokenizer.encode(texts)
+        order = np.argsort([len(row) for row in ids], kind="stable")
+        parts = []
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
+            parts.append(engine.embed(*pad_batch([ids[row] for row in rows])))
+            advance(len(rows))
+        embeddings = np.empty((len(ids), parts[0].shape[1]), dtype=np.float32)
+        embeddings[order] = np.concatenate(parts)
+        return embeddings
+
+    return encode
+
+
+def compare_embeddings(own: Embeddings, teacher: Embeddings) -> dict[str, Measurement]:
+    """Cosine similarity text by text: mean, 1st percentile, minimum; and overlap of the 10 nearest neighbours."""
+    cosine = _unit(own) * _unit(teacher)
+    similarity = cosine.sum(axis=1, dtype=np.float64)
+    size = len(similarity)
+
+    def lowest(share: float) -> Callable[[NDArray[np.intp]], Values]:
+        return lambda rows: np.quantile(similarity[rows], share, axis=1)
+
+    return {
+        "cosine_mean": mean_interval(similarity),
+        "cosine_p1": statistic_interval(lowest(0.01), size, float(np.quantile(similarity, 0.01))),
+        "cosine_min": statistic_interval(lowest(0.0), size, float(similarity.min())),
+        "overlap_at_10": mean_interval(_overlap(own, teacher)),
+    }
+
+
+def compare_retrieval(
+    own: dict[str, Embeddings], teacher: dict[str, Embeddings], retrieval: Retrieval
+) -> dict[str, Measurement]:
+    """nDCG@10 and recall@10 of the candidate, of its queries on the teacher's index (`cross_`), and their losses."""
+    index = {name: column for column, name in enumerate(retrieval.documents)}
+    relevant = [{index[d]: grade for d, grade in retrieval.qrels[q].items()} for q in retrieval.queries]
+    base = rank_scores(teacher["queries"], teacher["documents"], relevant)
+    metrics: dict[str, Measurement] = {}
+    for prefix, documents in (("", own["documents"]), ("cross_", teacher["documents"])):
+        scores = rank_scores(own["queries"], documents, relevant)
+        for name, values in scores.items():
+            metrics[f"{prefix}{name}"] = mean_interval(values)
+            metrics[f"{prefix}{name}_loss"] = loss_interval(values, base[name])
+    return metrics
+
+
+def rank_scores(queries: Embeddings, documents: Embeddings, relevant: list[dict[int, int]]) -> dict[str, Values]:
+    """Per query: nDCG@10 (linear gains, log2 discount, as trec_eval and BEIR) and recall@10 (share of relevant found)."""
+    discounts = 1 / np.log2(np.arange(2, TOP_K + 2))
+    ndcg, recall = np.zeros(len(relevant)), np.zeros(len(relevant))
+    for row, (found, grades) in enumerate(zip(nearest(queries, documents), relevant, strict=True)):
+        gains = np.array([grades.get(int(column), 0) for column in found], dtype=np.float64)
+        ideal = np.sort(list(grades.values()))[::-1][:TOP_K]
+        ndcg[row] = (gains @ discounts[: len(gains)]) / (ideal @ discounts[: len(ideal)])
+        recall[row] = np.count_nonzero(gains) / len(grades)
+    return {"ndcg_at_10": ndcg, "recall_at_10": recall}
+
+
+def nearest(queries: Embeddings, documents: Embeddings, skip_self: bool = False) -> NDArray[np.intp]:
+    """Columns of the 10 documents nearest each query by cosine, best first [N, 10]; equal scores keep document order.
+
+    With `skip_self` row i is not its own neighbour (queries and documents are the same texts).
+    """
+    queries, documents = _unit(queries), _unit(documents)
+    parts = []
+    for start in range(0, len(queries), _SCORE_ROWS):
+        scores = queries[start : start + _SCORE_ROWS] @ documents.T
+        if skip_self:
+            rows = np.arange(len(scores))
+            scores[rows, start + rows] = -np.inf
+        parts.append(_top(scores))
+    return np.concatenate(parts)
+
+
+def spearman(first: Embeddings, second: Embeddings, gold: Values) -> float:
+    """Spearman correlation of cosine similarities with rated similarities, in the range -1 to 1."""
+    return float(_correlations(_rank(row_cosine(first, second)[None]), _rank(gold[None]))[0])
+
+
+def spearman_interval(first: Embeddings, second: Embeddings, gold: Values) -> Measurement:
+    """Spearman correlation with its bootstrap interval over rated pairs."""
+    similarity = row_cosine(first, second)
+
+    def statistic(rows: NDArray[np.intp]) -> Values:
+        return _correlations(_rank(similarity[rows]), _rank(gold[rows]))
+
+    return statistic_interval(statistic, len(gold), spearman(first, second, gold))
+
+
+def row_cosine(first: Embeddings, second: Embeddings) -> Values:
+    """Cosine of row i with row i."""
+    return np.asarray((_unit(first) * _unit(second)).sum(axis=1), dtype=np.float64)
+
+
+def _rank(values: Values) -> Values:
+    return np.asarray(rankdata(values, axis=1), dtype=np.float64)
+
+
+def _correlations(first: Values, second: Values) -> Values:
+    first, second = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (first, second))
+    covariance = (first * second).sum(axis=1)
+    return np.asarray(covariance / np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1)), dtype=np.float64)
+
+
+def _overlap(own: Embeddings, teacher: Embeddings) -> Values:
+    """Per text, the share of the teacher's 10 nearest neighbours that the candidate finds too."""
+    pairs = zip(nearest(own, own, skip_self=True), nearest(teacher, teacher, skip_self=True), strict=True)
+    return np.array([len(set(a) & set(b)) / len(b) for a, b in pairs])
+
+
+def _top(scores: NDArray[np.float32]) -> NDArray[np.intp]:
+    count = min(TOP_K, scores.shape[1])
+    candidates = np.sort(np.argpartition(-scores, count - 1, axis=1)[:, :count], axis=1)
+    order = np.argsort(-np.take_along_axis(scores, candidates, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(candidates, order, axis=1)
+
+
+def _unit(embeddings: Embeddings) -> Embeddings:
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return np.asarray(embeddings / np.where(norms == 0, 1, norms), dtype=np.float32)
+
+
+def _count_nonfinite(sets: list[Embeddings]) -> Measurement:
+    count = float(sum(np.count_nonzero(~np.isfinite(embeddings)) for embeddings in sets))
+    return Measurement(count, count, count)

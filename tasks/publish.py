@@ -1,0 +1,196 @@
+"""Publish: put a candidate together as a bundle and push it to the registry."""
+
+import json
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prefect import task
+from prefect.cache_policies import INPUTS, NO_CACHE, TASK_SOURCE
+from pydantic import BaseModel, ConfigDict
+
+from registry.client import push
+from registry.manifest import (
+    Cosine,
+    EngineEntry,
+    FileEntry,
+    Lineage,
+    Manifest,
+    Performance,
+    Validation,
+    payload_checksum,
+    scan_files,
+    verify_bundle,
+    write_manifest,
+)
+from registry.store import FolderStore
+from serving.tokenizer import TextTokenizer, pad_batch
+from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft, library_versions
+from tasks.benchmark import BATCH_SIZE, SpeedReport
+from tasks.corpus import read_part
+from tasks.select import Judged
+from tasks.teacher import Teacher
+
+_NUM_GOLDEN = 64
+
+
+class Origin(BaseModel):
+    """The run a bundle comes from; recorded in its lineage, but no reason to build it again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mlflow_run_id: str | None
+    git_commit: str | None
+
+
+class Published(BaseModel):
+    """A bundle in the registry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    variant: str
+    version: str
+    digest: str
+
+
+@task(
+    task_run_name="assemble-{judged.name}",
+    cache_policy=(INPUTS - "origin") + TASK_SOURCE + CODE_AND_LIBRARIES,
+    persist_result=True,
+    result_serializer="json",
+)
+def assemble_bundle(
+    judged: Judged,
+    teacher: Teacher,
+    corpus_uri: str,
+    corpus: Artifact,
+    teacher_embeddings: Artifact,
+    speeds: SpeedReport,
+    origin: Origin,
+) -> Artifact:
+    """Write the complete bundle: engine files, tokenizer, golden set, reports, manifest; verified before it counts."""
+    with draft("bundle") as work:
+        shutil.copytree(judged.candidate.artifact.folder, work.folder, dirs_exist_ok=True)
+        _write_golden(work.folder, teacher, corpus, teacher_embeddings)
+        _write_reports(work.folder, judged)
+        files = scan_files(work.folder)
+        manifest = _manifest(judged, teacher, corpus_uri, corpus, speeds, origin, files)
+        write_manifest(work.folder, manifest)
+        verify_bundle(work.folder)
+    return work.artifact
+
+
+@task(task_run_name="publish-{variant}", cache_policy=NO_CACHE)
+def publish(bundle: Artifact, variant: str, registry: Path) -> Published:
+    """Push a bundle to the folder registry; pushing what is there already changes nothing."""
+    digest = push(bundle.folder, FolderStore(registry))
+    manifest = verify_bundle(bundle.folder, digest)
+    return Published(name=manifest.model_name, variant=variant, version=manifest.version, digest=digest)
+
+
+def find_git_commit() -> str | None:
+    """The commit of the working folder, or None where it is no checkout."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _write_golden(folder: Path, teacher: Teacher, corpus: Artifact, teacher_embeddings: Artifact) -> None:
+    texts = read_part(corpus, "evaluation")[:_NUM_GOLDEN]
+    input_ids, mask = pad_batch(TextTokenizer.from_folder(folder, teacher.max_seq_length).encode(texts))
+    embeddings = np.load(teacher_embeddings.folder / "sentences.npy", allow_pickle=False)[: len(texts)]
+    np.savez(folder / "golden.npz", input_ids=input_ids.astype(np.int32), lengths=mask.sum(axis=1), embeddings=embeddings)
+
+
+def _write_reports(folder: Path, judged: Judged) -> None:
+    (folder / "reports").mkdir()
+    reports: dict[str, Any] = {
+        "quality": judged.quality.model_dump(mode="json"),
+        "speed": judged.speed.model_dump(mode="json"),
+        "gate": judged.gate.model_dump(mode="json"),
+    }
+    for name, report in reports.items():
+        text = json.dumps(report, indent=1, sort_keys=True)
+        (folder / "reports" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _manifest(
+    judged: Judged,
+    teacher: Teacher,
+    corpus_uri: str,
+    corpus: Artifact,
+    speeds: SpeedReport,
+    origin: Origin,
+    files: dict[str, FileEntry],
+) -> Manifest:
+    checksum = payload_checksum(files)
+    variant = judged.candidate.variant
+    return Manifest(
+        model_name=teacher.name,
+        model_id=teacher.uri,
+        variant=variant.name,
+        version=f"{variant.name}-{checksum[:12]}",
+        dimension=teacher.dimension,
+        max_seq_length=teacher.max_seq_length,
+        pooling=teacher.pooling,
+        normalize=teacher.normalize,
+        prompts=teacher.prompts,
+        precision=variant.precision,
+        compatibility=judged.compatibility,
+        quantization=judged.candidate.quantization(corpus_uri, judged.quality.metrics["cosine_mean"].value),
+        performance=_performance(judged, speeds),
+        validation=_validation(judged, corpus_uri),
+        lineage=Lineage(
+            parents={"teacher": teacher.digest, "corpus": corpus.digest},
+            recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
+            git_commit=origin.git_commit,
+            mlflow_run_id=origin.mlflow_run_id,
+            versions={**library_versions(), "python": platform.python_version()},
+        ),
+        engines=(judged.candidate.engine,),
+        files=files,
+        created_at=datetime.now(UTC),
+        checksum=checksum,
+    )
+
+
+def _performance(judged: Judged, speeds: SpeedReport) -> Performance:
+    speed = judged.speed
+    assert speed.peak_memory_mb is not None, "every candidate's memory is measured"
+    return Performance(
+        latency_p50_ms=speed.latency_ms(50),
+        latency_p95_ms=speed.latency_ms(95),
+        latency_p99_ms=speed.latency_ms(99),
+        throughput_qps=speed.throughput_per_s,
+        gpu_memory_mb=None,
+        peak_memory_mb=speed.peak_memory_mb,
+        batch_size=BATCH_SIZE,
+        hardware=speeds.hardware,
+    )
+
+
+def _validation(judged: Judged, corpus_uri: str) -> Validation:
+    quality = judged.quality
+    cosine = quality.metrics["cosine_mean"]
+    return Validation(
+        cosine_similarity_vs_fp32=Cosine(
+            mean=cosine.value,
+            p1=quality.metrics["cosine_p1"].value,
+            min=quality.metrics["cosine_min"].value,
+            ci=(cosine.low, cosine.high),
+        ),
+        overlap_at_10=quality.value("overlap_at_10"),
+        recall_at_k=quality.value("recall_at_10"),
+        ndcg_at_10=quality.value("ndcg_at_10"),
+        cross_recall_at_10=quality.value("cross_recall_at_10"),
+        cross_ndcg_at_10=quality.value("cross_ndcg_at_10"),
+        sts_spearman=None,
+        test_dataset=corpus_uri,
+    )

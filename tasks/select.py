@@ -1,0 +1,97 @@
+"""Select: the gate's verdict on every candidate, the Pareto front, and the one to publish."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from registry.gate import GateLimits, GateRecord, default_checks, judge
+from registry.manifest import Compatibility
+from tasks.benchmark import CHAMPION, Speed, SpeedReport
+from tasks.evaluate import Quality
+from tasks.quantize import Candidate
+
+SELECTION_RULE = "of the candidates the gate passes, the one with the highest throughput at batch 32"
+# A candidate's queries on the teacher's index may lose this share of the teacher's score and still be a drop-in.
+_MAX_CROSS_LOSS = 0.01
+_CROSS_LOSSES = ("cross_ndcg_at_10_loss", "cross_recall_at_10_loss")
+
+
+class Judged(BaseModel):
+    """A candidate with everything known of it: quality, speed, verdict, compatibility, place on the Pareto front."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    candidate: Candidate
+    quality: Quality
+    speed: Speed
+    speedup_vs_torch: float
+    gate: GateRecord
+    compatibility: Compatibility
+    is_on_pareto_front: bool
+
+    @property
+    def name(self) -> str:
+        """The variant's name."""
+        return self.candidate.variant.name
+
+    @property
+    def size_mb(self) -> float:
+        """Bytes on disk as served, in units of 10^6."""
+        return self.candidate.disk_bytes / 1e6
+
+
+@task(task_run_name="select", cache_policy=NO_CACHE)
+def select(
+    candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport, limits: GateLimits
+) -> list[Judged]:
+    """Judge every candidate, fastest first; the gate decides, the Pareto front explains."""
+    front = pareto_front(candidates, qualities, speeds)
+    checks = default_checks(limits, with_sts=False, with_champion=CHAMPION in speeds.speeds)
+    judged = [
+        Judged(
+            candidate=candidate,
+            quality=quality,
+            speed=speeds.speeds[candidate.variant.name],
+            speedup_vs_torch=speeds.speedup_vs_torch(candidate.variant.name),
+            gate=judge({**quality.metrics, **speeds.champion_ratios(candidate.variant.name)}, checks),
+            compatibility=judge_compatibility(quality),
+            is_on_pareto_front=candidate.variant.name in front,
+        )
+        for candidate, quality in zip(candidates, qualities, strict=True)
+    ]
+    return sorted(judged, key=lambda row: -row.speed.throughput_per_s)
+
+
+def choose(judged: list[Judged]) -> Judged | None:
+    """The candidate to publish by SELECTION_RULE, or None when the gate passed none."""
+    return next((row for row in judged if row.gate.verdict == "pass"), None)
+
+
+def judge_compatibility(quality: Quality) -> Compatibility:
+    """`drop-in` when queries embedded by the candidate find what they should in the teacher's index, else `reindex`.
+
+    Fails closed: the interval's bad end counts, and a corpus that cannot tell means `reindex`.
+    """
+    losses = [quality.metrics.get(name) for name in _CROSS_LOSSES]
+    fits = all(loss is not None and loss.high <= _MAX_CROSS_LOSS for loss in losses)
+    return "drop-in" if fits else "reindex"
+
+
+def pareto_front(candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport) -> set[str]:
+    """Names that no other candidate beats in cosine, throughput, latency and size at once."""
+    points = {
+        candidate.variant.name: (
+            quality.metrics["cosine_mean"].value,
+            speeds.speeds[candidate.variant.name].throughput_per_s,
+            -speeds.speeds[candidate.variant.name].latency_ms(50),
+            -candidate.disk_bytes,
+        )
+        for candidate, quality in zip(candidates, qualities, strict=True)
+    }
+
+    def is_beaten(name: str) -> bool:
+        own = points[name]
+        others = (point for other, point in points.items() if other != name)
+        return any(point != own and all(a >= b for a, b in zip(point, own, strict=True)) for point in others)
+
+    return {str(name) for name in points if not is_beaten(name)}

@@ -1,0 +1,229 @@
+"""The teacher: a sentence-transformers model folder, checked before anything runs it."""
+
+import importlib.util
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from registry.manifest import hash_file, payload_checksum
+from tasks.artifacts import CACHED, Artifact, draft, state_dir
+from tasks.corpus import read_part, read_retrieval
+from tasks.errors import TeacherRejected
+from tasks.progress import progress
+
+_MODULES = ("Transformer", "Pooling", "Normalize")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
+_BATCH = 64
+
+
+class Teacher(BaseModel):
+    """A checked teacher: where it lies, what its files hash to, and how it makes a sentence embedding."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    name: str
+    folder: Path
+    digest: str
+    dimension: int
+    max_seq_length: int
+    pooling: Literal["mean", "cls", "lasttoken"]
+    normalize: bool
+    prompts: dict[str, str]
+    num_parameters: int
+
+
+@task(task_run_name="load-teacher", cache_policy=NO_CACHE)
+def load_teacher(uri: str, name: str | None = None) -> Teacher:
+    """Find, check and describe the teacher at `uri`: a folder, `package:<installed package>` or `hf:<id>[@revision]`.
+
+    Nothing of the model is executed. Raises TeacherRejected.
+    """
+    folder = locate_teacher(uri)
+    modules = _read_json(folder / "modules.json")
+    kinds = [_module_kind(folder, module) for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"]:
+        raise TeacherRejected(f"{folder}/modules.json lists {kinds}: the export knows Transformer, Pooling and Normalize")
+    transformer = folder / modules[0]["path"]
+    config = _read_json(transformer / "config.json")
+    if "auto_map" in config:
+        raise TeacherRejected(f"{transformer}/config.json asks for remote code (auto_map): models that bring code are never run")
+    _require_tokenizer(transformer)
+    pooling = _read_json(folder / modules[1]["path"] / "config.json")
+    return Teacher(
+        uri=uri,
+        name=name or _name_of(uri, folder),
+        folder=folder,
+        # Through links: a hub snapshot is a folder of links into a blob store.
+        digest=payload_checksum({str(p.relative_to(folder)): hash_file(p) for p in folder.rglob("*") if p.is_file()}),
+        dimension=_dimension(pooling, config),
+        max_seq_length=_max_length(transformer, config),
+        pooling=_pooling_mode(folder, pooling),
+        normalize="Normalize" in kinds,
+        prompts=_prompts(folder),
+        num_parameters=sum(_count_parameters(path) for path in _weights(transformer)),
+    )
+
+
+@task(task_run_name="embed-teacher", cache_policy=CACHED, persist_result=True, result_serializer="json")
+def embed_teacher(teacher: Teacher, corpus: Artifact) -> Artifact:
+    """The teacher's own fp32 embeddings of the evaluation part, through sentence-transformers: `<set>.npy`, float32 [N, D]."""
+    retrieval = read_retrieval(corpus)
+    sets = {"sentences": read_part(corpus, "evaluation")}
+    if retrieval is not None:
+        sets |= {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}
+    encode = open_teacher(teacher.folder)
+    with draft("teacher-embeddings") as work, progress("embed teacher", sum(map(len, sets.values()))) as advance:
+        for name, texts in sets.items():
+            np.save(work.folder / f"{name}.npy", encode(texts, advance))
+    return work.artifact
+
+
+def open_teacher(folder: Path) -> Callable[[Sequence[str], Callable[[int], None]], NDArray[np.float32]]:
+    """Load a model folder with sentence-transformers; returns `encode(texts, advance)` → float32 [N, D]."""
+    model = load_sentence_transformer(folder)
+
+    def encode(texts: Sequence[str], advance: Callable[[int], None]) -> NDArray[np.float32]:
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
+            batch = [texts[row] for row in rows]
+            embeddings[rows] = model.encode(batch, batch_size=_BATCH, show_progress_bar=False)
+            advance(len(rows))
+        return embeddings
+
+    return encode
+
+
+def load_sentence_transformer(folder: Path) -> Any:
+    """The model as sentence-transformers loads it: fp32, on the CPU, offline, no code of the model's own."""
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415  torch takes seconds; a cached run needs none
+    from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
+
+    disable_progress_bar()
+    try:
+        return SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False).eval()
+    except Exception as error:  # transformers and safetensors raise whatever their readers raise
+        raise TeacherRejected(f"sentence-transformers cannot load {folder}: {error}") from error
+
+
+def locate_teacher(uri: str) -> Path:
+    """The folder that holds `modules.json`. Raises TeacherRejected for a URI that names none."""
+    scheme, _, rest = uri.partition(":")
+    if scheme == "package":
+        return _package_folder(rest)
+    if scheme == "hf":
+        return _hub_folder(rest)
+    folder = Path(uri)
+    if not folder.is_dir():
+        raise TeacherRejected(f"model {uri!r} is no folder: give a folder, package:<installed package> or hf:<id>")
+    if not (folder / "modules.json").is_file():
+        raise TeacherRejected(f"model folder {folder} has no modules.json: give a sentence-transformers model folder")
+    return folder.absolute()
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise TeacherRejected(f"package {name!r} is not installed: pip install it or give the model another way")
+    found = sorted(Path(spec.origin).parent.rglob("modules.json"))
+    if len(found) != 1:
+        raise TeacherRejected(f"package {name!r} holds {len(found)} model folders, expected one with a modules.json")
+    return found[0].parent
+
+
+def _hub_folder(reference: str) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  only this kind of URI needs it
+
+    name, _, revision = reference.partition("@")
+    try:
+        found = snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, cache_dir=state_dir() / "hub")
+    except Exception as error:  # the hub raises errors of several HTTP libraries
+        raise TeacherRejected(f"model hf:{reference} cannot be fetched: {type(error).__name__}: {error}") from error
+    return Path(found)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TeacherRejected(f"{path} does not exist: the model folder is incomplete") from None
+    except ValueError as error:
+        raise TeacherRejected(f"{path} is not JSON: {error}") from None
+
+
+def _module_kind(folder: Path, module: dict[str, str]) -> str:
+    kind = module["type"].rpartition(".")[2]
+    if not module["type"].startswith("sentence_transformers."):
+        raise TeacherRejected(f"{folder}/modules.json asks for remote code ({module['type']}): models that bring code are never run")
+    if kind not in _MODULES:
+        raise TeacherRejected(f"{folder}/modules.json lists {kind}, which the export does not know: it knows {', '.join(_MODULES)}")
+    return kind
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        raise TeacherRejected(f"{folder} has no tokenizer.json: save the model with its fast tokenizer")
+
+
+def _pooling_mode(folder: Path, config: dict[str, Any]) -> Literal["mean", "cls", "lasttoken"]:
+    mode = config.get("pooling_mode")
+    flags = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "lasttoken": "pooling_mode_lasttoken"}
+    chosen = [name for name, flag in flags.items() if mode == name or config.get(flag) is True]
+    others = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    if len(chosen) != 1 or set(others) - set(flags.values()):
+        raise TeacherRejected(f"{folder} pools by {mode or others}: the export knows mean, cls and lasttoken")
+    return chosen[0]  # type: ignore[return-value]
+
+
+def _dimension(pooling: dict[str, Any], config: dict[str, Any]) -> int:
+    return int(pooling.get("embedding_dimension") or pooling.get("word_embedding_dimension") or config["hidden_size"])
+
+
+def _max_length(transformer: Path, config: dict[str, Any]) -> int:
+    own = transformer / "sentence_bert_config.json"
+    length = _read_json(own).get("max_seq_length") if own.is_file() else None
+    return int(length or config["max_position_embeddings"])
+
+
+def _prompts(folder: Path) -> dict[str, str]:
+    path = folder / "config_sentence_transformers.json"
+    prompts = _read_json(path).get("prompts") if path.is_file() else None
+    return {name: text for name, text in (prompts or {}).items() if text}
+
+
+def _name_of(uri: str, folder: Path) -> str:
+    name = uri.partition(":")[2].partition("@")[0].rpartition("/")[2] if ":" in uri else folder.name
+    return name.removeprefix("gt_").replace("_", "-")
+
+
+def _weights(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise TeacherRejected(f"{folder} has no .safetensors file: pickled weights are never loaded; save it as safetensors")
+    return paths
+
+
+def _count_parameters(path: Path) -> int:
+    """Parameters of a safetensors file, from its header. Raises TeacherRejected when the file is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= size - 8:
+            raise TeacherRejected(f"{path} is truncated: {size} bytes do not hold its header; fetch it again")
+        tensors = json.loads(stream.read(length))
+    tensors.pop("__metadata__", None)
+    needed = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    if needed != size:
+        raise TeacherRejected(f"{path} is truncated or padded: {size} bytes, its header needs {needed}; fetch it again")
+    return sum(int(np.prod(t["shape"])) for n, t in tensors.items() if t["dtype"].startswith(("F", "BF")))
