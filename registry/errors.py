@@ -4,11 +4,14 @@ RegistryError
 ├── ManifestInvalid     the manifest is not one we can read
 ├── DigestMismatch      a file, manifest or bundle is not the one its digest names
 ├── BundleIncomplete    a file the manifest lists is not there
+├── ReferenceInvalid    a model, channel or digest spelled in a way that can name nothing
 ├── BundleNotFound      nothing under that name or digest
 ├── AmbiguousDigest     a short digest that fits several bundles
 ├── ChannelMoved        somebody moved the channel first
 ├── ChannelNotFound     the channel has never been set
-└── StoreFull           the disk has no room for the bundle
+├── RecordInvalid       a record in the store is not one we can read
+├── TargetExists        something else lies where the bundle should go
+└── StoreFull           the disk has no room
 """
 
 
@@ -28,6 +31,10 @@ class BundleIncomplete(RegistryError):
     """A file listed in the manifest is missing, or an unlisted one is there."""
 
 
+class ReferenceInvalid(RegistryError):
+    """Not a model name, one of the channels, or at least eight hex digits of a digest."""
+
+
 class BundleNotFound(RegistryError):
     """No bundle under that model name or digest."""
 
@@ -44,5 +51,13 @@ class ChannelNotFound(RegistryError):
     """The channel was never set."""
 
 
+class RecordInvalid(RegistryError):
+    """A record of the store is not JSON of the shape this version writes."""
+
+
+class TargetExists(RegistryError):
+    """The folder to pull into holds something that is not this bundle."""
+
+
 class StoreFull(RegistryError):
-    """The store ran out of space; nothing was published."""
+    """The disk ran out of space; nothing was published or pulled."""

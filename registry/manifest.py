@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,8 +13,8 @@ from registry.errors import BundleIncomplete, DigestMismatch, ManifestInvalid, R
 __all__ = [
     "MANIFEST_NAME", "BundleIncomplete", "Compatibility", "Cosine", "DigestMismatch", "EngineEntry", "FileEntry",
     "Lineage", "Manifest", "ManifestInvalid", "Performance", "Profile", "Quantization", "RegistryError", "Validation",
-    "describe_validation", "digest_of", "hash_file", "payload_checksum", "read_manifest", "scan_files", "verify_bundle",
-    "write_manifest",
+    "describe_validation", "digest_of", "hash_file", "hash_stream", "is_digest", "is_name", "list_files",
+    "parse_manifest", "payload_checksum", "read_manifest", "scan_files", "verify_bundle", "write_manifest",
 ]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"
@@ -26,9 +26,19 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 Compatibility = Literal["drop-in", "reindex"]
 
 
+def is_name(text: str) -> bool:
+    """Whether `text` may be a folder and a metric label: letters, digits, dot, dash and underscore."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text) is not None
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is a SHA-256 in the one spelling we use: 64 lower-case hex digits."""
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
+
+
 def _safe_name(name: str) -> str:
-    """A model or variant name becomes a folder and a metric label: letters, digits, dot, dash and underscore."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+    """A model, variant or version name is a folder and a metric label."""
+    if not is_name(name):
         raise ValueError(f"{name!r} is not a name: use 1 to 128 letters, digits, '.', '_' or '-'")
     return name
 
@@ -36,8 +46,11 @@ def _safe_name(name: str) -> str:
 def _safe_path(name: str) -> str:
     """A file of a bundle stays inside it."""
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise ValueError(f"{name!r} leaves the bundle: use a plain relative path such as 'reports/quality.json'")
+    # "", "." and "a//b" name no file of their own; control characters and lone surrogates break terminals and JSON.
+    if not path.parts or str(path) != name or not name.isprintable():
+        raise ValueError(f"{name!r} is not a file name: use a plain relative path such as 'reports/quality.json'")
     return name
 
 
@@ -177,26 +190,42 @@ def describe_validation(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(str(part) for part in e['loc']) or 'document'}: {e['msg']}" for e in error.errors())
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Hash one file in bounded memory."""
+def hash_stream(stream: IO[bytes]) -> FileEntry:
+    """Hash what is left of a binary stream in bounded memory."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+    while chunk := stream.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
     return FileEntry(sha256=digest.hexdigest(), size=size)
 
 
-def scan_files(bundle: Path) -> dict[str, FileEntry]:
-    """Hash every file below `bundle` but the manifest; a link is refused because its target is not the bundle's."""
-    entries: dict[str, FileEntry] = {}
+def hash_file(path: Path) -> FileEntry:
+    """Hash one file in bounded memory."""
+    with path.open("rb") as stream:
+        return hash_stream(stream)
+
+
+def list_files(bundle: Path) -> list[str]:
+    """Name every file below `bundle`, the manifest too, in order.
+
+    Raises BundleIncomplete for a link, whose target is not the bundle's, and for a pipe, socket or device.
+    """
+    names = []
     for path in sorted(bundle.rglob("*")):
         name = path.relative_to(bundle).as_posix()
         if path.is_symlink():
             raise BundleIncomplete(f"{name} in {bundle} is a symbolic link: a bundle holds plain files only")
-        if path.is_file() and name != MANIFEST_NAME:
-            entries[name] = hash_file(path)
-    return entries
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise BundleIncomplete(f"{name} in {bundle} is a special file: a bundle holds plain files only")
+        names.append(name)
+    return names
+
+
+def scan_files(bundle: Path) -> dict[str, FileEntry]:
+    """Hash every file below `bundle` but the manifest. Raises BundleIncomplete for a link or a special file."""
+    return {name: hash_file(bundle / name) for name in list_files(bundle) if name != MANIFEST_NAME}
 
 
 def payload_checksum(files: dict[str, FileEntry]) -> str:
@@ -213,22 +242,21 @@ def write_manifest(bundle: Path, manifest: Manifest) -> str:
 
 
 def digest_of(bundle: Path) -> str:
-    """The bundle's digest: SHA-256 of its manifest file as it lies there."""
-    try:
-        return hash_file(bundle / MANIFEST_NAME).sha256
-    except FileNotFoundError:
-        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None
+    """The bundle's digest: SHA-256 of its manifest file as it lies there. Raises ManifestInvalid."""
+    return hashlib.sha256(_manifest_bytes(bundle)).hexdigest()
 
 
 def read_manifest(bundle: Path) -> Manifest:
     """Read and validate the manifest of a bundle folder. Raises ManifestInvalid; does not hash the files."""
-    path = bundle / MANIFEST_NAME
+    return parse_manifest(_manifest_bytes(bundle), str(bundle / MANIFEST_NAME))
+
+
+def parse_manifest(data: bytes, source: str) -> Manifest:
+    """Validate a manifest's bytes; `source` says in the ManifestInvalid it may raise where they came from."""
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None
+        return Manifest.model_validate_json(data)
     except ValidationError as error:
-        raise ManifestInvalid(f"{path}: {describe_validation(error)}") from None
+        raise ManifestInvalid(f"{source}: {describe_validation(error)}") from None
 
 
 def verify_bundle(bundle: Path, digest: str | None = None) -> Manifest:
@@ -236,9 +264,12 @@ def verify_bundle(bundle: Path, digest: str | None = None) -> Manifest:
 
     Raises ManifestInvalid, DigestMismatch (names the file, both digests) or BundleIncomplete (missing or extra file).
     """
-    if digest is not None and digest_of(bundle) != digest:
-        raise DigestMismatch(f"{bundle / MANIFEST_NAME} has digest {digest_of(bundle)}, expected {digest}")
-    manifest = read_manifest(bundle)
+    # One read serves the digest and the contents: a manifest exchanged in between cannot borrow the other's name.
+    data = _manifest_bytes(bundle)
+    actual = hashlib.sha256(data).hexdigest()
+    if digest is not None and actual != digest:
+        raise DigestMismatch(f"{bundle / MANIFEST_NAME} has digest {actual}, expected {digest}")
+    manifest = parse_manifest(data, str(bundle / MANIFEST_NAME))
     found = scan_files(bundle)
     missing, extra = manifest.files.keys() - found.keys(), found.keys() - manifest.files.keys()
     if missing or extra:
@@ -249,3 +280,10 @@ def verify_bundle(bundle: Path, digest: str | None = None) -> Manifest:
                 f"{name} in {bundle} has digest {found[name].sha256}, the manifest says {entry.sha256}"
             )
     return manifest
+
+
+def _manifest_bytes(bundle: Path) -> bytes:
+    try:
+        return (bundle / MANIFEST_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None

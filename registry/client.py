@@ -1,0 +1,180 @@
+"""What people and flows do with a registry: push, pull, resolve, list, verify. Every byte is checked on its way."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.channel import CHANNELS, read_channel, read_channels
+from registry.errors import (
+    AmbiguousDigest,
+    BundleIncomplete,
+    BundleNotFound,
+    DigestMismatch,
+    ManifestInvalid,
+    ReferenceInvalid,
+    RegistryError,
+    TargetExists,
+)
+from registry.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    digest_of,
+    hash_stream,
+    parse_manifest,
+    verify_bundle,
+)
+from registry.staging import Progress, copy_files, make_folder, needs_room, rename_folder, staged_folder
+from registry.store import Store
+
+__all__ = ["StoredBundle", "list_bundles", "pull", "push", "read_stored", "resolve", "verify_stored"]
+
+MIN_PREFIX = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBundle:
+    """One bundle of a store and the channels that point at it; `manifest` is None where `fault` says why."""
+
+    model: str
+    digest: str
+    channels: tuple[str, ...]
+    manifest: Manifest | None
+    fault: str
+
+
+def push(bundle: Path, store: Store, progress: Progress | None = None) -> str:
+    """Verify the folder `bundle`, publish it whole or not at all and return its digest.
+
+    Pushing what is already there changes nothing. Raises ManifestInvalid, DigestMismatch, BundleIncomplete, StoreFull.
+    """
+    digest = digest_of(bundle)
+    contents = verify_bundle(bundle, digest)
+    store.put_bundle(bundle, digest, contents, progress)
+    return digest
+
+
+def pull(store: Store, model: str, reference: str, target: Path, progress: Progress | None = None) -> Manifest:
+    """Copy a bundle to the folder `target`, every byte verified, and return its manifest.
+
+    `target` appears whole or not at all; it may be empty or already be this very bundle. Raises TargetExists where it
+    holds something else, DigestMismatch or BundleIncomplete where the store's copy is damaged, StoreFull, and what
+    `resolve` raises.
+    """
+    digest = resolve(store, model, reference)
+    target = target.resolve()
+    if target.exists() and not _is_empty_folder(target):
+        return _verify_target(target, digest)
+    contents, files = _stored_files(store, model, digest)
+    with needs_room(target, sum(entry.size for entry in files.values())):
+        make_folder(target.parent)
+        with staged_folder(target.parent, "pull") as staged:
+            copy_files(files, lambda name: store.open_file(model, digest, name), staged, progress)
+            if rename_folder(staged, target):
+                return contents
+    # Somebody else filled `target` first: with this bundle, or it is refused.
+    return _verify_target(target, digest)
+
+
+def resolve(store: Store, model: str, reference: str) -> str:
+    """Turn a channel name, a digest or a digest's first 8 or more hex digits into the digest of a stored bundle.
+
+    Raises ReferenceInvalid, ChannelNotFound, BundleNotFound or AmbiguousDigest (names those it fits).
+    """
+    if reference in CHANNELS:
+        reference = read_channel(store, model, reference).digest
+    elif not re.fullmatch(rf"[0-9a-f]{{{MIN_PREFIX},64}}", reference):
+        raise ReferenceInvalid(
+            f"{reference!r} names no bundle: use {', '.join(CHANNELS)} or {MIN_PREFIX} to 64 hex digits of a digest"
+        )
+    found = [digest for digest in store.list_digests(model) if digest.startswith(reference)]
+    if not found:
+        known = store.list_models()
+        about = f"no bundle {reference}" if model in known else f"not one bundle (models: {', '.join(known) or 'none'})"
+        raise BundleNotFound(f"{store} holds {about} of {model}")
+    if len(found) > 1:
+        raise AmbiguousDigest(f"{reference} fits {len(found)} bundles of {model}: {', '.join(found)}")
+    return found[0]
+
+
+def read_stored(store: Store, model: str, digest: str) -> Manifest:
+    """Read a stored manifest. Raises BundleNotFound, BundleIncomplete, DigestMismatch or ManifestInvalid."""
+    return _read_manifest(store, model, digest)[0]
+
+
+def verify_stored(store: Store, model: str, digest: str, progress: Progress | None = None) -> Manifest:
+    """Check every byte of a stored bundle where it lies, then return its manifest.
+
+    Raises BundleNotFound, BundleIncomplete (missing or extra file), DigestMismatch (names the file) or ManifestInvalid.
+    """
+    contents, files = _stored_files(store, model, digest)
+    done, total = 0, sum(entry.size for entry in files.values())
+    for name, entry in files.items():
+        with store.open_file(model, digest, name) as stream:
+            found = hash_stream(stream)
+        if found != entry:
+            raise DigestMismatch(
+                f"{name} of {model} {digest} in {store} has digest {found.sha256}, the manifest says {entry.sha256}"
+            )
+        done += entry.size
+        if progress is not None:
+            progress(done, total)
+    return contents
+
+
+def list_bundles(store: Store, model: str | None = None) -> list[StoredBundle]:
+    """Every bundle of `model`, or of all models, by model and then oldest first.
+
+    A manifest that cannot be read is listed with its fault: one bad bundle hides no other.
+    """
+    bundles = []
+    for name in store.list_models() if model is None else [model]:
+        records = read_channels(store, name)
+        for digest in store.list_digests(name):
+            channels = tuple(record.channel for record in records if record.digest == digest)
+            try:
+                bundles.append(StoredBundle(name, digest, channels, read_stored(store, name, digest), ""))
+            except RegistryError as error:
+                bundles.append(StoredBundle(name, digest, channels, None, str(error)))
+    return sorted(bundles, key=_by_age)
+
+
+def _by_age(bundle: StoredBundle) -> tuple[str, float, str]:
+    return bundle.model, bundle.manifest.created_at.timestamp() if bundle.manifest else 0.0, bundle.digest
+
+
+def _read_manifest(store: Store, model: str, digest: str) -> tuple[Manifest, int]:
+    """The manifest and its size in bytes."""
+    with store.open_file(model, digest, MANIFEST_NAME) as stream:
+        data = stream.read()
+    source = f"{MANIFEST_NAME} of {model} {digest} in {store}"
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
+        raise DigestMismatch(f"{source} has digest {actual}")
+    contents = parse_manifest(data, source)
+    if contents.model_name != model:
+        raise ManifestInvalid(f"{source} is a bundle of {contents.model_name}")
+    return contents, len(data)
+
+
+def _stored_files(store: Store, model: str, digest: str) -> tuple[Manifest, dict[str, FileEntry]]:
+    """The manifest and every file the bundle must have, itself too; refused at once where the store has others."""
+    contents, manifest_bytes = _read_manifest(store, model, digest)
+    files = {**contents.files, MANIFEST_NAME: FileEntry(sha256=digest, size=manifest_bytes)}
+    found = set(store.list_files(model, digest))
+    missing, extra = sorted(files.keys() - found), sorted(found - files.keys())
+    if missing or extra:
+        raise BundleIncomplete(f"{model} {digest} in {store}: missing {missing}, not in the manifest {extra}")
+    return contents, files
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None
+
+
+def _verify_target(target: Path, digest: str) -> Manifest:
+    try:
+        return verify_bundle(target, digest)
+    except RegistryError as error:
+        raise TargetExists(f"{target} is there and is not bundle {digest}: {error}") from None
