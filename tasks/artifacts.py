@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,18 +18,13 @@ from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import payload_checksum, scan_files
 from tasks.errors import ArtifactMissing
+from tasks.state import state_dir
 
-STATE_VARIABLE = "THORFORGE_HOME"
 # Libraries whose version changes what a task makes.
 LIBRARIES = (
     "thorforge", "torch", "transformers", "sentence-transformers", "tokenizers", "onnx", "onnxruntime", "openvino",
     "nncf", "numpy",
 )  # fmt: skip
-
-
-def state_dir() -> Path:
-    """Where thorforge keeps all its state: `$THORFORGE_HOME`, by default `.thorforge` of the working folder."""
-    return Path(os.environ.get(STATE_VARIABLE, ".thorforge")).absolute()
 
 
 class Artifact(BaseModel):

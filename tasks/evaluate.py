@@ -45,7 +45,12 @@ class Encode(Protocol):
         ...
 
 
-@task(task_run_name="evaluate-{candidate.variant.name}", cache_policy=CACHED, persist_result=True, result_serializer="json")
+@task(
+    task_run_name="evaluate-{candidate.variant.name}",
+    cache_policy=CACHED,
+    persist_result=True,
+    result_serializer="json",
+)
 def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifact) -> Quality:
     """Judge a candidate on the evaluation part, through the engine class that the worker runs."""
     sentences, retrieval = read_part(corpus, "evaluation"), read_retrieval(corpus)
@@ -123,7 +128,7 @@ def compare_retrieval(
 
 
 def rank_scores(queries: Embeddings, documents: Embeddings, relevant: list[dict[int, int]]) -> dict[str, Values]:
-    """Per query: nDCG@10 (linear gains, log2 discount, as trec_eval and BEIR) and recall@10 (share of relevant found)."""
+    """Per query: nDCG@10 (linear gains, log2 discount, as trec_eval and BEIR) and recall@10 (share of relevant)."""
     discounts = 1 / np.log2(np.arange(2, TOP_K + 2))
     ndcg, recall = np.zeros(len(relevant)), np.zeros(len(relevant))
     for row, (found, grades) in enumerate(zip(nearest(queries, documents), relevant, strict=True)):

@@ -24,7 +24,7 @@ _PROBES = ("a", "The quick brown fox jumps over the lazy dog.", "naïve café �
 
 @task(task_run_name="export", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def export_onnx(teacher: Teacher) -> Artifact:
-    """Write `model.onnx` (input_ids, attention_mask int64 [B, T] → sentence_embedding float32 [B, D]) and `tokenizer.json`.
+    """Write `tokenizer.json` and `model.onnx`: input_ids, attention_mask int64 [B, T] → sentence_embedding [B, D].
 
     Raises ExportFailed when the graph's embeddings differ from sentence-transformers' by more than 1e-5.
     """

@@ -5,7 +5,18 @@ import platform
 from pathlib import Path
 
 # Instruction sets that decide how fast int8 and bf16 run.
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
+_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
 
 
 def cpu_model() -> str:
@@ -32,7 +43,9 @@ def memory_gib() -> float:
 def describe_hardware() -> str:
     """One line: processor, cores, memory, instruction sets, system."""
     flags = " ".join(cpu_flags()) or "no vector extensions known here"
-    return f"{cpu_model()}, {num_cores()} cores, {memory_gib():.0f} GiB, {flags}, {platform.system()} {platform.machine()}"
+    return (
+        f"{cpu_model()}, {num_cores()} cores, {memory_gib():.0f} GiB, {flags}, {platform.system()} {platform.machine()}"
+    )
 
 
 def _cpuinfo(key: str) -> str | None:

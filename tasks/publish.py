@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict
 from registry.client import push
 from registry.manifest import (
     Cosine,
-    EngineEntry,
     FileEntry,
     Lineage,
     Manifest,
@@ -32,8 +31,7 @@ from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft, library_versions
 from tasks.benchmark import BATCH_SIZE, SpeedReport
 from tasks.corpus import read_part
-from tasks.select import Judged
-from tasks.teacher import Teacher
+from tasks.select import Judged, Study
 
 _NUM_GOLDEN = 64
 
@@ -59,28 +57,20 @@ class Published(BaseModel):
 
 
 @task(
-    task_run_name="assemble-{judged.name}",
+    task_run_name="assemble-{name}",
     cache_policy=(INPUTS - "origin") + TASK_SOURCE + CODE_AND_LIBRARIES,
     persist_result=True,
     result_serializer="json",
 )
-def assemble_bundle(
-    judged: Judged,
-    teacher: Teacher,
-    corpus_uri: str,
-    corpus: Artifact,
-    teacher_embeddings: Artifact,
-    speeds: SpeedReport,
-    origin: Origin,
-) -> Artifact:
+def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origin: Origin) -> Artifact:
     """Write the complete bundle: engine files, tokenizer, golden set, reports, manifest; verified before it counts."""
+    judged = study.find(name)
     with draft("bundle") as work:
         shutil.copytree(judged.candidate.artifact.folder, work.folder, dirs_exist_ok=True)
-        _write_golden(work.folder, teacher, corpus, teacher_embeddings)
+        _write_golden(work.folder, study, teacher_embeddings)
         _write_reports(work.folder, judged)
         files = scan_files(work.folder)
-        manifest = _manifest(judged, teacher, corpus_uri, corpus, speeds, origin, files)
-        write_manifest(work.folder, manifest)
+        write_manifest(work.folder, _manifest(study, judged, origin, files))
         verify_bundle(work.folder)
     return work.artifact
 
@@ -102,11 +92,13 @@ def find_git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def _write_golden(folder: Path, teacher: Teacher, corpus: Artifact, teacher_embeddings: Artifact) -> None:
-    texts = read_part(corpus, "evaluation")[:_NUM_GOLDEN]
-    input_ids, mask = pad_batch(TextTokenizer.from_folder(folder, teacher.max_seq_length).encode(texts))
+def _write_golden(folder: Path, study: Study, teacher_embeddings: Artifact) -> None:
+    texts = read_part(study.corpus, "evaluation")[:_NUM_GOLDEN]
+    input_ids, mask = pad_batch(TextTokenizer.from_folder(folder, study.teacher.max_seq_length).encode(texts))
     embeddings = np.load(teacher_embeddings.folder / "sentences.npy", allow_pickle=False)[: len(texts)]
-    np.savez(folder / "golden.npz", input_ids=input_ids.astype(np.int32), lengths=mask.sum(axis=1), embeddings=embeddings)
+    np.savez(
+        folder / "golden.npz", input_ids=input_ids.astype(np.int32), lengths=mask.sum(axis=1), embeddings=embeddings
+    )
 
 
 def _write_reports(folder: Path, judged: Judged) -> None:
@@ -121,15 +113,8 @@ def _write_reports(folder: Path, judged: Judged) -> None:
         (folder / "reports" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _manifest(
-    judged: Judged,
-    teacher: Teacher,
-    corpus_uri: str,
-    corpus: Artifact,
-    speeds: SpeedReport,
-    origin: Origin,
-    files: dict[str, FileEntry],
-) -> Manifest:
+def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, FileEntry]) -> Manifest:
+    teacher = study.teacher
     checksum = payload_checksum(files)
     variant = judged.candidate.variant
     return Manifest(
@@ -144,11 +129,11 @@ def _manifest(
         prompts=teacher.prompts,
         precision=variant.precision,
         compatibility=judged.compatibility,
-        quantization=judged.candidate.quantization(corpus_uri, judged.quality.metrics["cosine_mean"].value),
-        performance=_performance(judged, speeds),
-        validation=_validation(judged, corpus_uri),
+        quantization=judged.candidate.quantization(study.corpus_uri, judged.quality.metrics["cosine_mean"].value),
+        performance=_performance(judged, study.speeds),
+        validation=_validation(judged, study.corpus_uri),
         lineage=Lineage(
-            parents={"teacher": teacher.digest, "corpus": corpus.digest},
+            parents={"teacher": teacher.digest, "corpus": study.corpus.digest},
             recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
             git_commit=origin.git_commit,
             mlflow_run_id=origin.mlflow_run_id,

@@ -85,7 +85,9 @@ class Candidate(BaseModel):
 
 
 @task(task_run_name="quantize-{variant.name}", cache_policy=CACHED, persist_result=True, result_serializer="json")
-def quantize(variant: Variant, exported: Artifact, max_length: int, corpus: Artifact, calibration_size: int) -> Candidate:
+def quantize(
+    variant: Variant, exported: Artifact, max_length: int, corpus: Artifact, calibration_size: int
+) -> Candidate:
     """Build one variant from the exported graph, calibrated on the first `calibration_size` calibration texts.
 
     Raises QuantizationFailed.
@@ -119,7 +121,7 @@ def quantize(variant: Variant, exported: Artifact, max_length: int, corpus: Arti
 Batches = list[tuple[Ids, Ids]]
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]  # the base class has no types
+class _Reader(CalibrationDataReader):
     """Calibration batches as onnxruntime wants them."""
 
     def __init__(self, batches: Batches, advance: Advance) -> None:

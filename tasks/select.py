@@ -1,14 +1,18 @@
 """Select: the gate's verdict on every candidate, the Pareto front, and the one to publish."""
 
+from collections.abc import Iterable
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from registry.gate import GateLimits, GateRecord, default_checks, judge
 from registry.manifest import Compatibility
+from tasks.artifacts import Artifact
 from tasks.benchmark import CHAMPION, Speed, SpeedReport
 from tasks.evaluate import Quality
 from tasks.quantize import Candidate
+from tasks.teacher import Teacher
 
 SELECTION_RULE = "of the candidates the gate passes, the one with the highest throughput at batch 32"
 # A candidate's queries on the teacher's index may lose this share of the teacher's score and still be a drop-in.
@@ -40,6 +44,23 @@ class Judged(BaseModel):
         return self.candidate.disk_bytes / 1e6
 
 
+class Study(BaseModel):
+    """Everything a run found out: what the report shows and a bundle's manifest records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: Teacher
+    corpus_uri: str
+    corpus: Artifact
+    speeds: SpeedReport
+    limits: GateLimits
+    judged: tuple[Judged, ...]
+
+    def find(self, name: str) -> Judged:
+        """The judged candidate of that variant."""
+        return next(row for row in self.judged if row.name == name)
+
+
 @task(task_run_name="select", cache_policy=NO_CACHE)
 def select(
     candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport, limits: GateLimits
@@ -62,7 +83,7 @@ def select(
     return sorted(judged, key=lambda row: -row.speed.throughput_per_s)
 
 
-def choose(judged: list[Judged]) -> Judged | None:
+def choose(judged: Iterable[Judged]) -> Judged | None:
     """The candidate to publish by SELECTION_RULE, or None when the gate passed none."""
     return next((row for row in judged if row.gate.verdict == "pass"), None)
 
@@ -79,7 +100,7 @@ def judge_compatibility(quality: Quality) -> Compatibility:
 
 def pareto_front(candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport) -> set[str]:
     """Names that no other candidate beats in cosine, throughput, latency and size at once."""
-    points = {
+    points: dict[str, tuple[float, ...]] = {
         candidate.variant.name: (
             quality.metrics["cosine_mean"].value,
             speeds.speeds[candidate.variant.name].throughput_per_s,
@@ -94,4 +115,4 @@ def pareto_front(candidates: list[Candidate], qualities: list[Quality], speeds: 
         others = (point for other, point in points.items() if other != name)
         return any(point != own and all(a >= b for a, b in zip(point, own, strict=True)) for point in others)
 
-    return {str(name) for name in points if not is_beaten(name)}
+    return {name for name in points if not is_beaten(name)}

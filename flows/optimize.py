@@ -1,0 +1,116 @@
+"""optimize: from a teacher to a published, judged bundle. This file reads top to bottom as the pipeline."""
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import BaseModel, ConfigDict
+
+from flows.config import OptimizeConfig
+from registry.channel import read_channel
+from registry.client import pull
+from registry.errors import ChannelNotFound
+from registry.manifest import MANIFEST_NAME
+from registry.store import FolderStore
+from tasks.artifacts import Artifact
+from tasks.benchmark import benchmark
+from tasks.corpus import build_corpus, corpus_fingerprint
+from tasks.evaluate import evaluate
+from tasks.export import export_onnx
+from tasks.hardware import describe_hardware
+from tasks.plots import plot_latency_cdf, plot_pareto
+from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
+from tasks.quantize import VARIANTS, quantize
+from tasks.report import report
+from tasks.select import Study, choose, select
+from tasks.state import state_dir
+from tasks.teacher import embed_teacher, load_teacher
+from tasks.tracking import Tracker, default_tracking_uri, track_run
+
+
+class Outcome(BaseModel):
+    """What an `optimize` run found, published and wrote."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study: Study
+    published: Published | None
+    report: Path
+
+
+@flow(name="optimize", task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
+def optimize(config: OptimizeConfig) -> Outcome:
+    """Forge every variant of a model, judge each honestly, publish the best one that passes the gate."""
+    teacher = load_teacher(config.model, config.name)
+    fingerprint = corpus_fingerprint(config.corpus)
+
+    with track_run(config.tracking_uri or default_tracking_uri(), "optimize", _params(config)) as tracker:
+        corpus = build_corpus(config.corpus, fingerprint)
+        exported = export_onnx(teacher)
+
+        length, size = teacher.max_seq_length, config.calibration_size
+        building = [quantize.submit(VARIANTS[name], exported, length, corpus, size) for name in config.variants]
+        teacher_embeddings = embed_teacher(teacher, corpus)
+        # type: a future stands for its result, Prefect waits for it.
+        judging = [evaluate.submit(candidate, corpus, teacher_embeddings) for candidate in building]  # type: ignore[call-overload]
+        qualities = [future.result() for future in judging]
+        candidates = [future.result() for future in building]
+
+        # Alone on the machine: every candidate is judged by now.
+        champion = pull_champion(config.registry, teacher.name)
+        speeds = benchmark(candidates, teacher, corpus, describe_hardware(), champion)
+
+        study = Study(
+            teacher=teacher,
+            corpus_uri=config.corpus,
+            corpus=corpus,
+            speeds=speeds,
+            limits=config.gate,
+            judged=tuple(select(candidates, qualities, speeds, config.gate)),
+        )
+        published, bundle = None, None
+        if winner := choose(study.judged):
+            origin = Origin(mlflow_run_id=tracker.run_id, git_commit=find_git_commit())
+            bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
+            published = publish(bundle, winner.name, config.registry)
+
+        page = report(state_dir() / "reports" / f"{flow_run.name}.html", study, published)
+        _track(tracker, study, published, bundle, page)
+    return Outcome(study=study, published=published, report=page)
+
+
+def pull_champion(registry: Path, name: str) -> Path | None:
+    """The verified bundle that `production` points at, or None where nothing is in production yet."""
+    store = FolderStore(registry)
+    try:
+        digest = read_channel(store, name, "production").digest
+    except ChannelNotFound:
+        return None
+    target = state_dir() / "champions" / digest
+    pull(store, name, digest, target)
+    return target
+
+
+def _params(config: OptimizeConfig) -> dict[str, str]:
+    """The run's parameters, as MLflow shows them."""
+    return {
+        "model": config.model,
+        "corpus": config.corpus,
+        "variants": ", ".join(config.variants),
+        "calibration_size": str(config.calibration_size),
+    }
+
+
+def _track(tracker: Tracker, study: Study, published: Published | None, bundle: Artifact | None, page: Path) -> None:
+    """Everything a person would look for in MLflow: children, pictures, report, manifest, registered version."""
+    for row in study.judged:
+        tracker.log_candidate(row, study.corpus_uri)
+    winner = study.find(published.variant) if published else None
+    tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
+    tracker.log_figure(plot_pareto(study), "pareto.png")
+    tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
+    tracker.log_file(page)
+    if published and winner and bundle:
+        tracker.log_file(bundle.folder / MANIFEST_NAME)
+        tracker.register(published, winner, bundle.folder)

@@ -1,0 +1,82 @@
+"""Pictures of a run: the Pareto plot and the latency CDF, as matplotlib figures (no display, no global state)."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tasks.benchmark import TORCH
+from tasks.select import Study
+
+_VERDICT_COLORS = {"pass": "#1a7f37", "caution": "#bf8700", "fail": "#cf222e"}
+
+
+def plot_pareto(study: Study) -> Figure:
+    """Throughput against cosine to the teacher; area is size, colour is the verdict, a ring is the Pareto front."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    cosine_pass = study.limits.cosine_mean_pass
+    for row in study.judged:
+        x, y = row.speed.throughput_per_s, row.quality.metrics["cosine_mean"].value
+        axes.scatter(
+            x,
+            y,
+            s=40 + 6 * row.size_mb,
+            color=_VERDICT_COLORS[row.gate.verdict],
+            alpha=0.75,
+            edgecolors="black" if row.is_on_pareto_front else "none",
+            linewidths=1.5,
+        )
+        axes.annotate(
+            f"{row.name} ({row.size_mb:.0f} MB)",
+            (x, y),
+            xytext=(0, -16),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    torch_speed = study.speeds.speeds[TORCH].throughput_per_s
+    axes.scatter(torch_speed, 1.0, marker="x", color="#57606a")
+    axes.annotate(TORCH, (torch_speed, 1.0), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8)
+    axes.axhline(cosine_pass, color="#57606a", linewidth=0.8, linestyle="--")
+    axes.annotate(
+        f"gate: {cosine_pass}",
+        (0.995, cosine_pass),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+    )
+    axes.margins(x=0.15, y=0.2)
+    axes.set_xlabel("throughput at batch 32, texts/s (further right is better)")
+    axes.set_ylabel("mean cosine to the teacher")
+    axes.set_title("Quality against speed: green passes the gate, ringed is on the Pareto front", fontsize=10)
+    axes.grid(visible=True, alpha=0.25)
+    return figure
+
+
+def plot_latency_cdf(study: Study) -> Figure:
+    """Share of single-text requests answered within a time, one line a system."""
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name in [*(row.name for row in study.judged), TORCH]:
+        values = np.sort(study.speeds.speeds[name].latencies_ms)
+        style = "--" if name == TORCH else "-"
+        axes.step(values, np.arange(1, len(values) + 1) / len(values), where="post", label=name, linestyle=style)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
+    axes.set_xlabel(f"latency of one text, ms (mean {study.speeds.mean_tokens:.0f} tokens; further left is better)")
+    axes.set_ylabel("share answered")
+    axes.set_title("Latency at batch 1", fontsize=10)
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG element to put into a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

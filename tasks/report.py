@@ -1,0 +1,126 @@
+"""Report: the self-contained HTML page an approver reads, and the Prefect artifacts of a run."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from tasks.benchmark import TORCH
+from tasks.plots import plot_latency_cdf, plot_pareto, to_svg
+from tasks.publish import Published
+from tasks.select import SELECTION_RULE, Judged, Study
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #d1d9e0; text-align: right; font-variant-numeric: tabular-nums }
+td:first-child, th:first-child { text-align: left }
+th { background: #f6f8fa }
+.pass { color: #1a7f37 } .caution { color: #9a6700 } .fail { color: #cf222e } .verdict { font-weight: 600 }
+figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } code { background: #f6f8fa; overflow-wrap: anywhere }
+"""
+
+
+@task(task_run_name="report", cache_policy=NO_CACHE)
+def report(path: Path, study: Study, published: Published | None) -> Path:
+    """Write the HTML report to `path`, and the result table and the verdicts as Prefect artifacts."""
+    create_table_artifact(
+        table=result_rows(study.judged),
+        key="optimize-results",
+        description=f"Candidates of {study.teacher.name}, fastest first",
+    )
+    create_markdown_artifact(
+        markdown=_verdicts_markdown(study.judged, published),
+        key="optimize-verdicts",
+        description="What the gate said, and why",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_html(study, published), encoding="utf-8")
+    return path
+
+
+def result_rows(judged: Sequence[Judged]) -> list[dict[str, str]]:
+    """The result table, formatted for reading: one row a candidate, fastest first."""
+    return [
+        {
+            "candidate": row.name,
+            "verdict": row.gate.verdict,
+            "cosine mean": f"{row.quality.metrics['cosine_mean'].value:.4f}",
+            "nDCG@10 loss": _percent(row, "ndcg_at_10_loss"),
+            "recall@10 loss": _percent(row, "recall_at_10_loss"),
+            "p50 ms": f"{row.speed.latency_ms(50):.2f}",
+            "p95 ms": f"{row.speed.latency_ms(95):.2f}",
+            "texts/s": f"{row.speed.throughput_per_s:.0f}",
+            "× torch": f"{row.speedup_vs_torch:.2f}",
+            "MB": f"{row.size_mb:.1f}",
+            "peak MB": f"{row.speed.peak_memory_mb:.0f}",
+            "compatibility": row.compatibility,
+            "Pareto": "yes" if row.is_on_pareto_front else "no",
+        }
+        for row in judged
+    ]
+
+
+def render_html(study: Study, published: Published | None) -> str:
+    """The whole page: no script, no outside asset."""
+    teacher, speeds = study.teacher, study.speeds
+    torch, first = speeds.speeds[TORCH], study.judged[0].quality
+    outcome = (
+        f"Published <b>{published.variant}</b> as <code>{published.name}</code> <code>{published.digest}</code>."
+        if published
+        else "Nothing was published: no candidate passes the gate."
+    )
+    return "\n".join(
+        (
+            "<!doctype html><html lang='en'><meta charset='utf-8'>",
+            f"<title>{html.escape(teacher.name)}: optimisation report</title><style>{_STYLE}</style>",
+            f"<h1>{html.escape(teacher.name)}</h1><p>{outcome}</p>",
+            f"<p>Rule: {SELECTION_RULE}. The gate compares the bad end of each 95 % interval with its limit.</p>",
+            _table(result_rows(study.judged)),
+            f"<p>torch fp32 in the same run: {torch.throughput_per_s:.0f} texts/s, p50 {torch.latency_ms(50):.2f} ms.",
+            f"Measured on {html.escape(speeds.hardware)}, mean {speeds.mean_tokens:.0f} tokens a text.</p>",
+            f"<figure>{to_svg(plot_pareto(study))}</figure>",
+            f"<figure>{to_svg(plot_latency_cdf(study))}</figure>",
+            "<h2>Why</h2>",
+            *(_verdict_html(row) for row in study.judged),
+            f"<h2>What was judged</h2><p>Teacher <code>{html.escape(teacher.uri)}</code>,",
+            f"{teacher.num_parameters / 1e6:.1f} M parameters, digest <code>{teacher.digest}</code>.",
+            f"Corpus <code>{html.escape(study.corpus_uri)}</code>: {first.num_texts} evaluation texts,",
+            f"{first.num_queries} queries.</p></html>",
+        )
+    )
+
+
+def _percent(row: Judged, name: str) -> str:
+    loss = row.quality.metrics.get(name)
+    return "not measured" if loss is None else f"{100 * loss.value:.2f} % (≤ {100 * loss.high:.2f})"
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    body = "".join("<tr>" + "".join(_cell(name, value) for name, value in row.items()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(name: str, value: str) -> str:
+    kind = f" class='verdict {value}'" if name == "verdict" else ""
+    return f"<td{kind}>{html.escape(value)}</td>"
+
+
+def _verdict_html(row: Judged) -> str:
+    items = "".join(f"<li class='{r.verdict}'>{r.verdict}: {html.escape(r.reason)}</li>" for r in row.gate.results)
+    return f"<h3>{row.name}: <span class='{row.gate.verdict}'>{row.gate.verdict}</span></h3><ul>{items}</ul>"
+
+
+def _verdicts_markdown(judged: Sequence[Judged], published: Published | None) -> str:
+    lines = [f"Rule: {SELECTION_RULE}.", ""]
+    lines.append(
+        f"Published **{published.variant}** `{published.digest}`." if published else "**Nothing was published.**"
+    )
+    for row in judged:
+        lines += ["", f"### {row.name}: {row.gate.verdict}", ""]
+        lines += [f"- {result.verdict}: {result.reason}" for result in row.gate.results]
+    return "\n".join(lines)
