@@ -4,9 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from registry.store import FolderStore
 from tests.bundles import make_bundle
+
+# A busy machine is not a failing property.
+settings.register_profile("registry", deadline=None)
+settings.load_profile("registry")
 
 
 @pytest.fixture(scope="session")

@@ -261,6 +261,15 @@ def complete(words: str) -> list[str]:
     return CliRunner().invoke(app, [], env=environment, prog_name="registry").stdout.split()
 
 
+def test_closed_pipe_ends_quietly(digests: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "registry", "list", "--json"]
+    result = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert result.stderr == b""
+
+
 def test_module_runs_and_shows_progress_on_a_terminal_alone(bundle: Path, tmp_path: Path) -> None:
     master, slave = os.openpty()
     command = [sys.executable, "-m", "registry", "push", str(bundle), "--registry", str(tmp_path / "new")]

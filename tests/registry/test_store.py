@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,14 @@ import pytest
 from registry.channel import move_channel, read_channel
 from registry.client import pull, push, verify_stored
 from registry.errors import BundleIncomplete, BundleNotFound, DigestMismatch, ReferenceInvalid, StoreFull
-from registry.manifest import digest_of, read_manifest, verify_bundle
+from registry.manifest import (
+    digest_of,
+    payload_checksum,
+    read_manifest,
+    scan_files,
+    verify_bundle,
+    write_manifest,
+)
 from registry.staging import staged_folder
 from registry.store import FolderStore
 from tests.bundles import make_bundle
@@ -113,9 +121,36 @@ def test_push_keeps_files_in_folders(tmp_path: Path, store: FolderStore, bundles
         assert stream.read() == b"{}"
 
 
-def rewrite_manifest(bundle: Path) -> None:
-    from registry.manifest import payload_checksum, scan_files, write_manifest
+def test_push_flushes_everything_before_it_is_visible(
+    bundle: Path, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, flushed = os.fsync, {True: set(), False: set()}
 
+    def record(descriptor: int) -> None:
+        visible = bool(store.list_models())
+        flushed[visible].add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    push(bundle, store)
+    assert flushed[False] >= {path.name for path in bundle.iterdir()} | {"models", "registry"}
+    assert any(name.startswith(".push-") for name in flushed[False]), "the staged folder's own entries"
+    assert flushed[True] == {"tiny"}, "the rename"
+
+
+def test_push_and_pull_need_little_memory(bundle: Path, store: FolderStore, tmp_path: Path) -> None:
+    with (bundle / "golden.npz").open("r+b") as stream:
+        stream.truncate(64 << 20)
+    rewrite_manifest(bundle)
+    tracemalloc.start()
+    pull(store, "tiny", push(bundle, store), tmp_path / "target")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 8 << 20
+
+
+def rewrite_manifest(bundle: Path) -> None:
+    """Make the manifest list the files as they lie there."""
     files = scan_files(bundle)
     update = {"files": files, "checksum": payload_checksum(files)}
     write_manifest(bundle, read_manifest(bundle).model_copy(update=update))
