@@ -7,7 +7,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from registry.errors import BundleNotFound, ChannelMoved, ChannelNotFound, RecordInvalid, ReferenceInvalid
 from registry.manifest import SafeName, Sha256, describe_validation
-from registry.store import Store
+from registry.store import Store, check_model_name
 
 __all__ = ["CHANNELS", "ChannelName", "ChannelRecord", "move_channel", "read_channel", "read_channels"]
 
@@ -98,6 +98,7 @@ def _read(store: Store, model: str, channel: str) -> tuple[ChannelRecord | None,
 def _key(model: str, channel: str) -> str:
     if channel not in CHANNELS:
         raise ReferenceInvalid(f"{channel!r} is not a channel: use one of {', '.join(CHANNELS)}")
+    check_model_name(model)
     return f"channels/{model}/{channel}.json"
 
 

@@ -91,8 +91,8 @@ def resolve(store: Store, model: str, reference: str) -> str:
     found = [digest for digest in store.list_digests(model) if digest.startswith(reference)]
     if not found:
         known = store.list_models()
-        about = f"no bundle {reference}" if model in known else f"not one bundle (models: {', '.join(known) or 'none'})"
-        raise BundleNotFound(f"{store} holds {about} of {model}")
+        models = "" if model in known else f", whose models are: {', '.join(known) or 'none yet'}"
+        raise BundleNotFound(f"no bundle {reference} of {model} in {store}{models}")
     if len(found) > 1:
         raise AmbiguousDigest(f"{reference} fits {len(found)} bundles of {model}: {', '.join(found)}")
     return found[0]

@@ -17,7 +17,7 @@ from registry.staging import (
     staged_folder,
 )
 
-__all__ = ["FolderStore", "Progress", "Store"]
+__all__ = ["FolderStore", "Progress", "Store", "check_model_name"]
 
 
 class Store(Protocol):
@@ -128,8 +128,7 @@ class FolderStore:
                 return True
 
     def _model_folder(self, model: str) -> Path:
-        if not manifest.is_name(model):
-            raise ReferenceInvalid(f"{model!r} is not a model name: use 1 to 128 letters, digits, '.', '_' or '-'")
+        check_model_name(model)
         return self.root / "models" / model
 
     def _bundle_folder(self, model: str, digest: str) -> Path:
@@ -148,6 +147,12 @@ class FolderStore:
         if len(parts) < 2 or parts[0] == "models" or not all(map(manifest.is_name, parts)):
             raise ReferenceInvalid(f"{key!r} is not the key of a record: use names joined by '/'")
         return self.root.joinpath(*parts)
+
+
+def check_model_name(model: str) -> None:
+    """Refuse, as ReferenceInvalid, what cannot be a model's name before it becomes part of a path."""
+    if not manifest.is_name(model):
+        raise ReferenceInvalid(f"{model!r} is not a model name: use 1 to 128 letters, digits, '.', '_' or '-'")
 
 
 def _folders(parent: Path) -> list[str]:
