@@ -39,7 +39,8 @@ class Outcome(BaseModel):
     report: Path
 
 
-@flow(name="optimize", task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
+# One task at a time: an engine keeps every core busy, and two at once spin against each other.
+@flow(name="optimize", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
 def optimize(config: OptimizeConfig) -> Outcome:
     """Forge every variant of a model, judge each honestly, publish the best one that passes the gate."""
     teacher = load_teacher(config.model, config.name)

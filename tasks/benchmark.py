@@ -18,7 +18,7 @@ from registry.manifest import EngineEntry, read_manifest
 from serving.engines import open_engine
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
-from tasks.corpus import read_part, read_retrieval
+from tasks.corpus import evaluation_sets
 from tasks.progress import progress
 from tasks.quantize import Candidate
 from tasks.statistics import Values, statistic_interval
@@ -118,10 +118,8 @@ def benchmark(
 
 def sample_ids(tokenizer: TextTokenizer, corpus: Artifact) -> list[Ids]:
     """Ids of evaluation texts (sentences, queries and documents in their real proportion), evenly drawn."""
-    texts = read_part(corpus, "evaluation")
-    retrieval = read_retrieval(corpus)
-    if retrieval is not None:
-        texts += [*retrieval.queries.values(), *retrieval.documents.values()]
+    sets, _ = evaluation_sets(corpus)
+    texts = [text for texts in sets.values() for text in texts]
     count = max(_ROUNDS * _TEXTS_PER_TURN, _NUM_BATCHES * BATCH_SIZE)
     return tokenizer.encode([texts[index % len(texts)] for index in _spread(count, len(texts))])
 

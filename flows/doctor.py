@@ -1,0 +1,95 @@
+"""doctor: what hardware, engines and libraries this node has, and what each missing one would bring."""
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tasks.hardware import cpu_flags, cpu_model, memory_gib, num_cores
+from tasks.state import state_dir
+
+_ENGINES = (
+    ("onnxruntime", "serve", "the fp32-onnx, int8-dynamic and int8-static variants on the CPU"),
+    ("openvino", "openvino", "the int8-openvino and bf16-openvino variants on the CPU"),
+    ("tensorrt", "gpu", "TensorRT engines on an NVIDIA GPU"),
+    ("triton", "gpu", "the kernels of the CUDA engine on an NVIDIA GPU"),
+)
+_LIBRARIES = (
+    ("torch", "forge", "loading and exporting teachers"),
+    ("sentence-transformers", "forge", "the teacher's own embeddings, which everything is judged against"),
+    ("nncf", "forge", "calibrated INT8 for OpenVINO"),
+    ("prefect", "forge", "running and scheduling the flows"),
+    ("mlflow", "forge", "tracking and comparing runs"),
+    ("uvloop", "serve", "a faster event loop for the worker"),
+)
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+_INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked for: whether it is there, what it is, and what it brings or would bring."""
+
+    subject: str
+    is_present: bool
+    detail: str
+    brings: str
+    remedy: str = ""
+
+
+def examine_node() -> list[Finding]:
+    """Look at processor, accelerator, disk, engines and libraries; nothing heavy is imported."""
+    flags = set(cpu_flags())
+    return [
+        Finding("processor", True, f"{cpu_model()}, {num_cores()} cores, {memory_gib():.0f} GiB memory", "everything"),
+        Finding(
+            "python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}", "everything"
+        ),
+        _instructions("fast int8", flags & _INT8_FLAGS, "int8 variants faster than fp32"),
+        _instructions("fast bf16", flags & _BF16_FLAGS, "bf16-openvino; without it OpenVINO computes in fp32"),
+        _gpu(),
+        _disk(),
+        *(_package(*entry) for entry in (*_ENGINES, *_LIBRARIES)),
+    ]
+
+
+def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
+    """The findings as JSON values."""
+    return [asdict(finding) for finding in findings]
+
+
+def _instructions(subject: str, found: set[str], brings: str) -> Finding:
+    return Finding(subject, bool(found), " ".join(sorted(found)) or "no such instructions", brings, "another processor")
+
+
+def _gpu() -> Finding:
+    brings = "the TensorRT and CUDA engines"
+    if shutil.which("nvidia-smi") is None:
+        return Finding("NVIDIA GPU", False, "no driver found", brings, "install the NVIDIA driver, if there is a GPU")
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        return Finding("NVIDIA GPU", False, "nvidia-smi finds no GPU", brings, "check the driver: run nvidia-smi")
+    return Finding("NVIDIA GPU", True, "; ".join(lines), brings)
+
+
+def _disk() -> Finding:
+    folder = state_dir()
+    existing = folder if folder.exists() else Path.cwd()
+    free = shutil.disk_usage(existing).free / 1e9
+    return Finding("disk", free > 2, f"{free:.1f} GB free for {folder}", "about 1 GB a model", "free some space")
+
+
+def _package(name: str, extra: str, brings: str) -> Finding:
+    remedy = f"pip install 'thorforge[{extra}]'"
+    if importlib.util.find_spec(name.replace("-", "_")) is None:
+        return Finding(name, False, "not installed", brings, remedy)
+    try:
+        return Finding(name, True, version(name), brings)
+    except PackageNotFoundError:
+        return Finding(name, True, "version unknown", brings)

@@ -1,0 +1,92 @@
+"""Running `optimize` from a terminal: quiet logs, a table to read, one JSON document to parse."""
+
+import json
+import logging
+import sys
+from typing import Any
+
+from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
+from rich.console import Console
+from rich.table import Table
+
+from flows.config import OptimizeConfig
+from flows.optimize import Outcome, optimize
+from registry.errors import RegistryError
+from serving.errors import ServingError
+from tasks.errors import TaskError
+from tasks.report import result_rows
+from tasks.select import SELECTION_RULE, Judged
+
+_OUR_ERRORS = (TaskError, RegistryError, ServingError)
+
+
+def run_optimize(config: OptimizeConfig, refresh: bool = False) -> Outcome:
+    """Run the flow in this process; with `refresh` no cached result is used."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_without_our_tracebacks)
+    with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: refresh}):
+        return optimize(config)
+
+
+def print_outcome(outcome: Outcome, as_json: bool) -> None:
+    """The comparison table and what was published, or the same as one JSON document."""
+    if as_json:
+        sys.stdout.write(json.dumps(describe_outcome(outcome)) + "\n")
+        return
+    console, rows = Console(), result_rows(outcome.study.judged)
+    table = Table(*rows[0], title=f"{outcome.study.teacher.name} on {outcome.study.corpus_uri}")
+    for row in rows:
+        table.add_row(*row.values(), style=None if row["verdict"] == "pass" else "dim")
+    console.print(table)
+    for judged in outcome.study.judged:
+        failed = [result.reason for result in judged.gate.results if result.verdict != "pass"]
+        if failed:
+            console.print(f"{judged.name}: {'; '.join(failed)}", soft_wrap=True, highlight=False)
+    console.print(f"Rule: {SELECTION_RULE}.")
+    published = outcome.published
+    console.print(
+        f"Published {published.name} {published.version}, digest {published.digest}"
+        if published
+        else "Published nothing.",
+        soft_wrap=True,
+    )
+    console.print(f"Report: {outcome.report}", soft_wrap=True)
+
+
+def describe_outcome(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as JSON values: what the demo prints last."""
+    published = outcome.published
+    return {
+        "model": outcome.study.teacher.name,
+        "teacher_params": outcome.study.teacher.num_parameters,
+        "candidates": [_describe_candidate(row) for row in outcome.study.judged],
+        "published": {"digest": published.digest, "name": published.variant} if published else None,
+        "report": str(outcome.report),
+    }
+
+
+def _describe_candidate(row: Judged) -> dict[str, Any]:
+    cosine = row.quality.metrics["cosine_mean"]
+    return {
+        "name": row.name,
+        "engine": row.candidate.variant.runtime,
+        "precision": row.candidate.variant.precision,
+        "cosine_mean": cosine.value,
+        "cosine_mean_ci": [cosine.low, cosine.high],
+        "cross_recall_at_10": row.quality.value("cross_recall_at_10"),
+        "ndcg_at_10_loss": row.quality.value("ndcg_at_10_loss"),
+        "p50_ms": row.speed.latency_ms(50),
+        "p95_ms": row.speed.latency_ms(95),
+        "throughput_per_s": row.speed.throughput_per_s,
+        "speedup_vs_torch": row.speedup_vs_torch,
+        "size_mb": row.size_mb,
+        "verdict": row.gate.verdict,
+        "compatibility": row.compatibility,
+    }
+
+
+def _without_our_tracebacks(record: logging.LogRecord) -> bool:
+    """Our own errors explain themselves in one line; Prefect would print its engine's stack above it."""
+    if record.exc_info and isinstance(record.exc_info[1], _OUR_ERRORS):
+        record.exc_info, record.exc_text = None, None
+    return True

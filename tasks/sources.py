@@ -1,0 +1,81 @@
+"""Anything that embeds text (a model, a bundle, a running worker) behind one call, for side-by-side evaluation."""
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from registry.manifest import MANIFEST_NAME, verify_bundle
+from serving.engines import Embeddings, open_engine
+from serving.tokenizer import TextTokenizer
+from tasks.errors import SourceUnreachable
+from tasks.evaluate import Encode, make_encoder
+from tasks.progress import Advance
+from tasks.teacher import locate_teacher, open_teacher
+
+_REQUEST_TEXTS = 128
+_TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is evaluated: its kind (`model`, `bundle` or `worker`), its name, and its encoding."""
+
+    kind: str
+    name: str
+    encode: Encode
+    close: Callable[[], None]
+
+
+def open_source(source: str) -> Source:
+    """Open a worker's URL, a bundle folder or a model URI.
+
+    Raises SourceUnreachable, RegistryError (a damaged bundle) or TeacherRejected (a model we will not run).
+    """
+    if source.startswith(("http://", "https://")):
+        return _open_worker(source.rstrip("/"))
+    folder = Path(source)
+    if (folder / MANIFEST_NAME).is_file():
+        return _open_bundle(folder)
+    model = locate_teacher(source)
+    return Source("model", source, open_teacher(model), lambda: None)
+
+
+def _open_bundle(folder: Path) -> Source:
+    manifest = verify_bundle(folder)
+    engine = open_engine(folder, manifest.engines[0])
+    encode = make_encoder(TextTokenizer.from_folder(folder, manifest.max_seq_length), engine)
+    return Source("bundle", f"{manifest.model_name} {manifest.version}", encode, engine.close)
+
+
+def _open_worker(url: str) -> Source:
+    client = httpx.Client(base_url=url, timeout=_TIMEOUT_SECONDS, trust_env=False)
+    try:
+        models = client.get("/api/v1/models").raise_for_status().json()["models"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise SourceUnreachable(
+            f"{url} does not answer as a thorforge worker: {type(error).__name__}: {error}"
+        ) from None
+
+    def encode(texts: Sequence[str], advance: Advance) -> Embeddings:
+        parts = []
+        for start in range(0, len(texts), _REQUEST_TEXTS):
+            batch = list(texts[start : start + _REQUEST_TEXTS])
+            parts.append(_embed_remote(client, batch))
+            advance(len(batch))
+        return np.concatenate(parts)
+
+    return Source("worker", f"{models[0]['name']} {models[0]['version']}", encode, client.close)
+
+
+def _embed_remote(client: httpx.Client, texts: list[str]) -> Embeddings:
+    try:
+        reply = (
+            client.post("/api/v1/embed", json={"texts": texts, "encoding_format": "base64"}).raise_for_status().json()
+        )
+    except (httpx.HTTPError, ValueError) as error:
+        raise SourceUnreachable(f"{client.base_url} failed to embed: {type(error).__name__}: {error}") from None
+    return np.stack([np.frombuffer(base64.b64decode(row), dtype="<f4") for row in reply["embeddings"]])
