@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flows.environment import prepare_environment
@@ -155,10 +156,9 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(findings_json(findings)))
         return
-    table = Table("", "what", "found", "brings", "how to get it")
+    table = Table("", "what", "found", "what it brings, and how to get it")
     for finding in findings:
         mark = "[green]yes[/]" if finding.is_present else "[yellow]no[/]"
-        table.add_row(
-            mark, finding.subject, finding.detail, finding.brings, "" if finding.is_present else finding.remedy
-        )
+        remedy = "" if finding.is_present else f": {finding.remedy}"
+        table.add_row(mark, finding.subject, escape(finding.detail), escape(finding.brings + remedy))
     Console().print(table)

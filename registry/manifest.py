@@ -187,7 +187,8 @@ class Manifest(_Part):
 
 def describe_validation(error: ValidationError) -> str:
     """One line per fault with the key's path and the value's fault, without echoing whole inputs."""
-    return "; ".join(f"{'.'.join(str(part) for part in e['loc']) or 'document'}: {e['msg']}" for e in error.errors())
+    faults = ((".".join(map(str, e["loc"])) or "document", e) for e in error.errors())
+    return "; ".join(f"{key}: {'unknown key' if e['type'] == 'extra_forbidden' else e['msg']}" for key, e in faults)
 
 
 def hash_stream(stream: IO[bytes]) -> FileEntry:

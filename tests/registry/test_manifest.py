@@ -51,7 +51,7 @@ def test_manifest_names_an_unknown_key(bundle: Path, where: tuple[str | int, ...
         document["surprise"] = 1
 
     edit_manifest(bundle, add_key)
-    with pytest.raises(ManifestInvalid, match=r"\.".join([*map(str, where), "surprise"]) + ": Extra"):
+    with pytest.raises(ManifestInvalid, match=r"\.".join([*map(str, where), "surprise"]) + ": unknown key"):
         read_manifest(bundle)
 
 
