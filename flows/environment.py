@@ -1,11 +1,15 @@
-"""The process environment of a run: all state below the working folder, no telemetry, no network for cached models.
+"""The process environment of a run: all state below the working folder, no telemetry, no server left behind.
 
 Called before Prefect, MLflow or transformers are imported, because they read the environment at import.
 """
 
 import os
 
-from tasks.state import state_dir
+import psutil
+
+from tasks.state import describe_process, is_dead, state_dir
+
+_OWNER_VARIABLE = "THORFORGE_OWNER"
 
 
 def prepare_environment() -> None:
@@ -20,6 +24,30 @@ def prepare_environment() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
+        # Inherited by the temporary Prefect server, so that the next run can tell whose it was.
+        _OWNER_VARIABLE: describe_process(os.getpid()),
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def end_orphans() -> int:
+    """End temporary Prefect servers whose run was killed before it could stop them; returns how many there were.
+
+    Only processes of this user and this state folder whose owner is dead are touched.
+    """
+    orphans = [process for process in psutil.process_iter() if _is_orphan(process)]
+    for process in orphans:
+        process.terminate()
+    psutil.wait_procs(orphans, timeout=10)
+    return len(orphans)
+
+
+def _is_orphan(process: psutil.Process) -> bool:
+    try:
+        environment = process.environ()
+    except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+    owner = environment.get(_OWNER_VARIABLE)
+    same_home = environment.get("PREFECT_HOME") == os.environ.get("PREFECT_HOME")
+    return owner is not None and same_home and is_dead(owner)

@@ -6,10 +6,12 @@ import sys
 from typing import Any
 
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from flows.config import OptimizeConfig
+from flows.environment import end_orphans
 from flows.optimize import Outcome, optimize
 from registry.errors import RegistryError
 from serving.errors import ServingError
@@ -17,11 +19,14 @@ from tasks.errors import TaskError
 from tasks.report import result_rows
 from tasks.select import SELECTION_RULE, Judged
 
+# What fits a terminal of 80 columns; the HTML report has the rest.
+_COLUMNS = ("candidate", "verdict", "cosine mean", "nDCG@10 loss", "p50 ms", "texts/s", "× torch", "MB")
 _OUR_ERRORS = (TaskError, RegistryError, ServingError)
 
 
 def run_optimize(config: OptimizeConfig, refresh: bool = False) -> Outcome:
     """Run the flow in this process; with `refresh` no cached result is used."""
+    end_orphans()
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_our_tracebacks)
     with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: refresh}):
@@ -33,16 +38,16 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(describe_outcome(outcome)) + "\n")
         return
-    console, rows = Console(), result_rows(outcome.study.judged)
-    table = Table(*rows[0], title=f"{outcome.study.teacher.name} on {outcome.study.corpus_uri}")
-    for row in rows:
-        table.add_row(*row.values(), style=None if row["verdict"] == "pass" else "dim")
+    console = Console()
+    table = Table(*_COLUMNS, title=f"{outcome.study.teacher.name} on {outcome.study.corpus_uri}", box=SIMPLE)
+    for row in result_rows(outcome.study.judged):
+        table.add_row(*(row[name] for name in _COLUMNS), style=None if row["verdict"] == "pass" else "dim")
     console.print(table)
     for judged in outcome.study.judged:
         failed = [result.reason for result in judged.gate.results if result.verdict != "pass"]
         if failed:
             console.print(f"{judged.name}: {'; '.join(failed)}", soft_wrap=True, highlight=False)
-    console.print(f"Rule: {SELECTION_RULE}.")
+    console.print(f"Rule: {SELECTION_RULE}.", soft_wrap=True)
     published = outcome.published
     console.print(
         f"Published {published.name} {published.version}, digest {published.digest}"

@@ -2,8 +2,6 @@
 
 import hashlib
 import inspect
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import payload_checksum, scan_files
+from registry.staging import staged_folder
 from tasks.errors import ArtifactMissing
 from tasks.state import state_dir
 
@@ -71,18 +70,15 @@ class Draft:
 def draft(kind: str) -> Iterator[Draft]:
     """Write an artifact of `kind` into `draft.folder`; after the block `draft.artifact` names it.
 
-    A crash in the middle leaves nothing that a later run could take for finished.
+    A crash in the middle leaves nothing that a later run could take for finished, and the next draft of the kind
+    removes what a killed one left behind.
     """
     root = state_dir() / "artifacts"
     root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=root))
-    try:
+    with staged_folder(root, kind) as folder:
         work = Draft(folder)
         yield work
-        folder.chmod(0o755)
         work.finish(kind)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @cache

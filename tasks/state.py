@@ -1,7 +1,10 @@
-"""Where thorforge keeps its state."""
+"""Where thorforge keeps its state, and which process a piece of it belongs to."""
 
 import os
+import socket
 from pathlib import Path
+
+import psutil
 
 STATE_VARIABLE = "THORFORGE_HOME"
 
@@ -9,3 +12,19 @@ STATE_VARIABLE = "THORFORGE_HOME"
 def state_dir() -> Path:
     """Where thorforge keeps all its state: `$THORFORGE_HOME`, by default `.thorforge` of the working folder."""
     return Path(os.environ.get(STATE_VARIABLE, ".thorforge")).absolute()
+
+
+def describe_process(pid: int) -> str:
+    """Host, process id and start time: a reused process id is another process."""
+    return f"{socket.gethostname()} {pid} {psutil.Process(pid).create_time():.2f}"
+
+
+def is_dead(process: str) -> bool:
+    """Whether a process of this host is gone; one of another host is not ours to judge."""
+    host, pid, _ = process.rsplit(" ", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        return describe_process(int(pid)) != process
+    except psutil.NoSuchProcess:
+        return True

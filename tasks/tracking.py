@@ -1,18 +1,16 @@
 """MLflow: one parent run per optimisation, one child per candidate, the same keys in all; only here is it imported."""
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 from matplotlib.figure import Figure
 
 from tasks.publish import Published
 from tasks.select import Judged
-from tasks.state import state_dir
+from tasks.state import describe_process, is_dead, state_dir
 
 # Quality metrics whose 95 % interval is logged beside them: those a gate or a manifest decides on.
 _WITH_INTERVAL = (
@@ -129,7 +127,7 @@ def track_run(uri: str, experiment: str, params: dict[str, str]) -> Iterator[Tra
     """
     client, experiment_id = _connect(uri, experiment)
     _close_dead_runs(client, experiment_id)
-    tags = {_PROCESS_TAG: _describe_process(os.getpid())}
+    tags = {_PROCESS_TAG: describe_process(os.getpid())}
     run = client.create_run(experiment_id, run_name=f"optimize {params.get('model', '')}".strip(), tags=tags)
     tracker = Tracker(client, experiment_id, run.info.run_id)
     try:
@@ -164,21 +162,5 @@ def _connect(uri: str, experiment: str) -> tuple[Any, str]:
 def _close_dead_runs(client: Any, experiment_id: str) -> None:
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
         process = run.data.tags.get(_PROCESS_TAG)
-        if process is not None and _is_dead(process):
+        if process is not None and is_dead(process):
             client.set_terminated(run.info.run_id, "KILLED")
-
-
-def _describe_process(pid: int) -> str:
-    """Host, process id and start time: a reused process id is another process."""
-    return f"{socket.gethostname()} {pid} {psutil.Process(pid).create_time():.2f}"
-
-
-def _is_dead(process: str) -> bool:
-    """Whether a process of this host is gone; one of another host is not ours to judge."""
-    host, pid, _ = process.split(" ")
-    if host != socket.gethostname():
-        return False
-    try:
-        return _describe_process(int(pid)) != process
-    except psutil.NoSuchProcess:
-        return True
