@@ -46,7 +46,9 @@ def optimize(config: OptimizeConfig) -> Outcome:
     teacher = load_teacher(config.model, config.name)
     fingerprint = corpus_fingerprint(config.corpus)
 
-    with track_run(config.tracking_uri or default_tracking_uri(), "optimize", _params(config)) as tracker:
+    with track_run(
+        config.tracking_uri or default_tracking_uri(), f"optimize {teacher.name}", _params(config)
+    ) as tracker:
         corpus = build_corpus(config.corpus, fingerprint)
         exported = export_onnx(teacher)
 
@@ -76,7 +78,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
             bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
             published = publish(bundle, winner.name, config.registry)
 
-        page = report(state_dir() / "reports" / f"{flow_run.name}.html", study, published)
+        page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
         _track(tracker, study, published, bundle, page)
     return Outcome(study=study, published=published, report=page)
 

@@ -18,10 +18,11 @@ def plot_pareto(study: Study) -> Figure:
     cosine_pass = study.limits.cosine_mean_pass
     for row in study.judged:
         x, y = row.speed.throughput_per_s, row.quality.metrics["cosine_mean"].value
+        area = 40 + 6 * row.size_mb
         axes.scatter(
             x,
             y,
-            s=40 + 6 * row.size_mb,
+            s=area,
             color=_VERDICT_COLORS[row.gate.verdict],
             alpha=0.75,
             edgecolors="black" if row.is_on_pareto_front else "none",
@@ -30,7 +31,7 @@ def plot_pareto(study: Study) -> Figure:
         axes.annotate(
             f"{row.name} ({row.size_mb:.0f} MB)",
             (x, y),
-            xytext=(0, -16),
+            xytext=(0, -9 - area**0.5 / 2),
             textcoords="offset points",
             ha="center",
             fontsize=8,

@@ -20,6 +20,7 @@ _WITH_INTERVAL = (
     "cross_ndcg_at_10_loss",
     "cross_recall_at_10_loss",
 )
+_EXPERIMENT = "optimize"
 _PROCESS_TAG = "thorforge.process"
 
 
@@ -37,18 +38,22 @@ class Tracker:
 
     def log_candidate(self, judged: Judged, corpus: str) -> None:
         """One finished child run with metrics, tags and the full quality, speed and gate reports as artifacts."""
-        tags = {"mlflow.parentRunId": self.run_id, "verdict": judged.gate.verdict, "gate": judged.gate.reason}
-        run = self._client.create_run(self._experiment_id, run_name=judged.name, tags=tags)
-        run_id = run.info.run_id
         variant = judged.candidate.variant
-        params = {
-            "variant": variant.name,
-            "engine": variant.runtime,
-            "precision": variant.precision,
+        tags = {
+            "mlflow.parentRunId": self.run_id,
+            "gate": judged.gate.reason,
             "method": variant.method,
             "corpus": corpus,
-            "verdict": judged.gate.verdict,
             "compatibility": judged.compatibility,
+        }
+        run = self._client.create_run(self._experiment_id, run_name=judged.name, tags=tags)
+        run_id = run.info.run_id
+        # Few and short: the compare view draws the first of them as axes and cuts long values.
+        params = {
+            "engine": variant.runtime,
+            "precision": variant.precision,
+            "variant": variant.name,
+            "verdict": judged.gate.verdict,
         }
         for name, value in params.items():
             self._client.log_param(run_id, name, value)
@@ -120,19 +125,19 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
 
 
 @contextmanager
-def track_run(uri: str, experiment: str, params: dict[str, str]) -> Iterator[Tracker]:
-    """Open a parent run; it ends FINISHED, FAILED on an error, or KILLED on Ctrl-C and termination.
+def track_run(uri: str, name: str, params: dict[str, str]) -> Iterator[Tracker]:
+    """Open a parent run called `name`; it ends FINISHED, FAILED on an error, or KILLED on Ctrl-C and termination.
 
     A run that died too fast to say so (kill -9, power) is marked KILLED here, by the next run.
     """
-    client, experiment_id = _connect(uri, experiment)
+    client, experiment_id = _connect(uri, _EXPERIMENT)
     _close_dead_runs(client, experiment_id)
     tags = {_PROCESS_TAG: describe_process(os.getpid())}
-    run = client.create_run(experiment_id, run_name=f"optimize {params.get('model', '')}".strip(), tags=tags)
+    run = client.create_run(experiment_id, run_name=name, tags=tags)
     tracker = Tracker(client, experiment_id, run.info.run_id)
     try:
-        for name, value in params.items():
-            client.log_param(tracker.run_id, name, value)
+        for key, value in params.items():
+            client.log_param(tracker.run_id, key, value)
         yield tracker
     except Exception:
         client.set_terminated(tracker.run_id, "FAILED")
@@ -155,8 +160,11 @@ def _connect(uri: str, experiment: str) -> tuple[Any, str]:
         location = (folder / "artifacts").as_uri()
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
-    return client, experiment_id
+    if found:
+        return client, found.experiment_id
+    # The kind opens the pages for models rather than those for chat traces.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return client, client.create_experiment(experiment, artifact_location=location, tags=tags)
 
 
 def _close_dead_runs(client: Any, experiment_id: str) -> None:

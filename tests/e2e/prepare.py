@@ -1,0 +1,28 @@
+"""What `make e2e` needs from the system: installed where that is allowed, otherwise named."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+# Program → Debian package.
+_PROGRAMS = {"chromium": "chromium"}
+
+
+def main() -> int:
+    """Install missing system packages as root on Debian; otherwise say what to install. Returns the exit status."""
+    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+    if not missing:
+        return 0
+    if shutil.which("apt-get") is None or os.geteuid() != 0:
+        sys.stderr.write(f"error: make e2e needs {', '.join(missing)}: install with your system's package manager\n")
+        return 1
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *missing]
+    for command in (["apt-get", "update", "--quiet"], install):
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
