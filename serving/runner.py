@@ -143,6 +143,9 @@ class EngineRunner:
         )  # fmt: skip
         self.busy_since = None
         seconds = self._clock() - started
+        if failures:
+            reason = next(iter(failures.values()))
+            _log.warning("engine failed reason=%r texts=%d of=%d", str(reason), len(failures), len(vectors))
         if seconds > 0 and not failures:
             rate = padded.batch.num_tokens / seconds
             self.tokens_per_second += _RATE_WEIGHT * (rate - self.tokens_per_second)
@@ -160,9 +163,6 @@ def run_isolated(
         vectors = engine.embed(input_ids, attention_mask)
     except Exception as error:  # an edge: vendors' errors share no base class, and may quote their input
         if len(rows) == 1:
-            _log.warning(
-                "engine failed engine=%r error=%s tokens=%d", engine.runtime, type(error).__name__, len(rows[0])
-            )
             failed = EngineFailed(f"the engine raised {type(error).__name__} on this text")
             return np.zeros((1, dimension), dtype=np.float32), {0: failed}
         middle = len(rows) // 2

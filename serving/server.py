@@ -6,6 +6,7 @@ import errno
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -96,8 +97,7 @@ class WorkerServer(uvicorn.Server):
 
     async def _load(self) -> None:
         try:
-            if not self.worker.services:
-                await self.worker.load()
+            await self.worker.load()
         except ServingError as error:
             self.failure = error
         except Exception as error:  # the edge of start-up: a defect ends the process, it does not leave it unready
@@ -129,6 +129,9 @@ class WorkerServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle SIGTERM and Ctrl-C; unlike uvicorn's own, do not raise them again, so that a drain exits 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread only
+            return
         handled = (signal.SIGTERM, signal.SIGINT)
         previous = {name: signal.signal(name, self.handle_exit) for name in handled}
         try:
