@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from prometheus_client import disable_created_metrics
+
 from serving.config import describe_settings, load_settings
 from serving.errors import ServingError
 from serving.server import WorkerServer, base_url, bind
@@ -27,6 +29,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         _log.info("settings %s", describe_settings(settings))
         listener = bind(settings)
         _log.info("listening url=%s", base_url(listener))
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # when a series began nobody asks
         worker = Worker(settings)
 
         def announce() -> None:

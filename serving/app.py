@@ -1,7 +1,7 @@
 """The ASGI application: routes, and the edge where every exception becomes an error object."""
 
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.embeddings import native_endpoint, openai_endpoint
 from serving.api.responses import CLOSE, send_error, to_serving_error
@@ -33,12 +33,25 @@ class _Application:
         if endpoint is not None and scope["method"] == "POST":
             await endpoint(scope, receive, send)
             return
+        if self._worker.is_leaving:
+            send = _closing(send)
         scope["app"] = self  # makes the router raise 404 and 405 instead of answering them itself
         try:
             await self._router(scope, receive, send)
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             headers = [(name.lower().encode(), value.encode()) for name, value in _headers(error).items()]
-            await send_error(send, to_serving_error(error), headers + ([CLOSE] if self._worker.is_leaving else []))
+            await send_error(send, to_serving_error(error), headers)
+
+
+def _closing(send: Send) -> Send:
+    """Close the connection after the answer, so that the client's next request finds another worker."""
+
+    async def send_closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], CLOSE]
+        await send(message)
+
+    return send_closing
 
 
 def _headers(error: Exception) -> dict[str, str]:

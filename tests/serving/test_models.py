@@ -154,7 +154,7 @@ def test_engine_that_fails_on_the_reference_texts_is_refused(bundle: Path, tmp_p
     golden["input_ids"][0, 1] = -100  # a row the embedding table does not have
     np.savez(folder / "golden.npz", **golden)
     rewrite(folder)
-    with pytest.raises(BundleRejected, match="onnxruntime .* fails on"):
+    with pytest.raises(BundleRejected, match=r"onnxruntime .* fails on"):
         load_model(ModelSource(path=folder))
 
 
@@ -192,8 +192,8 @@ def test_engine_asked_for_by_name_loads_or_raises(bundle: Path, tmp_path: Path) 
     folder = copy_bundle(bundle, tmp_path)
     (folder / "model.onnx").write_bytes(b"not a graph")
     rewrite(folder)
-    with pytest.raises(EngineUnavailable, match="onnxruntime .* cannot load"):
+    with pytest.raises(EngineUnavailable, match=r"onnxruntime .* cannot load"):
         load_model(ModelSource(path=folder, engine="onnxruntime"))
     rewrite(folder, engines=engine_entries(folder, "onnxruntime", "openvino"))
-    with pytest.raises(EngineUnavailable, match="no engine of the bundle loads: .*onnxruntime.*openvino"):
+    with pytest.raises(EngineUnavailable, match=r"no engine of the bundle loads: .*onnxruntime.*openvino"):
         load_model(ModelSource(path=folder))
