@@ -121,6 +121,7 @@ class WorkerServer(uvicorn.Server):
             await asyncio.sleep(self.worker.settings.drain_grace_seconds)
         self.worker.refuse()
         await super().shutdown(sockets)
+        await asyncio.gather(*self.server_state.tasks, return_exceptions=True)  # those it cancelled still answer
         if self._loading is not None:
             self._loading.cancel()
         self.worker.close()

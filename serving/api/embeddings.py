@@ -1,5 +1,6 @@
 """The hot path: one ASGI endpoint for every dialect that turns texts into vectors."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
@@ -16,7 +17,7 @@ from serving.api.responses import (
     send_json,
     to_serving_error,
 )
-from serving.errors import STATUS, BodyTooLarge, ClientGone
+from serving.errors import STATUS, BodyTooLarge, ClientGone, NotReady
 from serving.models import LoadedModel
 from serving.service import Embedded, EmbeddingService, EmbedRequest
 from serving.worker import Worker
@@ -48,6 +49,9 @@ class EmbeddingsEndpoint:
             pieces = await self._render(request, service.model, embedded, started)
         except ClientGone:
             self._count_failure(service, _CLIENT_GONE_STATUS, error_code(ClientGone))
+            return
+        except asyncio.CancelledError:  # the drain ran out of time; uncaught, the server would answer in plain text
+            await send_error(send, NotReady("the worker was stopped before the engine answered"), [CLOSE])
             return
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             failed = to_serving_error(error)

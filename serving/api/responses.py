@@ -90,17 +90,18 @@ def error_code(kind: type[Exception]) -> str:
 
 
 def to_serving_error(error: Exception) -> ServingError:
-    """What to tell the client about any exception of a request; what is our fault is logged by type and place.
+    """What to tell the client about any exception of a request.
 
-    The message of an unexpected exception may quote the client's text, so it is neither sent nor logged.
+    One that nobody foresaw is logged by type and place: its message may quote the client's text, so it is neither sent
+    nor logged.
     """
+    if isinstance(error, ServingError):
+        return error
     if isinstance(error, HTTPException):
         return _from_http_exception(error)
-    failed = error if isinstance(error, ServingError) else InternalError("the worker failed: its log names the place")
-    if STATUS[type(failed)] >= 500:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        _log.error("request failed error=%s place=%s:%s", type(error).__name__, place.filename, place.lineno)
-    return failed
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    _log.error("request failed error=%s place=%s:%s", type(error).__name__, place.filename, place.lineno)
+    return InternalError("the worker failed on this request: its log names the place")
 
 
 def _from_http_exception(error: HTTPException) -> ServingError:

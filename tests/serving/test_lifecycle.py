@@ -154,6 +154,18 @@ def test_drain_answers_what_was_accepted_and_refuses_the_rest(bundle: Path, mode
         assert (accepted.result().status_code, late.result().status_code) == (200, 200)
 
 
+def test_drain_that_runs_out_of_time_still_answers_with_an_error(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(model.engine)
+    settings = make_settings(bundle, drain_seconds=1)
+    with serve(settings, with_engine(model, engine)) as (url, server), ThreadPoolExecutor(1) as clients:
+        accepted = clients.submit(embed, url, "red")
+        assert engine.entered.wait(WAIT)
+        server.handle_exit(15, None)
+        answer = accepted.result()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        engine.gate.set()
+
+
 def test_worker_is_unready_while_it_loads(bundle: Path) -> None:
     worker = Worker(make_settings(bundle))
     assert (worker.phase, worker.is_ready, worker.is_healthy) == ("loading", False, True)

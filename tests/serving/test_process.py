@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serving.__main__ import main
 from tests.worker import ROOT, run_worker, worker_environment
 
 HEAVY = (
@@ -170,3 +171,8 @@ def test_second_worker_on_the_same_machine_is_its_own(bundle: Path) -> None:
         assert httpx.post(f"{second.base_url}/api/v1/embed", json={"text": "red"}).status_code == 200
         counts = [line for line in httpx.get(f"{first.base_url}/metrics").text.splitlines() if 'status="200"' in line]
         assert [line.rpartition(" ")[2] for line in counts] == ["0.0"]
+
+
+def test_main_returns_1_for_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--prot", "1"], {}) == 1
+    assert capsys.readouterr().err.startswith("error: command line: unrecognized arguments")
