@@ -12,6 +12,7 @@ ServingError
 ├── NotReady                503  still loading, or draining
 ├── EngineFailed            500  the engine raised or returned a non-finite vector
 ├── DeadlineExceeded        504  the engine did not answer in time
+├── InternalError           500  a defect of the worker itself
 ├── EngineUnavailable       500  the engine asked for cannot be loaded on this node (start-up)
 ├── BundleRejected          500  the bundle is not one this worker can serve (start-up)
 └── ConfigInvalid           500  a setting is unknown or out of range (start-up)
@@ -79,6 +80,10 @@ class DeadlineExceeded(ServingError):
     """The engine did not answer within the deadline."""
 
 
+class InternalError(ServingError):
+    """The worker itself is at fault; the log names the place."""
+
+
 class EngineUnavailable(ServingError):
     """An engine asked for by name cannot be loaded on this node."""
 
@@ -89,6 +94,10 @@ class BundleRejected(ServingError):
 
 class ConfigInvalid(ServingError):
     """A setting is unknown, of the wrong type or out of range."""
+
+
+class ClientGone(Exception):
+    """The client hung up: there is nobody to answer, so this is no ServingError and has no status."""
 
 
 STATUS: dict[type[ServingError], HTTPStatus] = {
@@ -102,6 +111,7 @@ STATUS: dict[type[ServingError], HTTPStatus] = {
     NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
     EngineFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
     DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
+    InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
     EngineUnavailable: HTTPStatus.INTERNAL_SERVER_ERROR,
     BundleRejected: HTTPStatus.INTERNAL_SERVER_ERROR,
     ConfigInvalid: HTTPStatus.INTERNAL_SERVER_ERROR,

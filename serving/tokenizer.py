@@ -40,10 +40,16 @@ class TextTokenizer:
             raise BundleRejected(f"{path} cannot be read as a tokenizer: {error}") from None
         return cls(tokenizer, max_length)
 
-    def encode(self, texts: Sequence[str], truncate: bool = True) -> list[Ids]:
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], truncate: bool = True, param: str = "input") -> list[Ids]:
         """Ids of each text, special tokens included, at most `max_length` long.
 
-        With `truncate=False` a text that does not fit raises InputTooLong, which names its place and length.
+        With `truncate=False` a text that does not fit raises InputTooLong, which names its place and length and
+        reports `param` as the request field at fault.
         """
         cut = [text[: self._max_chars] for text in texts]
         encodings = self._tokenizer.encode_batch_fast(cut)
@@ -51,7 +57,7 @@ class TextTokenizer:
             for index, encoding in enumerate(encodings):
                 dropped = len(texts[index]) > self._max_chars
                 if encoding.overflowing or dropped:
-                    raise InputTooLong(self._describe_too_long(index, len(texts[index]), dropped, encoding), "input")
+                    raise InputTooLong(self._describe_too_long(index, len(texts[index]), dropped, encoding), param)
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def _describe_too_long(self, index: int, chars: int, dropped: bool, encoding: Encoding) -> str:

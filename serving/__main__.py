@@ -1,0 +1,55 @@
+"""`python -m serving --bundle DIR`: the worker's process."""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from prometheus_client import disable_created_metrics
+
+from serving.config import describe_settings, load_settings
+from serving.errors import ServingError
+from serving.server import WorkerServer, base_url, bind
+from serving.worker import Worker
+
+_log = logging.getLogger("serving")
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Serve until a signal. Returns the exit status; what is wrong is one `error:` line on stderr.
+
+    Once requests are welcome, one line on stdout says where: `ready url=... model=... model_version=... engine=...`.
+    """
+    try:
+        settings = load_settings(argv, environ)
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+        )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        _log.info("settings %s", describe_settings(settings))
+        listener = bind(settings)
+        _log.info("listening url=%s", base_url(listener))
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # when a series began nobody asks
+        worker = Worker(settings)
+
+        def announce() -> None:
+            for service in worker.services.values():
+                model = service.model
+                print(
+                    f"ready url={base_url(listener)} model={model.name} model_version={model.manifest.version} "
+                    f"engine={model.engine.runtime.replace(' ', '-')}",
+                    flush=True,
+                )
+
+        server = WorkerServer(worker, announce)
+        server.run(sockets=[listener])
+        if server.failure is not None:
+            raise server.failure
+    except ServingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,0 +1,59 @@
+"""The ASGI application: routes, and the edge where every exception becomes an error object."""
+
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.api.embeddings import native_endpoint, openai_endpoint
+from serving.api.responses import CLOSE, send_error, to_serving_error
+from serving.api.system import system_routes
+from serving.worker import Worker
+
+
+def create_app(worker: Worker) -> ASGIApp:
+    """The application over `worker`, which the caller loads (`worker.load()` or `worker.add(model)`) and closes."""
+    return _Application(worker)
+
+
+class _Application:
+    """Dispatches the hot paths itself, which saves the 10 µs a router takes, and leaves the rest to the router."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._hot: dict[str, ASGIApp] = {
+            "/api/v1/embed": native_endpoint(worker),
+            "/v1/embeddings": openai_endpoint(worker),
+        }
+        hot_routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._hot.items()]
+        self._router = Router([*hot_routes, *system_routes(worker)], redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError(f"the worker speaks HTTP, not {scope['type']}")
+        endpoint = self._hot.get(scope["path"])
+        if endpoint is not None and scope["method"] == "POST":
+            await endpoint(scope, receive, send)
+            return
+        if self._worker.is_leaving:
+            send = _closing(send)
+        scope["app"] = self  # makes the router raise 404 and 405 instead of answering them itself
+        try:
+            await self._router(scope, receive, send)
+        except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
+            headers = [(name.lower().encode(), value.encode()) for name, value in _headers(error).items()]
+            await send_error(send, to_serving_error(error), headers)
+
+
+def _closing(send: Send) -> Send:
+    """Close the connection after the answer, so that the client's next request finds another worker."""
+
+    async def send_closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], CLOSE]
+        await send(message)
+
+    return send_closing
+
+
+def _headers(error: Exception) -> dict[str, str]:
+    """Headers the router wants on its error, such as the Allow of a 405."""
+    return dict(getattr(error, "headers", None) or {})

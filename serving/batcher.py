@@ -1,0 +1,118 @@
+"""Which waiting texts share an engine run. Pure: time comes in as an argument.
+
+The text that is due first is always in. Around it, in order of length, the batch grows while that raises the tokens per
+second the engine is predicted to reach: a longer text pads all others, a run of its own costs the engine's overhead.
+Once the first text is older than the age bound, only texts as old as that are taken, so that nothing younger passes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.request_queue import Item, RequestQueue
+from serving.tokenizer import Ids, pad_batch
+
+# Texts considered for one batch, as a multiple of the largest batch.
+_WINDOW_BATCHES = 4
+MAX_AGE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one engine run may hold, and how long an idle engine waits for more."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+    max_wait_seconds: float = 0.0
+    max_age_seconds: float = MAX_AGE_SECONDS
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Texts that share an engine run. `reason` says why it is not larger: queue, size, tokens or length."""
+
+    items: list[Item]
+    reason: str
+    formed_at: float
+    num_tokens: int
+    padded_tokens: int
+
+    def pad(self) -> tuple[Ids, Ids]:
+        """(input_ids, attention_mask), int64 [B, T]."""
+        return pad_batch([item.ids for item in self.items])
+
+
+class Batcher:
+    """Forms batches from a queue. `overhead_tokens` is what starting an engine run costs, in tokens computed."""
+
+    def __init__(self, queue: RequestQueue, limits: Limits, overhead_tokens: float = 0.0) -> None:
+        self.queue = queue
+        self._limits = limits
+        self._overhead_tokens = overhead_tokens
+
+    def wait_seconds(self, now: float) -> float | None:
+        """How long an idle engine should wait before taking a batch; None while nothing is queued."""
+        oldest = self.queue.oldest_arrival()
+        if oldest is None:
+            return None
+        if self.is_full():
+            return 0.0
+        return max(0.0, oldest + self._limits.max_wait_seconds - now)
+
+    def is_full(self) -> bool:
+        """Whether the queue fills a batch, so that waiting for more cannot improve it."""
+        limits = self._limits
+        return len(self.queue) >= limits.max_batch_size or self.queue.num_tokens >= limits.max_batch_tokens
+
+    def take(self, now: float) -> Batch | None:
+        """Remove the next batch from the queue, shortest text first; None when no client waits."""
+        window = self.queue.peek(_WINDOW_BATCHES * self._limits.max_batch_size)
+        if not window:
+            return None
+        oldest_allowed = now - self._limits.max_age_seconds
+        candidates = window
+        if window[0].due < oldest_allowed:
+            candidates = [item for item in window if item.due < oldest_allowed]
+        candidates = sorted(candidates, key=_length)
+        start, stop, reason = choose_run(
+            [item.length for item in candidates], candidates.index(window[0]), self._limits, self._overhead_tokens
+        )
+        items = candidates[start:stop]
+        self.queue.remove(window, items)
+        num_tokens = sum(item.length for item in items)
+        return Batch(items, reason, now, num_tokens, padded_tokens=items[-1].length * len(items))
+
+
+def choose_run(lengths: Sequence[int], head: int, limits: Limits, overhead_tokens: float) -> tuple[int, int, str]:
+    """Grow `lengths[start:stop]` (ascending) from `head`; returns (start, stop, why it ended).
+
+    A single text longer than the token budget still goes, alone.
+    """
+    start, stop, tokens = head, head + 1, lengths[head]
+    while stop - start < limits.max_batch_size:
+        count, padded = stop - start, lengths[stop - 1] * (stop - start)
+        best, best_tokens, grown = tokens / (overhead_tokens + padded), 0, (start, stop)
+        fits = False
+        for candidate, edge in (((start - 1, stop), start - 1), ((start, stop + 1), stop)):
+            if not 0 <= edge < len(lengths):
+                continue
+            cost = lengths[candidate[1] - 1] * (count + 1)
+            if cost > limits.max_batch_tokens:
+                continue
+            fits = True
+            rate = (tokens + lengths[edge]) / (overhead_tokens + cost)
+            if rate >= best:
+                best, best_tokens, grown = rate, tokens + lengths[edge], candidate
+        if not best_tokens:
+            return start, stop, _stop_reason(start, stop, len(lengths), fits)
+        (start, stop), tokens = grown, best_tokens
+    return start, stop, "size"
+
+
+def _stop_reason(start: int, stop: int, total: int, fits: bool) -> str:
+    if stop - start == total:
+        return "queue"
+    return "length" if fits else "tokens"
+
+
+def _length(item: Item) -> int:
+    return item.length

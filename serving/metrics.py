@@ -1,0 +1,135 @@
+"""Prometheus metrics: names, buckets and labels in one place; children are bound once, off the hot path."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+NO_MODEL = "none"  # label of requests refused before their model was known
+_MODEL_LABELS = ("model", "model_version")
+_LATENCY_BUCKETS = (
+    0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
+    0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
+
+
+class Metrics:
+    """The worker's own registry, so that two workers in one process do not share counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._latency = self._histogram(
+            "akidb_embed_latency_seconds", "From the request's headers to its rendered answer.", _LATENCY_BUCKETS
+        )
+        self.requests = Counter(
+            "akidb_embed_requests_total",
+            "Embedding requests by HTTP status; 499: the client hung up.",
+            (*_MODEL_LABELS, "status"),
+            registry=self.registry,
+        )
+        self.errors = Counter(
+            "akidb_embed_errors_total", "Failed embedding requests by error.", ("error",), registry=self.registry
+        )
+        self._batch_size = self._histogram("akidb_batch_size", "Texts in an engine run.", _SIZE_BUCKETS)
+        self._batch_wait = self._histogram(
+            "akidb_batch_wait_time_seconds", "Wait of a batch's oldest text before its engine run.", _LATENCY_BUCKETS
+        )
+        self._flush = Counter(
+            "akidb_batch_flush_total",
+            "Engine runs by what ended the batch: queue, size, tokens or length.",
+            (*_MODEL_LABELS, "reason"),
+            registry=self.registry,
+        )
+        self._padding = self._histogram(
+            "akidb_padding_ratio", "Part of an engine run's tokens that is padding.", _RATIO_BUCKETS
+        )
+        self._engine = self._histogram("akidb_engine_seconds", "Length of an engine run.", _LATENCY_BUCKETS)
+        self._tokens = Counter(
+            "akidb_tokens_total", "Tokens computed, padding excluded.", _MODEL_LABELS, registry=self.registry
+        )
+        self._queue_depth = self._gauge("akidb_queue_depth", "Texts waiting for the engine.")
+        self._queue_tokens = self._gauge("akidb_queue_tokens", "Tokens waiting for the engine.")
+        self._fallback = Counter(
+            "akidb_engine_fallback_total",
+            "Engines that did not load, so that the next of the bundle was taken.",
+            (*_MODEL_LABELS, "engine"),
+            registry=self.registry,
+        )
+        self._info = Gauge(
+            "akidb_model_info",
+            "1 for each model served.",
+            (*_MODEL_LABELS, "digest", "engine", "precision"),
+            registry=self.registry,
+        )
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, help_text, _MODEL_LABELS, buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(name, help_text, _MODEL_LABELS, registry=self.registry)
+
+    def for_model(self, model: str, version: str) -> "ModelMetrics":
+        """The children of one model, bound once."""
+        return ModelMetrics(self, model, version)
+
+    def count_refusal(self, status: int, error: str) -> None:
+        """Count an embedding request that failed before its model was known."""
+        self.requests.labels(NO_MODEL, NO_MODEL, str(status)).inc()
+        self.errors.labels(error).inc()
+
+    def count_fallback(self, model: str, version: str, engine: str) -> None:
+        """Count an engine that did not load."""
+        self._fallback.labels(model, version, engine).inc()
+
+    def render(self) -> bytes:
+        """The Prometheus text exposition."""
+        return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """Metrics of one model and version."""
+
+    def __init__(self, metrics: Metrics, model: str, version: str) -> None:
+        self._metrics, self._labels = metrics, (model, version)
+        self._latency = metrics._latency.labels(model, version)
+        self._ok = metrics.requests.labels(model, version, "200")
+        self._batch_size = metrics._batch_size.labels(model, version)
+        self._batch_wait = metrics._batch_wait.labels(model, version)
+        self._flush = {
+            reason: metrics._flush.labels(model, version, reason) for reason in ("queue", "size", "tokens", "length")
+        }
+        self._padding = metrics._padding.labels(model, version)
+        self._engine = metrics._engine.labels(model, version)
+        self._tokens = metrics._tokens.labels(model, version)
+
+    def watch_queue(self, depth: Callable[[], float], tokens: Callable[[], float]) -> None:
+        """Read both gauges from the queue whenever they are scraped."""
+        self._metrics._queue_depth.labels(*self._labels).set_function(depth)
+        self._metrics._queue_tokens.labels(*self._labels).set_function(tokens)
+
+    def describe_model(self, digest: str, engine: str, precision: str) -> None:
+        """Say what is served."""
+        self._metrics._info.labels(*self._labels, digest, engine, precision).set(1)
+
+    def count_answer(self, seconds: float) -> None:
+        """Count a request that was answered with vectors."""
+        self._ok.inc()
+        self._latency.observe(seconds)
+
+    def count_failure(self, status: int, error: str) -> None:
+        """Count a request that failed; `error` is the error's code."""
+        self._metrics.requests.labels(*self._labels, str(status)).inc()
+        self._metrics.errors.labels(error).inc()
+
+    def count_batch(self, reason: str, size: int, num_tokens: int, padded_tokens: int, wait_seconds: float) -> None:
+        """Count a batch handed to the engine."""
+        self._flush[reason].inc()
+        self._batch_size.observe(size)
+        self._batch_wait.observe(wait_seconds)
+        self._padding.observe(1 - num_tokens / padded_tokens)
+        self._tokens.inc(num_tokens)
+
+    def count_engine_run(self, seconds: float) -> None:
+        """Count one call of the engine."""
+        self._engine.observe(seconds)

@@ -1,0 +1,85 @@
+"""A tiny bundle, its loaded model, and a real server in a thread."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.config import ModelSource, Settings
+from serving.engines import Engine
+from serving.models import LoadedModel, load_model
+from serving.server import WorkerServer, base_url, bind
+from serving.worker import Worker
+from tests.bundles import make_bundle
+from tests.serving.engines import WrappedEngine
+
+DIMENSION = 8
+MAX_LENGTH = 16
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    make_bundle(folder, dimension=DIMENSION, max_length=MAX_LENGTH)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(bundle: Path) -> LoadedModel:
+    return load_model(ModelSource(path=bundle))
+
+
+def make_settings(bundle: Path, **changes: Any) -> Settings:
+    """Settings of a test's worker: a free port, no grace time."""
+    values = {"port": 0, "drain_grace_seconds": 0, "models": {"available": [{"path": bundle}]}}
+    return Settings.model_validate(values | changes)
+
+
+class PreparedWorker(Worker):
+    """Serves a model that the test prepared."""
+
+    def __init__(self, settings: Settings, prepared: LoadedModel) -> None:
+        super().__init__(settings)
+        self.prepared = prepared
+
+    async def load(self) -> None:
+        self.add(self.prepared)
+
+
+@contextmanager
+def serve(settings: Settings, prepared: LoadedModel) -> Iterator[tuple[str, WorkerServer]]:
+    """A real server in a thread; yields its base URL and itself once it is ready."""
+    listener = bind(settings)
+    ready = threading.Event()
+    server = WorkerServer(PreparedWorker(settings, prepared), ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield base_url(listener), server
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def keep_open(model: LoadedModel) -> LoadedModel:
+    """The same model, for a service that will close its engine although others still use it."""
+    return with_engine(model, WrappedEngine(model.engine))
+
+
+def with_engine(model: LoadedModel, engine: Engine) -> LoadedModel:
+    """The same model on another engine."""
+    return replace(model, engine=engine)
+
+
+@pytest.fixture(scope="module")
+def url(bundle: Path) -> Iterator[str]:
+    """A worker on the tiny bundle, shared by the tests of a module."""
+    own = load_model(ModelSource(path=bundle))
+    with serve(make_settings(bundle), own) as (address, _):
+        yield address

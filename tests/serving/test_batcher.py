@@ -1,0 +1,166 @@
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.batcher import Batch, Batcher, Limits, choose_run
+from serving.request_queue import Item, Request, RequestQueue
+
+RATE = 1000.0
+LIMITS = Limits(max_batch_size=8, max_batch_tokens=64)
+
+requests = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=12)
+
+
+def make_batcher(limits: Limits = LIMITS, overhead_tokens: float = 4.0) -> Batcher:
+    return Batcher(RequestQueue(10**9, 10**9), limits, overhead_tokens)
+
+
+def push(batcher: Batcher, lengths: list[int], arrival: float = 0.0) -> tuple[Request, "Future[None]"]:
+    waiter: Future[None] = Future()
+    request = Request(len(lengths), 1, arrival, waiter)
+    # The first id tells the text's place in its request, so that a swapped answer shows.
+    rows = [np.full(length, index, dtype=np.int64) for index, length in enumerate(lengths)]
+    batcher.queue.push(request, rows, RATE)
+    return request, waiter
+
+
+def answer(batch: Batch) -> None:
+    input_ids, _ = batch.pad()
+    for row, item in enumerate(batch.items):
+        item.request.put(item.index, input_ids[row, :1].astype(np.float32))
+
+
+def key(item: Item) -> tuple[int, int]:
+    return id(item.request), item.index
+
+
+@given(requests, st.floats(0, 1000), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_batcher_loses_nothing_and_answers_each_text_once_in_its_place(
+    lengths: list[list[int]], overhead: float, is_late: bool
+) -> None:
+    batcher = make_batcher(overhead_tokens=overhead)
+    pushed = [push(batcher, each, arrival=0.01 * place) for place, each in enumerate(lengths)]
+    seen: list[tuple[int, int]] = []
+    while (batch := batcher.take(100.0 if is_late else 0.2)) is not None:
+        assert len(batch.items) <= LIMITS.max_batch_size
+        assert batch.padded_tokens <= LIMITS.max_batch_tokens
+        assert batch.pad()[0].size == batch.padded_tokens
+        assert batch.num_tokens == sum(item.length for item in batch.items)
+        seen += [key(item) for item in batch.items]
+        answer(batch)
+    assert len(seen) == len(set(seen)) == sum(map(len, lengths))
+    assert (len(batcher.queue), batcher.queue.num_tokens) == (0, 0)
+    for (request, waiter), each in zip(pushed, lengths, strict=True):
+        assert waiter.result(0) is None
+        assert request.vectors[:, 0].tolist() == list(range(len(each)))
+
+
+@given(requests, st.floats(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_batcher_takes_the_text_due_first_and_nothing_young_while_something_is_old(
+    lengths: list[list[int]], now: float
+) -> None:
+    batcher = make_batcher()
+    for place, each in enumerate(lengths):
+        push(batcher, each, arrival=0.1 * place)
+    while head := batcher.queue.peek(1):
+        batch = batcher.take(now)
+        assert batch is not None
+        assert head[0] in batch.items
+        if now - head[0].due > LIMITS.max_age_seconds:
+            assert all(now - item.due > LIMITS.max_age_seconds for item in batch.items)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.lists(st.integers(1, 40), min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_batcher_serves_the_nth_waiting_text_within_n_batches_whatever_arrives(
+    waiting: list[int], arriving: list[int]
+) -> None:
+    batcher, now = make_batcher(), 0.0
+    targets = {id(push(batcher, [length])[0]) for length in waiting}
+    for _ in waiting:
+        now += 0.01
+        for length in arriving:
+            push(batcher, [length], arrival=now)
+        batch = batcher.take(now)
+        assert batch is not None
+        targets -= {id(item.request) for item in batch.items}
+    assert not targets
+
+
+def test_batcher_serves_a_late_short_request_before_a_large_one_ends() -> None:
+    batcher = make_batcher()
+    push(batcher, [8] * 500)
+    for _ in range(3):
+        assert batcher.take(0.05) is not None
+    late, _ = push(batcher, [8], arrival=0.1)
+    batch = batcher.take(0.1)
+    assert batch is not None
+    assert late in [item.request for item in batch.items]
+
+
+def test_batcher_groups_texts_of_similar_length() -> None:
+    batcher = make_batcher(Limits(32, 10_000), overhead_tokens=8)
+    for place in range(16):
+        push(batcher, [10], arrival=place * 1e-6)
+        push(batcher, [200], arrival=place * 1e-6)
+    batches = [batcher.take(0.1), batcher.take(0.1)]
+    assert [(len(batch.items), batch.reason, batch.padded_tokens - batch.num_tokens) for batch in batches if batch] == [
+        (16, "length", 0),
+        (16, "queue", 0),
+    ]
+
+
+def test_batcher_joins_all_lengths_when_a_run_of_its_own_costs_more() -> None:
+    batcher = make_batcher(Limits(32, 10_000), overhead_tokens=5000)
+    push(batcher, [10] * 8)
+    push(batcher, [200] * 8)
+    batch = batcher.take(0.1)
+    assert batch is not None
+    assert (len(batch.items), batch.padded_tokens) == (16, 3200)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limits", "expected"),
+    [
+        ([5], Limits(8, 64), (0, 1, "queue")),
+        ([5] * 9, Limits(8, 64), (0, 8, "size")),
+        ([20] * 9, Limits(8, 64), (0, 3, "tokens")),
+        ([100], Limits(8, 64), (0, 1, "queue")),
+        ([100, 100], Limits(8, 64), (0, 1, "tokens")),
+        ([5, 60], Limits(8, 1000), (0, 1, "length")),
+    ],
+)
+def test_choose_run_says_why_it_ended(lengths: list[int], limits: Limits, expected: tuple[int, int, str]) -> None:
+    assert choose_run(lengths, 0, limits, overhead_tokens=1) == expected
+
+
+def test_choose_run_grows_to_both_sides_of_the_head() -> None:
+    assert choose_run([1, 9, 10, 11, 60], 2, Limits(8, 1000), overhead_tokens=4) == (1, 4, "length")
+
+
+def test_batcher_drops_dead_clients_and_may_be_left_with_nothing() -> None:
+    batcher = make_batcher()
+    _, waiter = push(batcher, [5, 5])
+    waiter.cancel()
+    assert batcher.take(0.0) is None
+
+
+def test_wait_is_zero_without_a_timer_and_none_when_nothing_is_queued() -> None:
+    batcher = make_batcher()
+    assert batcher.wait_seconds(0.0) is None
+    push(batcher, [5], arrival=3.0)
+    assert batcher.wait_seconds(3.0) == 0.0
+
+
+def test_wait_counts_from_the_oldest_arrival_and_ends_when_a_batch_is_full() -> None:
+    batcher = make_batcher(Limits(4, 64, max_wait_seconds=0.010))
+    push(batcher, [5], arrival=1.0)
+    assert batcher.wait_seconds(1.004) == pytest.approx(0.006)
+    assert batcher.wait_seconds(1.020) == 0.0
+    push(batcher, [5] * 3, arrival=1.003)
+    assert batcher.wait_seconds(1.004) == 0.0

@@ -1,0 +1,97 @@
+"""The OpenAPI document is what the worker does."""
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+
+from serving.api.openapi import build_openapi
+from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS
+
+DOCUMENT = build_openapi("tiny")
+
+
+def schema_of(path: str, verb: str, status: str = "200") -> dict[str, Any]:
+    content = DOCUMENT["paths"][path][verb]["responses"][status]["content"]
+    schema: dict[str, Any] = next(iter(content.values()))["schema"]
+    return schema
+
+
+KINDS = {"string": str, "integer": int, "number": int | float, "boolean": bool, "null": type(None)}
+
+
+def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether `value` fits the part of JSON Schema this document uses."""
+    if "$ref" in schema:
+        schema = DOCUMENT["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    if "const" in schema:
+        return bool(value == schema["const"])
+    if "type" not in schema:
+        return sum(conforms(value, option) for option in schema["oneOf"]) == 1
+    if schema["type"] == "array":
+        return isinstance(value, list) and all(conforms(item, schema["items"]) for item in value)
+    if schema["type"] == "object":
+        return isinstance(value, dict) and object_conforms(value, schema)
+    names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    return any(isinstance(value, KINDS[name]) for name in names)
+
+
+def object_conforms(value: dict[str, Any], schema: dict[str, Any]) -> bool:
+    known, required = schema["properties"], set(schema["required"])
+    return required <= value.keys() <= known.keys() and all(conforms(value[name], known[name]) for name in value)
+
+
+@pytest.mark.parametrize("path", ["/api/v1/embed", "/v1/embeddings"])
+def test_examples_work_and_are_answered_as_documented(url: str, path: str) -> None:
+    content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    for name, example in content["examples"].items():
+        assert conforms(example["value"], content["schema"]), name
+        answer = httpx.post(url + path, json=example["value"])
+        assert answer.status_code == 200, (name, answer.text)
+        assert conforms(answer.json(), schema_of(path, "post")), name
+
+
+@pytest.mark.parametrize("path", [path for path, verbs in DOCUMENT["paths"].items() if "get" in verbs])
+def test_get_paths_are_answered_as_documented(url: str, path: str) -> None:
+    answer = httpx.get(url + path.replace("{model}", "tiny"))
+    assert answer.status_code == 200
+    is_json = answer.headers["content-type"] == "application/json"
+    assert conforms(answer.json() if is_json else answer.text, schema_of(path, "get"))
+
+
+def test_errors_are_answered_as_documented(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/embeddings", json={})
+    assert conforms(answer.json(), schema_of("/v1/embeddings", "post", "400"))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "least"),
+    [
+        ("/api/v1/embed", NATIVE_FIELDS, {"text": "red"}),
+        ("/v1/embeddings", OPENAI_FIELDS, {"input": "red", "model": "tiny"}),
+    ],
+)
+def test_parser_accepts_the_documented_fields_and_requires_the_required(
+    url: str, path: str, fields: dict[str, Any], least: dict[str, Any]
+) -> None:
+    schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    documented = DOCUMENT["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    assert documented["properties"].keys() == fields.keys()
+    samples = {"string": "query", "integer": 3, "boolean": True, "array": ["red"]}
+    for name, field in fields.items():
+        value = field.get("default", field["enum"][0] if "enum" in field else samples.get(field.get("type", "")))
+        given = "tiny" if name == "model" else value
+        body = {name: given} if name == "texts" else {**least, name: given or least.get(name)}
+        assert httpx.post(url + path, json=body).status_code == 200, name
+    for name in documented["required"]:
+        assert httpx.post(url + path, json={key: least[key] for key in least if key != name}).status_code == 400
+
+
+def test_document_and_page_are_served(url: str) -> None:
+    assert httpx.get(f"{url}/openapi.json").json() == DOCUMENT
+    page = httpx.get(f"{url}/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "openapi.json" in page.text
+    # Nothing is loaded from elsewhere: no address with a host, no import, no style sheet.
+    assert not re.search(r"https?://|src=|@import|rel=.stylesheet", page.text)

@@ -1,0 +1,254 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    EngineFailed,
+    InputTooLong,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+)
+from serving.metrics import Metrics
+from serving.models import LoadedModel
+from serving.service import EmbeddingService, EmbedRequest, shorten
+from tests.serving.conftest import keep_open, make_settings, with_engine
+from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, raise_on
+
+CAT = 12
+WAIT = 10
+
+
+def ask(*texts: str, **options: Any) -> EmbedRequest:
+    return EmbedRequest(list(texts), is_single=len(texts) == 1, param="texts", **options)
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Bench:
+    """A service on its own loop, with a clock the test moves."""
+
+    bundle: Path
+    model: LoadedModel
+    batching: dict[str, int] | None = None
+
+    def run(self, body: Callable[[EmbeddingService, Clock], Awaitable[None]]) -> Metrics:
+        metrics, clock = Metrics(), Clock()
+
+        async def main() -> None:
+            settings = make_settings(self.bundle, request_timeout_seconds=5, batching=self.batching or {})
+            service = EmbeddingService(keep_open(self.model), settings, metrics.for_model("tiny", "1"), clock)
+            service.start()
+            try:
+                await asyncio.wait_for(body(service, clock), WAIT)
+            finally:
+                service.close()
+
+        asyncio.run(main())
+        return metrics
+
+
+async def wait_for(event: Any) -> None:
+    assert await asyncio.to_thread(event.wait, WAIT)
+
+
+def test_batch_equals_its_singles(bundle: Path, model: LoadedModel) -> None:
+    texts = ["hello", "red cat runs", "one two three four five six", "world " * 12]
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        batch = await service.embed(ask(*texts))
+        singles = [(await service.embed(ask(text))).vectors[0] for text in texts]
+        np.testing.assert_allclose(batch.vectors, singles, rtol=1e-5, atol=1e-6)  # direction and norm
+        assert batch.num_tokens == 3 + 5 + 8 + 14
+
+    Bench(bundle, model).run(body)
+
+
+def test_dimensions_keep_the_first_values_at_unit_length(bundle: Path, model: LoadedModel) -> None:
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        full = (await service.embed(ask("red cat"))).vectors[0]
+        cut = (await service.embed(ask("red cat", dimensions=3))).vectors[0]
+        np.testing.assert_allclose(cut, full[:3] / np.linalg.norm(full[:3]), rtol=1e-6)
+        same = (await service.embed(ask("red cat", dimensions=8))).vectors[0]
+        assert same.tolist() == full.tolist()
+        for wrong in (0, 9, -1):
+            with pytest.raises(InvalidRequest, match=f"dimensions is {wrong}, limits 1 and 8"):
+                await service.embed(ask("red", dimensions=wrong))
+
+    Bench(bundle, model).run(body)
+
+
+def test_shorten_leaves_a_zero_vector_finite() -> None:
+    assert shorten(np.zeros((1, 4), dtype=np.float32), 2).tolist() == [[0, 0]]
+
+
+def test_prompt_is_put_before_each_text(bundle: Path, model: LoadedModel) -> None:
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        prompted = await service.embed(ask("cat", "dog", prompt="query"))
+        spelled = await service.embed(ask("red cat", "red dog"))
+        assert prompted.vectors.tolist() == spelled.vectors.tolist()
+        with pytest.raises(InvalidRequest, match="query"):
+            await service.embed(ask("cat", prompt="passage"))
+
+    Bench(bundle, model).run(body)
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_long_text_is_cut_or_refused(bundle: Path, model: LoadedModel, count: int) -> None:
+    texts = ["hello"] * (count - 1) + ["world " * 40]
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        assert (await service.embed(ask(*texts))).num_tokens == 3 * (count - 1) + 16
+        with pytest.raises(InputTooLong, match=f"text {count - 1} has 42 tokens, limit 16") as raised:
+            await service.embed(ask(*texts, truncate=False))
+        assert raised.value.param == "texts"
+
+    Bench(bundle, model).run(body)
+
+
+def test_request_larger_than_every_limit_is_split(bundle: Path, model: LoadedModel) -> None:
+    engine = WrappedEngine(model.engine)
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        embedded = await service.embed(ask(*["hello world"] * 500))
+        assert embedded.vectors.shape == (500, 8)
+
+    batching = {"max_batch_size": 16, "max_queue_size": 20, "max_queue_tokens": 50}
+    Bench(bundle, with_engine(model, engine), batching).run(body)
+    assert max(size for size, _ in engine.shapes) == 16
+
+
+def test_overloaded_when_the_queue_it_finds_is_full(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(model.engine)
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        running = asyncio.create_task(service.embed(ask("red")))
+        await wait_for(engine.entered)
+        queued = asyncio.create_task(service.embed(ask(*["red"] * 4)))
+        await asyncio.sleep(0)
+        for request in (ask("red"), ask(*["red"] * 100)):
+            with pytest.raises(Overloaded) as raised:
+                await service.embed(request)
+            assert raised.value.retry_after_seconds >= 1
+        engine.gate.set()
+        await asyncio.gather(running, queued)
+        await service.embed(ask("red"))
+
+    Bench(bundle, with_engine(model, engine), {"max_queue_size": 4}).run(body)
+
+
+def test_deadline_fails_the_request_and_the_engine_counts_as_stuck(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(model.engine)
+
+    async def body(service: EmbeddingService, clock: Clock) -> None:
+        stuck = asyncio.create_task(service.embed(ask("red")))
+        await wait_for(engine.entered)
+        assert service.is_healthy()
+        clock.now = 5.01
+        with pytest.raises(DeadlineExceeded, match="within 5 s"):
+            await stuck
+        assert not service.is_healthy()
+        with pytest.raises(NotReady, match="does not answer"):
+            await service.embed(ask("red"))
+        engine.gate.set()
+
+    Bench(bundle, with_engine(model, engine)).run(body)
+
+
+def test_work_of_a_client_that_hangs_up_is_dropped(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(model.engine)
+
+    async def body(service: EmbeddingService, clock: Clock) -> None:
+        hung_up = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await hung_up.wait()
+            return {"type": "http.disconnect"}
+
+        running = asyncio.create_task(service.embed(ask("red")))
+        await wait_for(engine.entered)
+        gone = asyncio.create_task(service.embed(ask("cat", "dog"), receive))
+        await asyncio.sleep(0)
+        clock.now = 1.0  # long enough for the client to be watched
+        hung_up.set()
+        with pytest.raises(ClientGone):
+            await gone
+        engine.gate.set()
+        await running
+        await service.embed(ask("blue"))
+
+    Bench(bundle, with_engine(model, engine)).run(body)
+    assert sum(size for size, _ in engine.shapes) == 2
+
+
+def test_cancelled_request_leaves_no_work(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(model.engine)
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        running = asyncio.create_task(service.embed(ask("red")))
+        await wait_for(engine.entered)
+        cancelled = asyncio.create_task(service.embed(ask("cat", "dog")))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        engine.gate.set()
+        await running
+
+    Bench(bundle, with_engine(model, engine)).run(body)
+    assert sum(size for size, _ in engine.shapes) == 1
+
+
+def test_poison_text_fails_its_request_and_names_its_place(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(FaultyEngine(model.engine, raise_on(CAT)))
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        running = asyncio.create_task(service.embed(ask("red")))
+        await wait_for(engine.entered)
+        poisoned = asyncio.create_task(service.embed(ask("red", "cat", "dog")))
+        healthy = asyncio.create_task(service.embed(ask("blue", "dog")))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        with pytest.raises(EngineFailed, match=r"^text 1: "):
+            await poisoned
+        assert (await healthy).vectors.shape == (2, 8)
+        await running
+
+    Bench(bundle, with_engine(model, engine)).run(body)
+
+
+def test_batches_are_counted(bundle: Path, model: LoadedModel) -> None:
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        await service.embed(ask("red cat", "dog"))
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, {"model": "tiny", "model_version": "1"} | labels)
+
+    metrics = Bench(bundle, model).run(body)
+    assert value("akidb_tokens_total") == 7
+    assert value("akidb_engine_seconds_count") == value("akidb_batch_size_count")
+    assert value("akidb_batch_size_sum") == 2
+    assert value("akidb_queue_depth") == value("akidb_queue_tokens") == 0
+
+
+def test_validation_compares_the_live_engine_with_the_teacher(bundle: Path, model: LoadedModel) -> None:
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        cosines = await service.validate()
+        assert cosines.shape == (64,)
+        np.testing.assert_allclose(cosines, 1, atol=1e-6)
+
+    Bench(bundle, model).run(body)
