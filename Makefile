@@ -38,6 +38,7 @@ check: $(STAMP) ## Linters, types and import contracts; changes nothing
 fix: $(STAMP) ## Let the linter and the formatter mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m tests.reference
 
 bench: $(STAMP) ## Measure; rows are appended to benchmarks/results
 	$(BIN)/python -m benchmarks.bench_variants

@@ -80,12 +80,12 @@ class GateRecord(_Record):
 class GateLimits(_Record):
     """The default gate's thresholds: losses as a share of the teacher's score (0.01 = 1 %), ratios to the champion."""
 
-    cosine_mean_pass: float = Field(default=0.99, ge=-1, le=1)
-    cosine_mean_caution: float = Field(default=0.98, ge=-1, le=1)
-    max_task_loss: float = 0.01
-    max_champion_latency_ratio: float = Field(default=1.05, gt=0)
-    min_champion_throughput_ratio: float = Field(default=0.95, gt=0)
-    tasks: tuple[str, ...] = ("ndcg_at_10", "recall_at_10")
+    cosine_mean_pass: float = Field(default=0.99, ge=-1, le=1, description="mean cosine to the teacher that passes")
+    cosine_mean_caution: float = Field(default=0.98, ge=-1, le=1, description="mean cosine below which it fails")
+    max_task_loss: float = Field(default=0.01, description="largest loss on a task, as a share of the teacher's score")
+    max_champion_latency_ratio: float = Field(default=1.05, gt=0, description="most median latency over the champion's")
+    min_champion_throughput_ratio: float = Field(default=0.95, gt=0, description="least throughput over the champion's")
+    tasks: tuple[str, ...] = Field(default=("ndcg_at_10", "recall_at_10"), description="tasks whose loss is checked")
 
     @model_validator(mode="after")
     def _caution_is_below_pass(self) -> Self:

@@ -1,0 +1,43 @@
+"""Benchmark rows: one JSON object a measurement, appended, never edited."""
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tasks.artifacts import library_versions
+from tasks.hardware import describe_hardware
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extra: Any) -> dict[str, Any]:
+    """A row with hardware, versions, commit and date; `extra` may hold system, p50, p95, p99, baseline and its value."""
+    baseline = extra.get("baseline_value")
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "bench": bench,
+        "system": "thorforge",
+        "case": case,
+        "metric": metric,
+        "unit": unit,
+        "value": value,
+        **extra,
+        **({"ratio": value / baseline} if baseline else {}),
+        "hardware": describe_hardware(),
+        "versions": library_versions(),
+        "commit": commit.stdout.strip() + ("+changes" if dirty else ""),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def append_rows(bench: str, rows: list[dict[str, Any]], out: Path | None = None) -> Path:
+    """Append `rows` to results/<bench>.jsonl (or `out`) and print them as the last line of stdout."""
+    path = out or RESULTS / f"{bench}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    print(json.dumps(rows, sort_keys=True))
+    return path

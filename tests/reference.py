@@ -1,0 +1,97 @@
+"""Renders docs/reference.md from the code: `python -m tests.reference` writes it, a test checks that it is current."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel
+
+import registry.errors
+import tasks.errors
+from flows.config import OptimizeConfig
+from registry.gate import GateLimits
+from serving.config import iterate_keys
+from serving.errors import STATUS
+from serving.metrics import Metrics
+
+PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
+
+
+def render_reference() -> str:
+    """Every setting, error and metric, as Markdown."""
+    return "\n".join(
+        (
+            "# Reference",
+            "",
+            "Written from the code by `make fix`; a test keeps it current.",
+            "",
+            "## Settings of the pipeline: `thorforge.toml`",
+            "",
+            *_table(("key", "default", "meaning"), _fields("optimize", OptimizeConfig)),
+            *_table(("key", "default", "meaning"), _fields("optimize.gate", GateLimits)),
+            "## Settings of the worker: `config.toml`, environment, flags",
+            "",
+            *_table(
+                ("key", "variable", "flag", "default", "meaning"),
+                (
+                    (f"`{k.name}`", f"`{k.variable}`", f"`{k.flag}`", f"`{k.default}`", k.description)
+                    for k in iterate_keys()
+                ),
+            ),
+            "## Errors of the worker",
+            "",
+            *_table(
+                ("error", "status", "when"),
+                ((e.__name__, f"{status.value} {status.phrase}", _summary(e)) for e, status in STATUS.items()),
+            ),
+            "## Errors of the pipeline and the registry",
+            "",
+            *_table(
+                ("error", "when"),
+                ((e.__name__, _summary(e)) for e in (*_leaves(tasks.errors), *_leaves(registry.errors))),
+            ),
+            "## Metrics of the worker",
+            "",
+            *_table(("metric", "kind", "labels", "meaning"), _metrics()),
+        )
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _fields(section: str, model: type[BaseModel]) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if not isinstance(default, BaseModel):
+            shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            rows.append((f"`{section}.{name}`", f"`{shown}`", field.description or ""))
+    return rows
+
+
+def _leaves(module: object) -> list[type[Exception]]:
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Exception)]
+    return [
+        c for c in classes if not c.__subclasses__() or all(s.__module__ != c.__module__ for s in c.__subclasses__())
+    ]
+
+
+def _summary(kind: type) -> str:
+    return " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+
+
+def _metrics() -> list[tuple[str, str, str, str]]:
+    metrics = Metrics()
+    rows = []
+    for collector in metrics.registry._collector_to_names:
+        family = next(iter(collector.describe()))
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = ", ".join(getattr(collector, "_labelnames", ()))
+        rows.append((f"`{name}`", family.type, labels, family.documentation))
+    return sorted(rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_reference(), encoding="utf-8")

@@ -1,0 +1,72 @@
+"""The documents say what is so: file tree, commands, settings, errors, metrics."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from flows.cli import app
+from flows.config import Settings
+from serving.config import build_parser
+from tests.reference import PAGE, render_reference
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of the README in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_reference_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render_reference(), "run make fix"
+
+
+def test_every_setting_says_what_it_means() -> None:
+    assert "|  |" not in render_reference()
+
+
+def test_readme_tree_lists_every_module() -> None:
+    listed = {}
+    for line in blocks("text")[-1].splitlines():
+        if match := re.match(r"(\w+(?:/\w+)*)/\s+(.*)", line):
+            folder = match[1]
+            listed[folder] = set(re.sub(r"\(.*?\)", "", match[2]).split())
+    for folder in ("flows", "tasks", "serving", "serving/api", "serving/engines", "registry"):
+        modules = {path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
+        assert listed[folder] == modules, folder
+
+
+def test_readme_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z0-9]+)", README))
+    assert named <= targets
+    assert {"demo", "test", "e2e", "ui", "check", "fix", "bench", "help"} <= targets
+
+
+def test_readme_commands_parse() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    lines = [line for block in blocks("sh") for line in block.splitlines() if "bin/thorforge" in line]
+    assert lines
+    for line in lines:
+        name, *arguments = shlex.split(line)[1:]
+        assert name in commands, line
+        if name == "serve":
+            build_parser().parse_args(arguments)
+
+
+def test_readme_settings_are_accepted() -> None:
+    (settings,) = blocks("toml")
+    assert Settings.model_validate(tomllib.loads(settings))
+
+
+@pytest.mark.parametrize(
+    "page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
