@@ -1,7 +1,7 @@
 """Every variant of MiniLM: quality against the teacher and speed against torch fp32, on this machine, alone.
 
-`python -m benchmarks.bench_variants [--data DIR] [--out FILE]`: with `--data`, a folder holding `sts/stsb_dev.tsv` and the BEIR folder
-`retrieval/scifact`, each published bundle is scored on both as well. Every step is run anew.
+`python -m benchmarks.bench_variants [--data DIR] [--out FILE]`: with `--data`, a folder holding `sts/stsb_dev.tsv` and
+the BEIR folder `retrieval/scifact`, the published bundle is scored on both as well. Every step is run anew.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from benchmarks.rows import append_rows, make_row
 from flows.environment import prepare_environment
 from registry.client import pull
 from registry.store import FolderStore
-from tasks.state import state_dir
+from tasks.state import default_registry, state_dir
 
 _NAME = "all-MiniLM-L6-v2"
 
@@ -28,13 +28,12 @@ def main() -> int:
     from flows.config import OptimizeConfig  # noqa: PLC0415  Prefect reads the environment at import
     from flows.run import print_outcome, run_optimize  # noqa: PLC0415
 
-    config = OptimizeConfig(name=_NAME)
-    outcome = run_optimize(config, refresh=True)
+    outcome = run_optimize(OptimizeConfig(name=_NAME), refresh=True)
     print_outcome(outcome, as_json=False)
     rows = [row for judged in outcome.study.judged for row in _variant_rows(judged, outcome.study.speeds)]
     if arguments.data and outcome.published:
         bundle = state_dir() / "bench" / outcome.published.digest
-        pull(FolderStore(config.registry), _NAME, outcome.published.digest, bundle)
+        pull(FolderStore(default_registry()), _NAME, outcome.published.digest, bundle)
         rows += _data_rows(outcome.published.variant, bundle, outcome.study.teacher.folder, arguments.data)
     append_rows("variants", rows, arguments.out)
     return 0

@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extra: Any) -> dict[str, Any]:
-    """A row with hardware, versions, commit and date; `extra` may hold system, p50, p95, p99, baseline and its value."""
+    """A row with hardware, versions, commit and date; `extra` may hold system, p50, p95, p99, baseline, config."""
     baseline = extra.get("baseline_value")
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()

@@ -41,8 +41,8 @@ class OptimizeConfig(BaseModel):
         description="which variants to build",
     )
     calibration_size: int = Field(default=300, ge=1, description="texts that static quantisation is calibrated on")
-    registry: Path = Field(default=Path(".thorforge/registry"), description="the folder registry to publish to")
-    tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in .thorforge/mlflow")
+    registry: Path | None = Field(default=None, description="folder registry; by default registry of the state folder")
+    tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
 
 

@@ -17,7 +17,7 @@ import psutil
 from flows.environment import prepare_environment
 from registry.client import pull
 from registry.store import FolderStore
-from tasks.state import state_dir
+from tasks.state import default_registry, state_dir
 
 _NAME = "all-MiniLM-L6-v2"
 _SENTENCE = "The quick brown fox jumps over the lazy dog."
@@ -68,7 +68,7 @@ def main() -> int:
         print("error: no candidate passes the gate, so there is nothing to serve", file=sys.stderr)
         return 3
     bundle = state_dir() / "demo" / outcome.published.digest
-    pull(FolderStore(Path(".thorforge/registry")), _NAME, outcome.published.digest, bundle)
+    pull(FolderStore(default_registry()), _NAME, outcome.published.digest, bundle)
     with serve(bundle) as (url, cold_start):
         vector = httpx.post(f"{url}/api/v1/embed", json={"text": _SENTENCE}, trust_env=False).raise_for_status().json()
     cosine = _cosine_vs_teacher(outcome.study.teacher.folder, vector["embedding"])

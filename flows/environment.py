@@ -7,7 +7,7 @@ import os
 
 import psutil
 
-from tasks.state import describe_process, is_dead, state_dir
+from tasks.state import REGISTRY_VARIABLE, default_registry, describe_process, is_dead, state_dir
 
 _OWNER_VARIABLE = "THORFORGE_OWNER"
 
@@ -24,6 +24,7 @@ def prepare_environment() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
+        REGISTRY_VARIABLE: str(default_registry()),
         # Inherited by the temporary Prefect server, so that the next run can tell whose it was.
         _OWNER_VARIABLE: describe_process(os.getpid()),
     }

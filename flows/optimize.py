@@ -24,7 +24,7 @@ from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, p
 from tasks.quantize import VARIANTS, quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
-from tasks.state import state_dir
+from tasks.state import default_registry, state_dir
 from tasks.teacher import embed_teacher, load_teacher
 from tasks.tracking import Tracker, default_tracking_uri, track_run
 
@@ -61,7 +61,8 @@ def optimize(config: OptimizeConfig) -> Outcome:
         candidates = [future.result() for future in building]
 
         # Alone on the machine: every candidate is judged by now.
-        champion = pull_champion(config.registry, teacher.name)
+        registry = config.registry or default_registry()
+        champion = pull_champion(registry, teacher.name)
         speeds = benchmark(candidates, teacher, corpus, describe_hardware(), champion)
 
         study = Study(
@@ -76,7 +77,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
         if winner := choose(study.judged):
             origin = Origin(mlflow_run_id=tracker.run_id, git_commit=find_git_commit())
             bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
-            published = publish(bundle, winner.name, config.registry)
+            published = publish(bundle, winner.name, registry)
 
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
         _track(tracker, study, published, bundle, page)

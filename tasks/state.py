@@ -7,11 +7,17 @@ from pathlib import Path
 import psutil
 
 STATE_VARIABLE = "THORFORGE_HOME"
+REGISTRY_VARIABLE = "THORFORGE_REGISTRY"
 
 
 def state_dir() -> Path:
     """Where thorforge keeps all its state: `$THORFORGE_HOME`, by default `.thorforge` of the working folder."""
     return Path(os.environ.get(STATE_VARIABLE, ".thorforge")).absolute()
+
+
+def default_registry() -> Path:
+    """The folder registry: `$THORFORGE_REGISTRY`, by default `registry` of the state folder."""
+    return Path(os.environ.get(REGISTRY_VARIABLE) or state_dir() / "registry")
 
 
 def describe_process(pid: int) -> str:

@@ -39,9 +39,11 @@ def worker_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
 
 
 @contextmanager
-def run_worker(bundle: Path, *args: str, env: Mapping[str, str] | None = None) -> Iterator[RunningWorker]:
+def run_worker(
+    bundle: Path, *args: str, env: Mapping[str, str] | None = None, python: str = sys.executable
+) -> Iterator[RunningWorker]:
     """Serve `bundle` on a free port and yield once it is ready; ends with SIGTERM unless it ended already."""
-    command = [sys.executable, "-m", "serving", "--bundle", str(bundle), "--port", "0", *args]
+    command = [python, "-m", "serving", "--bundle", str(bundle), "--port", "0", *args]
     if "--drain-grace-seconds" not in args:
         command += ["--drain-grace-seconds", "0"]
     with (

@@ -1,0 +1,70 @@
+"""What people look at: the MLflow compare view, the HTML report and the Prefect pages, in a real browser."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.e2e.conftest import Project
+from tests.servers import free_port, run_mlflow_server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
+
+_PAGE_MILLISECONDS = 60_000
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """A page of headless Chromium."""
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
+        opened = browser.new_page(viewport={"width": 1600, "height": 1200})
+        opened.set_default_timeout(_PAGE_MILLISECONDS)
+        yield opened
+        browser.close()
+
+
+def test_mlflow_compares_the_candidates(
+    page: Page, project: Project, optimized: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    uri = f"sqlite:///{project.folder}/mlflow/mlflow.db"
+    with run_mlflow_server(uri, project.env, free_port()) as url:
+        client = MlflowClient(url)
+        experiment = client.get_experiment_by_name("optimize")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        parent = next(run for run in runs if run.data.tags.get("chosen") == optimized["published"]["name"])
+        children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert {run.info.run_name for run in children} == {candidate["name"] for candidate in optimized["candidates"]}
+        assert len({frozenset(run.data.metrics) for run in [parent, *children]}) == 1
+        artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+        assert {"pareto.png", "latency_cdf.png", "report.html", "manifest.json"} <= artifacts
+        (version,) = client.search_model_versions(f"name = '{optimized['model']}' and run_id = '{parent.info.run_id}'")
+        assert version.tags["digest"] == optimized["published"]["digest"]
+
+        selected = json.dumps([run.info.run_id for run in children])
+        page.goto(f'{url}/#/compare-runs?runs={selected}&experiments=["{experiment.experiment_id}"]')
+        expect(page.get_by_text("Comparing 5 Runs from 1 Experiment")).to_be_visible(timeout=_PAGE_MILLISECONDS)
+        for name in ("int8-openvino", "bf16-openvino", "quality.cosine_mean", "speed.throughput_per_s"):
+            expect(page.get_by_text(name, exact=True).first).to_be_attached(timeout=_PAGE_MILLISECONDS)
+        page.screenshot(path=tmp_path_factory.mktemp("screens") / "compare.png")
+
+
+def test_report_reads_without_network_or_script(page: Page, optimized: dict[str, Any]) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    report = Path(optimized["report"]).as_uri()
+    page.goto(report)
+    assert asked == [report]
+    expect(page.get_by_role("heading", name=optimized["model"])).to_be_visible()
+    for candidate in optimized["candidates"]:
+        expect(page.get_by_role("cell", name=candidate["name"], exact=True)).to_be_visible()
+    assert page.locator("figure svg").count() == 2
+    box = page.locator("table").bounding_box()
+    assert box is not None
+    assert box["width"] <= 1600
