@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.config import OptimizeConfig
 from flows.environment import end_orphans
@@ -20,7 +20,7 @@ from tasks.report import result_rows
 from tasks.select import SELECTION_RULE, Judged
 
 # What fits a terminal of 80 columns; the HTML report has the rest.
-_COLUMNS = ("candidate", "verdict", "cosine mean", "nDCG@10 loss", "p50 ms", "texts/s", "× torch", "MB")
+_COLUMNS = ("candidate", "verdict", "cosine", "nDCG loss %", "p50 ms", "texts/s", "× torch", "MB")
 _OUR_ERRORS = (TaskError, RegistryError, ServingError)
 
 
@@ -39,7 +39,12 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         sys.stdout.write(json.dumps(describe_outcome(outcome)) + "\n")
         return
     console = Console()
-    table = Table(*_COLUMNS, title=f"{outcome.study.teacher.name} on {outcome.study.corpus_uri}", box=SIMPLE)
+    table = Table(
+        *(Column(name, no_wrap=True) for name in _COLUMNS),
+        title=f"{outcome.study.teacher.name} on {outcome.study.corpus_uri}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for row in result_rows(outcome.study.judged):
         table.add_row(*(row[name] for name in _COLUMNS), style=None if row["verdict"] == "pass" else "dim")
     console.print(table)

@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,14 @@ from tasks.teacher import Teacher, load_sentence_transformer
 TORCH = "fp32-torch"
 CHAMPION = "champion"
 BATCH_SIZE = 32
-_ROUNDS = 8
-_TEXTS_PER_TURN = 25
+_ROUNDS = 6
+_TEXTS_PER_TURN = 34
 _NUM_BATCHES = 16
 _WARM_UP = 3
 
 Batch = tuple[Ids, Ids]
 Run = Callable[[Ids, Ids], object]
+System = Callable[[], AbstractContextManager[Run]]
 
 
 class Speed(BaseModel):
@@ -88,22 +90,22 @@ def benchmark(
 ) -> SpeedReport:
     """Time every candidate, torch fp32 and the champion bundle (if any) in turns, so that all meet the same weather.
 
-    Each turn begins with untimed calls, because the system before it leaves threads spinning and caches cold.
+    Each turn begins with untimed calls, because caches are cold and the first call of a shape is the slowest.
     """
     tokenizer = TextTokenizer.from_folder(candidates[0].artifact.folder, teacher.max_seq_length)
     ids = sample_ids(tokenizer, corpus)
     singles, batches = _single_batches(ids), _sorted_batches(ids)
-    latencies: dict[str, list[float]] = {}
-    throughputs: dict[str, list[float]] = {}
-    with ExitStack() as stack, progress("benchmark", _ROUNDS) as advance:
-        systems = _open_systems(stack, candidates, teacher, champion)
+    systems = _systems(candidates, teacher, champion)
+    latencies: dict[str, list[float]] = {name: [] for name in systems}
+    throughputs: dict[str, list[float]] = {name: [] for name in systems}
+    with progress("benchmark", _ROUNDS * len(systems)) as advance:
         for turn in range(_ROUNDS):
+            part = singles[turn * _TEXTS_PER_TURN : (turn + 1) * _TEXTS_PER_TURN]
             for name in _rotate(list(systems), turn):
-                part = singles[turn * _TEXTS_PER_TURN : (turn + 1) * _TEXTS_PER_TURN]
-                latencies.setdefault(name, []).extend(1e3 * t for t in _time_calls(systems[name], part))
-                seconds = sum(_time_calls(systems[name], batches))
-                throughputs.setdefault(name, []).append(BATCH_SIZE * len(batches) / seconds)
-            advance(1)
+                with systems[name]() as run:
+                    latencies[name].extend(1e3 * seconds for seconds in _time_calls(run, part))
+                    throughputs[name].append(BATCH_SIZE * len(batches) / sum(_time_calls(run, batches)))
+                advance(1)
     peaks = {c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates}
     speeds = {
         name: Speed(
@@ -139,16 +141,23 @@ def _sorted_batches(ids: list[Ids]) -> list[Batch]:
     return [pad_batch(ordered[start : start + BATCH_SIZE]) for start in range(0, len(ordered), BATCH_SIZE)]
 
 
-def _open_systems(
-    stack: ExitStack, candidates: list[Candidate], teacher: Teacher, champion: Path | None
-) -> dict[str, Run]:
-    systems: dict[str, Run] = {TORCH: _torch_run(teacher)}
+def _systems(candidates: list[Candidate], teacher: Teacher, champion: Path | None) -> dict[str, System]:
+    """What takes turns, by name."""
+    systems: dict[str, System] = {TORCH: _torch_system(teacher)}
     folders = [(c.variant.name, c.artifact.folder, c.engine) for c in candidates]
     for name, folder, entry in (*folders, *_champion_entry(champion)):
-        engine = open_engine(folder, entry)
-        stack.callback(engine.close)
-        systems[name] = engine.embed
+        systems[name] = partial(_open_for_turn, folder, entry)
     return systems
+
+
+@contextmanager
+def _open_for_turn(folder: Path, entry: EngineEntry) -> Iterator[Run]:
+    """Open the engine for one turn only: its memory and its spinning threads are gone when the next one runs."""
+    engine = open_engine(folder, entry)
+    try:
+        yield engine.embed
+    finally:
+        engine.close()
 
 
 def _champion_entry(champion: Path | None) -> Iterator[tuple[str, Path, EngineEntry]]:
@@ -156,7 +165,8 @@ def _champion_entry(champion: Path | None) -> Iterator[tuple[str, Path, EngineEn
         yield CHAMPION, champion, read_manifest(champion).engines[0]
 
 
-def _torch_run(teacher: Teacher) -> Run:
+def _torch_system(teacher: Teacher) -> System:
+    """sentence-transformers in fp32, loaded once: its memory is small and loading takes seconds."""
     import torch  # noqa: PLC0415  seconds that a cached run need not pay
 
     model = load_sentence_transformer(teacher.folder)
@@ -166,7 +176,7 @@ def _torch_run(teacher: Teacher) -> Run:
         with torch.inference_mode():
             return model(features)["sentence_embedding"].numpy()
 
-    return run
+    return lambda: nullcontext(run)
 
 
 def _time_calls(run: Run, batches: list[Batch]) -> list[float]:

@@ -48,9 +48,9 @@ def result_rows(judged: Sequence[Judged]) -> list[dict[str, str]]:
         {
             "candidate": row.name,
             "verdict": row.gate.verdict,
-            "cosine mean": f"{row.quality.metrics['cosine_mean'].value:.4f}",
-            "nDCG@10 loss": _percent(row, "ndcg_at_10_loss"),
-            "recall@10 loss": _percent(row, "recall_at_10_loss"),
+            "cosine": f"{row.quality.metrics['cosine_mean'].value:.4f}",
+            "nDCG loss %": _percent(row, "ndcg_at_10_loss"),
+            "recall loss %": _percent(row, "recall_at_10_loss"),
             "p50 ms": f"{row.speed.latency_ms(50):.2f}",
             "p95 ms": f"{row.speed.latency_ms(95):.2f}",
             "texts/s": f"{row.speed.throughput_per_s:.0f}",
@@ -78,7 +78,8 @@ def render_html(study: Study, published: Published | None) -> str:
             "<!doctype html><html lang='en'><meta charset='utf-8'>",
             f"<title>{html.escape(teacher.name)}: optimisation report</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(teacher.name)}</h1><p>{outcome}</p>",
-            f"<p>Rule: {SELECTION_RULE}. The gate compares the bad end of each 95 % interval with its limit.</p>",
+            f"<p>Rule: {SELECTION_RULE}. The gate compares the bad end of each 95 % interval",
+            "with its limit. Losses are on nDCG@10 and recall@10, the bad end in brackets; cosine is the mean.</p>",
             _table(result_rows(study.judged)),
             f"<p>torch fp32 in the same run: {torch.throughput_per_s:.0f} texts/s, p50 {torch.latency_ms(50):.2f} ms.",
             f"Measured on {html.escape(speeds.hardware)}, mean {speeds.mean_tokens:.0f} tokens a text.</p>",
@@ -96,7 +97,7 @@ def render_html(study: Study, published: Published | None) -> str:
 
 def _percent(row: Judged, name: str) -> str:
     loss = row.quality.metrics.get(name)
-    return "not measured" if loss is None else f"{100 * loss.value:.2f} % (≤ {100 * loss.high:.2f})"
+    return "none" if loss is None else f"{100 * loss.value:.2f} (≤ {100 * loss.high:.2f})"
 
 
 def _table(rows: list[dict[str, str]]) -> str:
