@@ -98,7 +98,8 @@ def corpus_fingerprint(uri: str) -> str:
 
 def read_part(corpus: Artifact, part: Part) -> list[str]:
     """The texts of one part, in the order they were written."""
-    return [json.loads(line)["text"] for line in (corpus.folder / f"{part}.jsonl").open(encoding="utf-8")]
+    with (corpus.folder / f"{part}.jsonl").open(encoding="utf-8") as stream:
+        return [json.loads(line)["text"] for line in stream]
 
 
 def read_retrieval(corpus: Artifact) -> Retrieval | None:
