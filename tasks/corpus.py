@@ -64,7 +64,7 @@ def build_corpus(uri: str, fingerprint: str) -> Artifact:
         parts = _split_documents(text for _, text in harvest_documents())
     elif Path(uri).is_dir():
         retrieval = read_beir(Path(uri))
-        parts = _split_records([Record(text) for text in retrieval.documents.values()])
+        parts = _split_beir(retrieval)
     else:
         parts = _split_records(read_records(Path(uri)))
     _check_sizes(uri, parts)
@@ -98,7 +98,8 @@ def corpus_fingerprint(uri: str) -> str:
 
 def read_part(corpus: Artifact, part: Part) -> list[str]:
     """The texts of one part, in the order they were written."""
-    return [json.loads(line)["text"] for line in (corpus.folder / f"{part}.jsonl").open(encoding="utf-8")]
+    with (corpus.folder / f"{part}.jsonl").open(encoding="utf-8") as stream:
+        return [json.loads(line)["text"] for line in stream]
 
 
 def read_retrieval(corpus: Artifact) -> Retrieval | None:
@@ -119,7 +120,7 @@ def evaluation_sets(corpus: Artifact) -> tuple[dict[str, list[str]], Retrieval |
 def read_beir(folder: Path) -> Retrieval:
     """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl` and `qrels/test.tsv`. Raises CorpusRejected."""
     qrels = read_qrels(folder / "qrels" / "test.tsv")
-    documents = {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in read_jsonl(folder, "corpus")}
+    documents = {row["_id"]: f"{row['title']} {row['text']}".strip() for row in read_jsonl(folder, "corpus")}
     queries = {row["_id"]: row["text"] for row in read_jsonl(folder, "queries")}
     for query, judged in qrels.items():
         if query not in queries:
@@ -154,7 +155,16 @@ def _split_records(records: Sequence[Record]) -> _Parts:
     return _make_disjoint(parts)
 
 
-def _make_disjoint(parts: _Parts) -> _Parts:
+def _split_beir(retrieval: Retrieval) -> _Parts:
+    """The documents' parts; queries and the documents judged relevant are evaluation's alone."""
+    parts = _Parts()
+    for text in retrieval.documents.values():
+        parts.texts[part_of(text)][text] = None
+    judged = {retrieval.documents[name] for grades in retrieval.qrels.values() for name in grades}
+    return _make_disjoint(parts, judged.union(retrieval.queries.values()))
+
+
+def _make_disjoint(parts: _Parts, kept_out: Iterable[str] = ()) -> _Parts:
     """Drop from calibration and distillation what evaluation has too (documents share sentences), and shuffle.
 
     The order is by hash: any first N texts are a fair sample. Calibration sees queries and whole bodies as well,
@@ -162,7 +172,7 @@ def _make_disjoint(parts: _Parts) -> _Parts:
     """
     pairs = parts.pairs["calibration"]
     parts.texts["calibration"] |= dict.fromkeys([*pairs, *pairs.values()])
-    judged = set(parts.pairs["evaluation"]) | set(parts.pairs["evaluation"].values())
+    judged = {*kept_out, *parts.pairs["evaluation"], *parts.pairs["evaluation"].values()}
     for part in reversed(_PARTS):
         kept = [text for text in parts.texts[part] if text not in judged or part == "evaluation"]
         parts.texts[part] = dict.fromkeys(sorted(kept, key=_hash))
@@ -180,7 +190,7 @@ def _check_sizes(uri: str, parts: _Parts) -> None:
         if count < _MIN_PART_TEXTS:
             raise CorpusRejected(
                 f"corpus {uri!r} gives {count} {part} texts, at least {_MIN_PART_TEXTS} are needed: "
-                "give a corpus of a few hundred different texts"
+                "give a corpus of a few hundred different texts (BEIR: judged documents are kept for evaluation)"
             )
 
 

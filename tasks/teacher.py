@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 
 from registry.manifest import hash_file, payload_checksum
 from tasks.artifacts import CACHED, Artifact, draft
@@ -49,20 +50,20 @@ def load_teacher(uri: str, name: str | None = None) -> Teacher:
     Nothing of the model is executed. Raises TeacherRejected.
     """
     folder = locate_teacher(uri)
-    modules = _read_json(folder / "modules.json")
+    modules = _read_modules(folder)
     kinds = [_module_kind(folder, module) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise TeacherRejected(
             f"{folder}/modules.json lists {kinds}: the export knows Transformer, Pooling and Normalize"
         )
     transformer = folder / modules[0]["path"]
-    config = _read_json(transformer / "config.json")
+    config = _read_object(transformer / "config.json")
     if "auto_map" in config:
         raise TeacherRejected(
             f"{transformer}/config.json asks for remote code (auto_map): models that bring code are never run"
         )
     _require_tokenizer(transformer)
-    pooling = _read_json(folder / modules[1]["path"] / "config.json")
+    pooling = _read_object(folder / modules[1]["path"] / "config.json")
     return Teacher(
         uri=uri,
         name=name or _name_of(uri, folder),
@@ -107,15 +108,31 @@ def open_teacher(folder: Path) -> Callable[[Sequence[str], Callable[[int], None]
 
 
 def load_sentence_transformer(folder: Path) -> Any:
-    """The model as sentence-transformers loads it: fp32, on the CPU, offline, no code of the model's own."""
+    """The model as sentence-transformers loads it: fp32, on the CPU, offline, no code of the model's own, no pickle.
+
+    Raises TeacherRejected, also for missing weights, which transformers would fill with random numbers.
+    """
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415  torch takes seconds; a cached run needs none
+    from transformers import AutoModel  # noqa: PLC0415
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
     disable_progress_bar()
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    weights = {"use_safetensors": True}
     try:
-        return SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=False).eval()
+        model = SentenceTransformer(str(folder), device="cpu", model_kwargs=weights, **safe).eval()
+        # A second load, tenths of a second: sentence-transformers does not pass on what was missing.
+        transformer = folder / _read_modules(folder)[0]["path"]
+        _, found = AutoModel.from_pretrained(transformer, output_loading_info=True, **weights, **safe)
+    except TeacherRejected:
+        raise
     except Exception as error:  # transformers and safetensors raise whatever their readers raise
         raise TeacherRejected(f"sentence-transformers cannot load {folder}: {error}") from error
+    # A pooler belongs to pre-training; no pooling that the export knows reads it.
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise TeacherRejected(f"{folder} lacks {len(missing)} weights, {missing[0]} the first: fetch it again")
+    return model
 
 
 def locate_teacher(uri: str) -> Path:
@@ -165,6 +182,25 @@ def _read_json(path: Path) -> Any:
         raise TeacherRejected(f"{path} is not JSON: {error}") from None
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise TeacherRejected(f"{path} is not a JSON object but {type(value).__name__}")
+    return value
+
+
+def _read_modules(folder: Path) -> list[dict[str, str]]:
+    path = folder / "modules.json"
+    modules = _read_json(path)
+    if not isinstance(modules, list) or not all(_is_module(module) for module in modules):
+        raise TeacherRejected(f"{path} is not a list of modules, each with a path and a type")
+    return modules
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("path", "type"))
+
+
 def _module_kind(folder: Path, module: dict[str, str]) -> str:
     kind = module["type"].rpartition(".")[2]
     if not module["type"].startswith("sentence_transformers."):
@@ -198,14 +234,19 @@ def _dimension(pooling: dict[str, Any], config: dict[str, Any]) -> int:
 
 
 def _max_length(transformer: Path, config: dict[str, Any]) -> int:
+    """As sentence-transformers decides it: its own setting, or the smaller of the tokenizer's and the model's."""
     own = transformer / "sentence_bert_config.json"
-    length = _read_json(own).get("max_seq_length") if own.is_file() else None
-    return int(length or config["max_position_embeddings"])
+    length = _read_object(own).get("max_seq_length") if own.is_file() else None
+    if length:
+        return int(length)
+    tokenizer = transformer / "tokenizer_config.json"
+    limit = _read_object(tokenizer).get("model_max_length") if tokenizer.is_file() else None
+    return int(min(limit or config["max_position_embeddings"], config["max_position_embeddings"]))
 
 
 def _prompts(folder: Path) -> dict[str, str]:
     path = folder / "config_sentence_transformers.json"
-    prompts = _read_json(path).get("prompts") if path.is_file() else None
+    prompts = _read_object(path).get("prompts") if path.is_file() else None
     return {name: text for name, text in (prompts or {}).items() if text}
 
 
@@ -223,17 +264,32 @@ def _weights(folder: Path) -> list[Path]:
     return paths
 
 
+class _Tensor(BaseModel):
+    """What a safetensors header says of one tensor; the offsets are bytes after the header."""
+
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_HEADER = TypeAdapter(dict[str, _Tensor])
+
+
 def _count_parameters(path: Path) -> int:
-    """Parameters of a safetensors file, from its header. Raises TeacherRejected when the file is cut short."""
+    """Parameters of a safetensors file, from its header. Raises TeacherRejected for a file cut short or not of them."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= size - 8:
             raise TeacherRejected(f"{path} is truncated: {size} bytes do not hold its header; fetch it again")
-        tensors = json.loads(stream.read(length))
-    tensors.pop("__metadata__", None)
-    needed = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        header = stream.read(length)
+    try:
+        entries = json.loads(header)
+        tensors = _HEADER.validate_python({name: entries[name] for name in entries if name != "__metadata__"})
+    except (ValueError, TypeError):  # pydantic's ValidationError and Unicode and JSON errors are ValueErrors
+        raise TeacherRejected(f"{path} has a header that is not one of safetensors; fetch it again") from None
+    needed = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if needed != size:
         raise TeacherRejected(f"{path} is truncated or padded: {size} bytes, its header needs {needed}; fetch it again")
-    return sum(int(np.prod(t["shape"])) for n, t in tensors.items() if t["dtype"].startswith(("F", "BF")))
+    return sum(math.prod(t.shape) for t in tensors.values() if t.dtype.startswith(("F", "BF")))

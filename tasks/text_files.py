@@ -2,7 +2,11 @@
 
 import csv
 import gzip
+import io
 import json
+import math
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +16,7 @@ from tasks.errors import CorpusRejected
 
 MAX_TEXT_CHARS = 200_000
 _TEXT_COLUMNS = ("text", "sentence", "body", "document")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,8 @@ def check_text(text: str, place: str) -> None:
     """Refuse what is not text a person wrote. Raises CorpusRejected naming `place`."""
     if "\x00" in text:
         raise CorpusRejected(f"{place} holds a NUL byte: the file is binary or not UTF-8; save it as UTF-8 text")
+    if _SURROGATE.search(text):
+        raise CorpusRejected(f"{place} holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
     if len(text) > MAX_TEXT_CHARS:
         raise CorpusRejected(
             f"{place} holds {len(text):,} characters, limit {MAX_TEXT_CHARS:,}: split it into paragraphs"
@@ -59,7 +66,7 @@ def check_text(text: str, place: str) -> None:
 
 
 def read_jsonl(folder: Path, stem: str) -> Iterator[dict[str, str]]:
-    """Rows of a BEIR folder's `<stem>.jsonl` or `<stem>.jsonl.gz`. Raises CorpusRejected."""
+    """Rows of a BEIR folder's `<stem>.jsonl` or `.jsonl.gz`: `_id`, `text` and `title`. Raises CorpusRejected."""
     path = next((p for p in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz") if p.is_file()), None)
     if path is None:
         raise CorpusRejected(
@@ -69,8 +76,9 @@ def read_jsonl(folder: Path, stem: str) -> Iterator[dict[str, str]]:
         for key in ("_id", "text"):
             if not isinstance(row.get(key), str):
                 raise CorpusRejected(f"{path}:{line} has no string {key!r}")
-        check_text(row["text"], f"{path}:{line}")
-        yield row
+        title = row["title"] if isinstance(row.get("title"), str) else ""  # absent or null where there is none
+        check_text(title + row["text"], f"{path}:{line}")
+        yield row | {"title": title}
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
@@ -84,7 +92,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         fields = line.split("\t")
         if number == 1 and fields[-1] == "score":
             continue
-        if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+        if len(fields) != 3 or not re.fullmatch("-?[0-9]+", fields[2]):
             raise CorpusRejected(f"{path}:{number} is not 'query<TAB>document<TAB>whole-number score'")
         if int(fields[2]) > 0:
             qrels.setdefault(fields[0], {})[fields[1]] = int(fields[2])
@@ -105,24 +113,36 @@ def read_sts(path: Path) -> tuple[list[float], list[str], list[str]]:
         fields = line.split("\t")
         try:
             score, first, second = fields
-            rows.append((float(score), first, second))
+            rows.append((_finite(score), first, second))
         except ValueError:
             raise CorpusRejected(f"{path}:{number} is not 'score<TAB>sentence1<TAB>sentence2'") from None
     if len(rows) < 2:
         raise CorpusRejected(f"{path} holds {len(rows)} rated pairs: a correlation needs more")
+    if len({score for score, _, _ in rows}) == 1:
+        raise CorpusRejected(f"{path} gives all {len(rows)} pairs the same score: a correlation needs different ones")
     return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
 
 
+def _finite(score: str) -> float:
+    number = float(score)
+    if not math.isfinite(number):
+        raise ValueError(score)
+    return number
+
+
 def _lines(path: Path) -> Iterator[str]:
-    """Lines without their ends, decoded strictly: a bad byte is named by line."""
+    """Lines without their ends and byte-order mark, decoded strictly: a bad byte is named by line."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
-                yield raw.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise CorpusRejected(
-                    f"{path}:{number} is not UTF-8 at byte {error.start + 1}: save the file as UTF-8"
-                ) from None
+        number = 0
+        try:
+            for number, raw in enumerate(stream, start=1):
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise CorpusRejected(
+                f"{path}:{number} is not UTF-8 at byte {error.start + 1}: save the file as UTF-8"
+            ) from None
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            raise CorpusRejected(f"{path} is not a complete gzip file: fetch or pack it again") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -131,7 +151,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorpusRejected(f"{path}:{number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise CorpusRejected(f"{path}:{number} is not a JSON object")
@@ -163,7 +183,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Record]]:
     text = "\n".join(_lines(path))
     check_text(text.replace("\n", "")[:MAX_TEXT_CHARS], str(path))
     csv.field_size_limit(len(text) + 1)  # our own limit, which names the line, comes first
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             yield reader.line_num, _record(row, f"{path}:{reader.line_num}")

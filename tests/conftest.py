@@ -1,0 +1,90 @@
+"""Shared by every test: a state folder of its own, a tiny real teacher, and a Prefect API where a run is needed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests.forge import Forge, build_forge
+from tests.teachers import make_teacher
+
+# A busy machine is not a failing property.
+settings.register_profile("thorforge", deadline=None)
+settings.load_profile("thorforge")
+
+_PREFECT_HOME = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any vendor is imported, because they read the environment then: nothing in the home folder, no network."""
+    config.stash[_PREFECT_HOME] = tempfile.mkdtemp(prefix="thorforge-tests-prefect-")
+    os.environ |= {
+        "PREFECT_HOME": config.stash[_PREFECT_HOME],
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        # Torch's threads spin at barriers: on a machine that is busy two take 200 times as long as one.
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_PREFECT_HOME], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state folder of this test alone."""
+    monkeypatch.setenv("THORFORGE_HOME", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random teacher; tests read it and leave it alone."""
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture
+def teacher_copy(tiny_teacher: Path, tmp_path: Path) -> Path:
+    """A teacher folder that the test may damage."""
+    return shutil.copytree(tiny_teacher, tmp_path / "teacher")
+
+
+@pytest.fixture(scope="session")
+def session_forge(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Forge:
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("forge")
+        patch.setenv("THORFORGE_HOME", str(root / "state"))
+        return build_forge(root, tiny_teacher)
+
+
+@pytest.fixture
+def forge(session_forge: Forge, home: Path, monkeypatch: pytest.MonkeyPatch) -> Forge:
+    """All five variants of the tiny teacher, built, judged and timed once a session; the state folder is theirs."""
+    monkeypatch.setenv("THORFORGE_HOME", str(session_forge.state))
+    return session_forge
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[None]:
+    """A real Prefect API on a database of its own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=90):
+        yield
+
+
+@pytest.fixture
+def prefect(prefect_api: None, tmp_path: Path) -> Iterator[None]:
+    """Real flow and task runs, whose cached results are this test's alone."""
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
+        yield

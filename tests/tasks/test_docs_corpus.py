@@ -1,0 +1,35 @@
+from tasks.docs_corpus import harvest_documents, split_pair, split_sentences
+
+
+def test_docs_harvest_is_deterministic_and_of_known_size() -> None:
+    first, second = harvest_documents(), harvest_documents()
+    assert first == second == sorted(first)
+    texts = [text for _, text in first]
+    assert len(texts) == len(set(texts))
+    sentences = {sentence for text in texts for sentence in split_sentences(text)}
+    pairs = {pair for text in texts if (pair := split_pair(text))}
+    assert 13_000 <= len(sentences) <= 18_000
+    assert 2_200 <= len(pairs) <= 3_100
+
+
+def test_docs_sentences_are_prose_of_bounded_length() -> None:
+    document = (
+        "Return a shallow copy of the list, which the caller may change.  It is fast.\n"
+        "This sentence goes on\nover a line break and is kept whole because it is long enough.\n\n"
+        ">>> this is a doctest and its words are many but it is no prose at all\n\n"
+        "+------+ | a table with | enough words to count as | a sentence is not one |"
+    )
+    assert split_sentences(document) == [
+        "Return a shallow copy of the list, which the caller may change.",
+        "This sentence goes on over a line break and is kept whole because it is long enough.",
+    ]
+    assert split_sentences(f"{'word ' * 61}.") == []
+
+
+def test_docs_pair_is_summary_and_body() -> None:
+    body = "The body explains at some length what the summary only names, in twelve words or more."
+    assert split_pair(f"Return the mean value.\n\n{body}") == ("Return the mean value.", body)
+    assert split_pair(f"Mean.\n\n{body}") is None
+    assert split_pair("Return the mean value.\n\nToo short a body.") is None
+    assert split_pair(f">>> mean([1, 2, 3]) is two\n\n{body}") is None
+    assert split_pair("Return the mean value.") is None
