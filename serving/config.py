@@ -49,7 +49,7 @@ class ModelSource(_Section):
     path: Path = Field(description="folder of the bundle")
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
     engine: Literal["auto", "onnxruntime", "openvino"] = Field(default="auto", description="auto: the first that loads")
-    num_threads: int = Field(default=0, ge=0, le=1024, description="threads of the engine; 0: the engine chooses")
+    num_threads: int = Field(default=0, ge=0, le=1024, description="threads of the engine; 0: one per core")
 
 
 class ModelsSettings(_Section):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 import threading
@@ -50,7 +51,10 @@ def bind(settings: Settings) -> socket.socket:
             advice = "stop the process that has it or choose another --port (0 takes a free one)"
         elif error.errno == errno.EACCES:
             advice = "choose a --port above 1023"
-        raise ConfigInvalid(f"cannot listen on {host}:{port}: {error.strerror or error}: {advice}") from None
+        reason = (
+            os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        )  # the resolver has its own
+        raise ConfigInvalid(f"cannot listen on {host}:{port}: {reason}: {advice}") from None
     listener.setblocking(False)
     return listener
 
