@@ -18,7 +18,7 @@ from prefect.cache_policies import INPUTS, TASK_SOURCE, CachePolicy
 from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict
 
-from registry.manifest import payload_checksum, scan_files
+from registry.manifest import hash_file, list_files, payload_checksum
 from tasks.errors import ArtifactMissing
 from tasks.state import state_dir
 
@@ -64,7 +64,8 @@ class Draft:
 
     def finish(self, kind: str) -> None:
         """Name the folder by its content and move it into place; an equal one that is there already wins."""
-        digest = payload_checksum(scan_files(self.folder))
+        # Every file, a bundle's manifest too: the same engine made for another name or run is another artifact.
+        digest = payload_checksum({name: hash_file(self.folder / name) for name in list_files(self.folder)})
         path = Path("artifacts") / f"{kind}-{digest[:16]}"
         if not (state_dir() / path).exists():
             self.folder.rename(state_dir() / path)
