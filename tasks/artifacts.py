@@ -1,6 +1,8 @@
 """What tasks pass to one another: folders named by the digest of their content, and the cache policy built on that."""
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from prefect.cache_policies import INPUTS, TASK_SOURCE, CachePolicy
 from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict
 
-from registry.manifest import payload_checksum, scan_files
+from registry.manifest import hash_file, list_files, payload_checksum
 from registry.staging import staged_folder
 from tasks.errors import ArtifactMissing
 from tasks.state import state_dir
@@ -24,6 +26,8 @@ LIBRARIES = (
     "thorforge", "torch", "transformers", "sentence-transformers", "tokenizers", "onnx", "onnxruntime", "openvino",
     "nncf", "numpy",
 )  # fmt: skip
+
+OWN_PACKAGES = ("tasks", "serving", "registry")
 
 
 class Artifact(BaseModel):
@@ -59,7 +63,8 @@ class Draft:
 
     def finish(self, kind: str) -> None:
         """Name the folder by its content and move it into place; an equal one that is there already wins."""
-        digest = payload_checksum(scan_files(self.folder))
+        # Every file, a bundle's manifest too: the same engine made for another name or run is another artifact.
+        digest = payload_checksum({name: hash_file(self.folder / name) for name in list_files(self.folder)})
         path = Path("artifacts") / f"{kind}-{digest[:16]}"
         if not (state_dir() / path).exists():
             self.folder.rename(state_dir() / path)
@@ -95,13 +100,33 @@ def library_versions() -> dict[str, str]:
 
 @dataclass
 class _CodeAndLibraries(CachePolicy):
-    """What INPUTS and TASK_SOURCE cannot see: the helpers beside the task, and the libraries it calls."""
+    """What INPUTS and TASK_SOURCE cannot see: our code that the task calls, and the libraries."""
 
     def compute_key(
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str:
         source = inspect.getsource(inspect.getmodule(task_ctx.task.fn) or task_ctx.task.fn)
-        return hashlib.sha256(f"{source}{sorted(library_versions().items())}".encode()).hexdigest()
+        return hashlib.sha256(f"{_own_sources(source)}{sorted(library_versions().items())}".encode()).hexdigest()
+
+
+def _own_sources(source: str) -> list[str]:
+    """`source`, and that of every module of ours that it imports, directly or not, at the top or in a function."""
+    texts: dict[str, str] = {}
+    todo = _own_imports(source)
+    while todo:
+        name = todo.pop()
+        if name not in texts:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None, f"{name} is imported by our own code"
+            assert spec.origin is not None, f"{name} is a module with a file"
+            texts[name] = Path(spec.origin).read_text(encoding="utf-8")
+            todo |= _own_imports(texts[name])
+    return [source, *(texts[name] for name in sorted(texts))]
+
+
+def _own_imports(source: str) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return {node.module for node in nodes if node.module and node.module.split(".")[0] in OWN_PACKAGES}
 
 
 # Results are reused across runs: Prefect's default policy adds the run's id and never hits.

@@ -171,9 +171,11 @@ def _rank(values: Values) -> Values:
 
 
 def _correlations(first: Values, second: Values) -> Values:
+    """Row by row; 0 where one side does not vary at all (equal embeddings, a resample of one pair)."""
     first, second = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (first, second))
     covariance = (first * second).sum(axis=1)
-    return np.asarray(covariance / np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1)), dtype=np.float64)
+    scale = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
+    return np.divide(covariance, scale, out=np.zeros_like(scale), where=scale != 0)
 
 
 def _overlap(own: Embeddings, teacher: Embeddings) -> Values:
@@ -184,7 +186,12 @@ def _overlap(own: Embeddings, teacher: Embeddings) -> Values:
 
 def _top(scores: NDArray[np.float32]) -> NDArray[np.intp]:
     count = min(TOP_K, scores.shape[1])
-    candidates = np.sort(np.argpartition(-scores, count - 1, axis=1)[:, :count], axis=1)
+    candidates = np.argpartition(-scores, count - 1, axis=1)[:, :count]
+    worst = np.take_along_axis(scores, candidates, axis=1).min(axis=1, keepdims=True)
+    # Of several documents that tie for the last place the partition takes any: those rows are sorted in full.
+    for row in np.flatnonzero((scores >= worst).sum(axis=1) > count):
+        candidates[row] = np.argsort(-scores[row], kind="stable")[:count]
+    candidates.sort(axis=1)
     order = np.argsort(-np.take_along_axis(scores, candidates, axis=1), axis=1, kind="stable")
     return np.take_along_axis(candidates, order, axis=1)
 

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from registry.gate import GateLimits, GateRecord, default_checks, judge
+from registry.gate import Check, GateLimits, GateRecord, default_checks, judge
 from registry.manifest import Compatibility
 from tasks.artifacts import Artifact
 from tasks.benchmark import CHAMPION, Speed, SpeedReport
@@ -17,7 +17,9 @@ from tasks.teacher import Teacher
 SELECTION_RULE = "of the candidates the gate passes, the one with the highest throughput at batch 32"
 # A candidate's queries on the teacher's index may lose this share of the teacher's score and still be a drop-in.
 _MAX_CROSS_LOSS = 0.01
-_CROSS_LOSSES = ("cross_ndcg_at_10_loss", "cross_recall_at_10_loss")
+_DROP_IN_CHECKS = tuple(
+    Check(metric=f"cross_{task}_loss", kind="max", limit=_MAX_CROSS_LOSS) for task in ("ndcg_at_10", "recall_at_10")
+)
 
 
 class Judged(BaseModel):
@@ -93,9 +95,7 @@ def judge_compatibility(quality: Quality) -> Compatibility:
 
     Fails closed: the interval's bad end counts, and a corpus that cannot tell means `reindex`.
     """
-    losses = [quality.metrics.get(name) for name in _CROSS_LOSSES]
-    fits = all(loss is not None and loss.high <= _MAX_CROSS_LOSS for loss in losses)
-    return "drop-in" if fits else "reindex"
+    return "drop-in" if judge(quality.metrics, _DROP_IN_CHECKS).verdict == "pass" else "reindex"
 
 
 def pareto_front(candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport) -> set[str]:

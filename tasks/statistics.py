@@ -22,12 +22,13 @@ def mean_interval(values: Values) -> Measurement:
 def loss_interval(candidate: Values, teacher: Values) -> Measurement:
     """Relative loss of mean score, 1 - candidate / teacher, resampling queries in pairs.
 
-    Zero where both score nothing at all; the loss is then not defined, and a gate must not pass on it: NaN.
+    NaN where the teacher scores nothing, in whole or in a resample: the loss is not defined, and no gate passes on it.
     """
     if teacher.mean() == 0:
         return Measurement(float("nan"), float("nan"), float("nan"))
     weights = _weights(len(teacher))
-    losses = 1 - (weights @ candidate) / (weights @ teacher)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        losses = 1 - (weights @ candidate) / (weights @ teacher)
     return _measure(1 - candidate.mean() / teacher.mean(), losses)
 
 

@@ -1,0 +1,125 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.tokenizer import TextTokenizer
+from tasks.benchmark import (
+    BATCH_SIZE,
+    CHAMPION,
+    TORCH,
+    Batch,
+    Speed,
+    SpeedReport,
+    _rotate,
+    _sorted_batches,
+    _time_calls,
+    benchmark,
+    sample_ids,
+)
+from tasks.footprint import measure_footprint
+from tasks.publish import Origin, assemble_bundle
+from tests.forge import Forge
+
+
+def speed(latencies: tuple[float, ...], throughputs: tuple[float, ...]) -> Speed:
+    return Speed(latencies_ms=latencies, round_throughputs_per_s=throughputs, peak_memory_mb=None)
+
+
+def report(**speeds: Speed) -> SpeedReport:
+    return SpeedReport(hardware="here", mean_tokens=10.0, speeds=speeds)
+
+
+STEADY = speed(tuple(1.0 + 0.1 * (i % 7) for i in range(200)), (100.0, 101.0, 99.0, 100.5, 99.5, 100.0, 100.2, 99.8))
+
+
+@given(st.lists(st.text(), min_size=1, max_size=8, unique=True))
+def test_rotation_lets_every_system_go_first_and_loses_none(names: list[str]) -> None:
+    turns = [_rotate(names, turn) for turn in range(len(names))]
+    assert [turn[0] for turn in turns] == names
+    assert all(sorted(turn) == sorted(names) for turn in turns)
+
+
+def test_champion_ratios_of_a_system_against_itself_are_one() -> None:
+    ratios = report(own=STEADY, champion=STEADY).champion_ratios("own")
+    assert ratios.keys() == {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"}
+    for ratio in ratios.values():
+        assert ratio.low <= ratio.value == 1 <= ratio.high
+
+
+def test_champion_ratios_find_a_known_difference() -> None:
+    slower = speed(tuple(1.2 * t for t in STEADY.latencies_ms), tuple(t / 1.2 for t in STEADY.round_throughputs_per_s))
+    ratios = report(own=slower, champion=STEADY).champion_ratios("own")
+    assert ratios["latency_ratio_vs_champion"].value == pytest.approx(1.2)
+    assert ratios["latency_ratio_vs_champion"].low > 1.05
+    assert ratios["throughput_ratio_vs_champion"].value == pytest.approx(1 / 1.2)
+    assert ratios["throughput_ratio_vs_champion"].high < 0.95
+
+
+def test_champion_ratios_without_a_champion_are_none() -> None:
+    assert report(own=STEADY).champion_ratios("own") == {}
+
+
+def test_speed_percentiles_and_speedup() -> None:
+    measured = speed(tuple(float(i) for i in range(1, 101)), (10.0, 30.0, 20.0))
+    assert measured.latency_ms(50) == pytest.approx(50.5)
+    assert measured.latency_ms(99) == pytest.approx(99.01)
+    assert measured.throughput_per_s == 20
+    assert SpeedReport(hardware="x", mean_tokens=1, speeds={TORCH: STEADY, "own": measured}).speedup_vs_torch(
+        "own"
+    ) == pytest.approx(0.2)
+
+
+def test_time_calls_times_each_batch_once_after_warming_up() -> None:
+    calls: list[int] = []
+    batches: list[Batch] = [(np.full((1, 1), i), np.ones((1, 1), dtype=np.int64)) for i in range(5)]
+    seconds = _time_calls(lambda ids, mask: calls.append(int(ids[0, 0])), batches)
+    assert calls == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert len(seconds) == 5
+    assert min(seconds) >= 0
+
+
+def test_sample_draws_from_every_set_and_batches_by_length(forge: Forge) -> None:
+    tokenizer = TextTokenizer.from_folder(forge.exported.folder, forge.study.teacher.max_seq_length)
+    ids = sample_ids(tokenizer, forge.study.corpus)
+    batches = _sorted_batches(ids)
+    assert {batch[0].shape[0] for batch in batches} == {BATCH_SIZE}
+    longest = [batch[0].shape[1] for batch in batches]
+    assert longest == sorted(longest)
+    assert len({row.tobytes() for row in ids}) > 100
+    again = sample_ids(tokenizer, forge.study.corpus)
+    assert all(np.array_equal(a, b) for a, b in zip(ids, again, strict=True))
+
+
+def test_benchmark_measured_every_system_in_every_round(forge: Forge) -> None:
+    speeds = forge.study.speeds
+    names = {row.name for row in forge.study.judged}
+    assert speeds.speeds.keys() == {TORCH, *names}
+    for name, measured in speeds.speeds.items():
+        assert len(measured.latencies_ms) == 200
+        assert len(measured.round_throughputs_per_s) == 8
+        numbers = (*measured.latencies_ms, *measured.round_throughputs_per_s)
+        assert all(math.isfinite(number) and number > 0 for number in numbers)
+        if name == TORCH:
+            assert measured.peak_memory_mb is None
+        else:
+            assert measured.peak_memory_mb is not None
+            assert 20 < measured.peak_memory_mb < 4000
+
+
+def test_benchmark_times_the_champion_bundle_beside_the_candidates(forge: Forge) -> None:
+    study, origin = forge.study, Origin(mlflow_run_id=None, git_commit=None)
+    champion = assemble_bundle.fn(study, "fp32-onnx", forge.teacher_embeddings, origin).folder
+    candidate = study.find("fp32-onnx").candidate
+    speeds = benchmark.fn([candidate], study.teacher, study.corpus, "here", champion)
+    assert speeds.speeds.keys() == {TORCH, "fp32-onnx", CHAMPION}
+    assert speeds.champion_ratios("fp32-onnx").keys() == {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"}
+
+
+def test_footprint_counts_the_engine_itself(forge: Forge) -> None:
+    candidate = forge.study.find("fp32-onnx").candidate
+    found = measure_footprint(candidate.artifact.folder, candidate.engine, candidate.max_seq_length)
+    assert found["peak_memory_mb"] > candidate.disk_bytes / 1e6
+    assert found["load_seconds"] > 0
