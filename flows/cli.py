@@ -41,7 +41,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except (TaskError, RegistryError, ServingError) as error:
+    except (TaskError, RegistryError, ServingError, OSError) as error:  # OSError: a full disk, a folder not writable
         Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {error}")
         sys.exit(1)
 

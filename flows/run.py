@@ -2,10 +2,15 @@
 
 import json
 import logging
+import os
 import sys
 from typing import Any
 
+from prefect import get_client, tags
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
+from prefect.states import Crashed
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
@@ -18,9 +23,12 @@ from serving.errors import ServingError
 from tasks.errors import TaskError
 from tasks.report import result_rows
 from tasks.select import SELECTION_RULE, Judged
+from tasks.state import describe_process, is_dead
 
 # What fits a terminal of 80 columns; the HTML report has the rest.
 _COLUMNS = ("candidate", "verdict", "cosine", "nDCG loss %", "p50 ms", "texts/s", "× torch", "MB")
+# Whose flow run it is, as a tag: the next run can tell that its owner is dead.
+_PROCESS_TAG = "process: "
 _OUR_ERRORS = (TaskError, RegistryError, ServingError)
 
 
@@ -29,8 +37,19 @@ def run_optimize(config: OptimizeConfig, refresh: bool = False) -> Outcome:
     end_orphans()
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_our_tracebacks)
-    with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: refresh}):
+    close_dead_flow_runs()
+    with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: refresh}), tags(_PROCESS_TAG + describe_process(os.getpid())):
         return optimize(config)
+
+
+def close_dead_flow_runs() -> None:
+    """Mark flow runs of killed processes of this machine as crashed: they could not say so themselves."""
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    with get_client(sync_client=True) as client:
+        for flow_run in client.read_flow_runs(flow_run_filter=running):
+            owners = [tag.removeprefix(_PROCESS_TAG) for tag in flow_run.tags if tag.startswith(_PROCESS_TAG)]
+            if any(is_dead(owner) for owner in owners):
+                client.set_flow_run_state(flow_run.id, Crashed(message="The process was killed."), force=True)
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:

@@ -1,9 +1,11 @@
 """A run that is interrupted or killed: nothing half-written, the truth in MLflow, and the next run resumes."""
 
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -45,6 +47,12 @@ def statuses(project: Project) -> list[str]:
     return [run.info.status for run in client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])]
 
 
+def flow_states(project: Project) -> list[str]:
+    """States of the Prefect flow runs, oldest first."""
+    with closing(sqlite3.connect(project.folder / "prefect" / "prefect.db")) as database:
+        return [state for (state,) in database.execute("select state_type from flow_run order by created")]
+
+
 def servers_of(project: Project) -> int:
     """Temporary Prefect servers of this project that are alive."""
     count = 0
@@ -75,5 +83,6 @@ def test_interrupted_runs_are_closed_and_the_next_one_resumes(own_project: Proje
     document = own_project.optimize("--variant", "fp32-onnx")
     assert document["published"]["name"] == "fp32-onnx"
     assert statuses(own_project)[:3] == ["KILLED"] * 3
+    assert flow_states(own_project) == ["CRASHED", "CRASHED", "CRASHED", "COMPLETED"]
     assert servers_of(own_project) == 0
     assert not list((own_project.folder / "artifacts").glob(".teacher-*"))
