@@ -6,6 +6,7 @@ Called before Prefect, MLflow or transformers are imported, because they read th
 import os
 
 from tasks.state import state_dir
+from tasks.telemetry import disable_telemetry
 
 
 def prepare_environment() -> None:
@@ -16,10 +17,9 @@ def prepare_environment() -> None:
         "PREFECT_HOME": str(state / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
+        "MPLCONFIGDIR": str(state / "matplotlib"),
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    disable_telemetry()

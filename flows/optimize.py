@@ -26,6 +26,7 @@ from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
 from tasks.teacher import embed_teacher, load_teacher
+from tasks.telemetry import disable_telemetry
 from tasks.tracking import Tracker, default_tracking_uri, track_run
 
 
@@ -43,6 +44,7 @@ class Outcome(BaseModel):
 @flow(name="optimize", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
 def optimize(config: OptimizeConfig) -> Outcome:
     """Forge every variant of a model, judge each honestly, publish the best one that passes the gate."""
+    disable_telemetry()
     teacher = load_teacher(config.model, config.name)
     fingerprint = corpus_fingerprint(config.corpus)
 
