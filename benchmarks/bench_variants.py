@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import append_rows, make_row
-from flows.environment import prepare_environment
+from flows.environment import make_state_folder, prepare_environment
 from registry.client import pull
-from registry.store import FolderStore
-from tasks.state import default_registry, state_dir
+from registry.store import FolderStore, default_registry
+from tasks.state import state_dir
 
 _NAME = "all-MiniLM-L6-v2"
 
@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="rows go to this file instead of benchmarks/results/variants.jsonl")
     arguments = parser.parse_args()
     prepare_environment()
+    make_state_folder()
     from flows.config import OptimizeConfig  # noqa: PLC0415  Prefect reads the environment at import
     from flows.run import print_outcome, run_optimize  # noqa: PLC0415
 
@@ -58,7 +59,8 @@ def _variant_rows(judged: Any, speeds: Any) -> list[dict[str, Any]]:
     ]  # fmt: skip
     for metric, measured in judged.quality.metrics.items():
         interval = {"low": measured.low, "high": measured.high}
-        rows.append(make_row("variants", name, metric, "share", measured.value, **interval, **common))
+        unit = "values" if metric == "nonfinite" else "share"
+        rows.append(make_row("variants", name, metric, unit, measured.value, **interval, **common))
     return rows
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ RESULTS = Path(__file__).parent / "results"
 def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extra: Any) -> dict[str, Any]:
     """A row with hardware, versions, commit and date; `extra` may hold system, p50, p95, p99, baseline, config."""
     baseline = extra.get("baseline_value")
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
     return {
         "bench": bench,
         "system": "thorforge",
@@ -28,7 +27,7 @@ def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extr
         **({"ratio": value / baseline} if baseline else {}),
         "hardware": describe_hardware(),
         "versions": library_versions(),
-        "commit": commit.stdout.strip() + ("+changes" if dirty else ""),
+        "commit": _describe_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -41,3 +40,11 @@ def append_rows(bench: str, rows: list[dict[str, Any]], out: Path | None = None)
         stream.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
     print(json.dumps(rows, sort_keys=True))
     return path
+
+
+@cache
+def _describe_commit() -> str:
+    """The checkout's commit, marked where the tree has changes; `unknown` outside a checkout."""
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
+    done = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.environment import prepare_environment
+from flows.environment import make_state_folder, prepare_environment
 from registry.cli import app as registry_app
 from registry.errors import RegistryError
 from serving.errors import ServingError
@@ -30,16 +30,14 @@ app = typer.Typer(
 )
 app.add_typer(registry_app, name="registry")
 
-_VARIANT_NAMES = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
-
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of a table")]
 
 
 def main() -> None:
     """Run the command; what is wrong with the input is one line on stderr, not a traceback."""
-    prepare_environment()
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        prepare_environment()
         app()
     except (TaskError, RegistryError, ServingError, OSError) as error:  # OSError: a full disk, a folder not writable
         Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {error}")
@@ -52,7 +50,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _complete_variant(incomplete: str) -> list[str]:
-    return [name for name in _VARIANT_NAMES if name.startswith(incomplete)]
+    from tasks.quantize import VARIANTS  # noqa: PLC0415  only completion needs the names here
+
+    return [name for name in VARIANTS if name.startswith(incomplete)]
 
 
 @app.command()
@@ -83,6 +83,7 @@ def optimize(
     Steps whose inputs did not change are taken from the cache, so a killed run resumes where it was.
     Exit status: 0 published, 1 bad input, 3 no candidate passes the gate.
     """
+    make_state_folder()
     from flows.config import load_settings, override  # noqa: PLC0415  --help and completion stay fast
     from flows.run import print_outcome, run_optimize  # noqa: PLC0415
 
@@ -128,10 +129,11 @@ def evaluate(
 
     Example: thorforge evaluate http://127.0.0.1:8000 --sts stsb_dev.tsv --beir scifact
     """
-    from flows.evaluate import evaluate_source  # noqa: PLC0415
-
     if not sts and not beir:
         raise typer.BadParameter("give at least one --sts file or --beir folder")
+    make_state_folder()
+    from flows.evaluate import evaluate_source  # noqa: PLC0415
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     result = evaluate_source(source, sts or [], beir or [])
     if as_json:

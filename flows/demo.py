@@ -9,15 +9,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 
-from flows.environment import prepare_environment
+from flows.environment import make_state_folder, prepare_environment
 from registry.client import pull
-from registry.store import FolderStore
-from tasks.state import default_registry, state_dir
+from registry.errors import RegistryError
+from registry.store import FolderStore, default_registry
+from serving.errors import EngineUnavailable, ServingError
+from tasks.errors import TaskError
+from tasks.state import state_dir
 
 _NAME = "all-MiniLM-L6-v2"
 _SENTENCE = "The quick brown fox jumps over the lazy dog."
@@ -55,8 +59,20 @@ class PeakMemory:
 
 def main() -> int:
     """Run the demo; the last stdout line is one JSON document. Returns the exit status."""
+    try:
+        result = run_demo()
+    except (TaskError, RegistryError, ServingError, OSError, httpx.HTTPError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        result = {"ok": False, "error": str(error)}
+    print(json.dumps(result, allow_nan=False))
+    return 0 if result["ok"] else 1
+
+
+def run_demo() -> dict[str, Any]:
+    """Optimise, publish, serve, compare one vector with the teacher's; the document that `main` prints."""
     started = time.perf_counter()
     prepare_environment()
+    make_state_folder()
     memory = PeakMemory()
     from flows.config import OptimizeConfig  # noqa: PLC0415  Prefect reads the environment at import
     from flows.run import describe_outcome, print_outcome, run_optimize  # noqa: PLC0415
@@ -65,8 +81,7 @@ def main() -> int:
     optimized = time.perf_counter()
     print_outcome(outcome, as_json=False)
     if outcome.published is None:
-        print("error: no candidate passes the gate, so there is nothing to serve", file=sys.stderr)
-        return 3
+        return {"ok": False, **describe_outcome(outcome), "error": "no candidate passes the gate: nothing to serve"}
     bundle = state_dir() / "demo" / outcome.published.digest
     pull(FolderStore(default_registry()), _NAME, outcome.published.digest, bundle)
     with serve(bundle) as (url, cold_start):
@@ -76,15 +91,13 @@ def main() -> int:
         f"Served {vector['model']} {vector['model_version']}: "
         f"ready in {cold_start:.2f} s, cosine to the teacher {cosine:.4f}"
     )
-    result = {
+    return {
         "ok": cosine >= outcome.study.limits.cosine_mean_pass,
         **describe_outcome(outcome),
         "worker": {"cold_start_s": cold_start, "cosine_vs_teacher": cosine},
         "peak_memory_mb": memory.stop(),
         "seconds": {"optimize": optimized - started, "total": time.perf_counter() - started},
     }
-    print(json.dumps(result))
-    return 0 if result["ok"] else 1
 
 
 @contextmanager
@@ -93,17 +106,24 @@ def serve(bundle: Path) -> Iterator[tuple[str, float]]:
     started = time.perf_counter()
     command = [sys.executable, "-m", "serving", "--bundle", str(bundle), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as worker:
+        watchdog = threading.Timer(_READY_SECONDS, worker.kill)
+        watchdog.start()
         try:
             assert worker.stdout is not None
             ready = worker.stdout.readline()
             seconds = time.perf_counter() - started
+            watchdog.cancel()
             fields = dict(field.split("=", 1) for field in ready.split() if "=" in field)
             if "url" not in fields:
-                raise RuntimeError(f"the worker ended with status {worker.wait(_READY_SECONDS)} before it was ready")
+                raise EngineUnavailable(f"the worker ended with status {worker.wait()} before it was ready")
             yield fields["url"], seconds
         finally:
+            watchdog.cancel()
             worker.terminate()
-            worker.wait(_READY_SECONDS)
+            try:
+                worker.wait(_READY_SECONDS)
+            except subprocess.TimeoutExpired:
+                worker.kill()
 
 
 def _cosine_vs_teacher(folder: Path, vector: list[float]) -> float:

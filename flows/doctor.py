@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tasks.hardware import cpu_flags, cpu_model, memory_gib, num_cores
+from serving.engines import num_cores
+from tasks.hardware import cpu_flags, cpu_model, memory_gib
 from tasks.state import state_dir
 
 _ENGINES = (

@@ -7,29 +7,33 @@ import os
 
 import psutil
 
-from tasks.state import REGISTRY_VARIABLE, default_registry, describe_process, is_dead, state_dir
+from tasks.state import describe_process, is_dead, state_dir
+from tasks.telemetry import disable_telemetry
 
 _OWNER_VARIABLE = "THORFORGE_OWNER"
 
 
 def prepare_environment() -> None:
-    """Set what is not set already, and make the state folder."""
+    """Set what is not set already."""
     state = state_dir()
-    (state / "prefect").mkdir(parents=True, exist_ok=True)
     defaults = {
         "PREFECT_HOME": str(state / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "true",
-        REGISTRY_VARIABLE: str(default_registry()),
         # Inherited by the temporary Prefect server, so that the next run can tell whose it was.
         _OWNER_VARIABLE: describe_process(os.getpid()),
+        "MPLCONFIGDIR": str(state / "matplotlib"),
+        "HF_HOME": str(state / "hub"),
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    disable_telemetry()
+
+
+def make_state_folder() -> None:
+    """Make the folders that Prefect expects to find. Commands that keep no state make none."""
+    (state_dir() / "prefect").mkdir(parents=True, exist_ok=True)
 
 
 def end_orphans() -> int:

@@ -12,7 +12,7 @@ from registry.channel import read_channel
 from registry.client import pull
 from registry.errors import ChannelNotFound
 from registry.manifest import MANIFEST_NAME
-from registry.store import FolderStore
+from registry.store import FolderStore, default_registry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
@@ -24,8 +24,9 @@ from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, p
 from tasks.quantize import VARIANTS, quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
-from tasks.state import default_registry, state_dir
+from tasks.state import state_dir
 from tasks.teacher import embed_teacher, load_teacher
+from tasks.telemetry import disable_telemetry
 from tasks.tracking import Tracker, default_tracking_uri, track_run
 
 
@@ -43,6 +44,7 @@ class Outcome(BaseModel):
 @flow(name="optimize", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
 def optimize(config: OptimizeConfig) -> Outcome:
     """Forge every variant of a model, judge each honestly, publish the best one that passes the gate."""
+    disable_telemetry()
     teacher = load_teacher(config.model, config.name)
     fingerprint = corpus_fingerprint(config.corpus)
 
@@ -52,18 +54,19 @@ def optimize(config: OptimizeConfig) -> Outcome:
         corpus = build_corpus(config.corpus, fingerprint)
         exported = export_onnx(teacher)
 
+        hardware = describe_hardware()
         length, size = teacher.max_seq_length, config.calibration_size
         building = [quantize.submit(VARIANTS[name], exported, length, corpus, size) for name in config.variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         # type: a future stands for its result, Prefect waits for it.
-        judging = [evaluate.submit(candidate, corpus, teacher_embeddings) for candidate in building]  # type: ignore[call-overload]
+        judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
         qualities = [future.result() for future in judging]
         candidates = [future.result() for future in building]
 
         # Alone on the machine: every candidate is judged by now.
         registry = config.registry or default_registry()
         champion = pull_champion(registry, teacher.name)
-        speeds = benchmark(candidates, teacher, corpus, describe_hardware(), champion)
+        speeds = benchmark(candidates, teacher, corpus, hardware, champion)
 
         study = Study(
             teacher=teacher,

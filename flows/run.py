@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from typing import Any
@@ -55,7 +56,7 @@ def close_dead_flow_runs() -> None:
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
     """The comparison table and what was published, or the same as one JSON document."""
     if as_json:
-        sys.stdout.write(json.dumps(describe_outcome(outcome)) + "\n")
+        sys.stdout.write(json.dumps(describe_outcome(outcome), allow_nan=False) + "\n")
         return
     console = Console()
     table = Table(
@@ -103,7 +104,7 @@ def _describe_candidate(row: Judged) -> dict[str, Any]:
         "cosine_mean": cosine.value,
         "cosine_mean_ci": [cosine.low, cosine.high],
         "cross_recall_at_10": row.quality.value("cross_recall_at_10"),
-        "ndcg_at_10_loss": row.quality.value("ndcg_at_10_loss"),
+        "ndcg_at_10_loss": _finite(row.quality.value("ndcg_at_10_loss")),
         "p50_ms": row.speed.latency_ms(50),
         "p95_ms": row.speed.latency_ms(95),
         "throughput_per_s": row.speed.throughput_per_s,
@@ -112,6 +113,11 @@ def _describe_candidate(row: Judged) -> dict[str, Any]:
         "verdict": row.gate.verdict,
         "compatibility": row.compatibility,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN: a loss against a teacher that scores nothing is null."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _without_our_tracebacks(record: logging.LogRecord) -> bool:

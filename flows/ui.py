@@ -6,7 +6,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
-from flows.environment import prepare_environment
+from flows.environment import make_state_folder, prepare_environment
 from tasks.state import state_dir
 from tasks.tracking import default_tracking_uri
 
@@ -16,6 +16,8 @@ _MLFLOW_PORT, _PREFECT_PORT = 5000, 4200
 def main() -> int:
     """Run both servers until Ctrl-C. Returns the exit status."""
     prepare_environment()
+    make_state_folder()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     tracking = default_tracking_uri()
     if not (state_dir() / "mlflow").is_dir():
         print(f"error: {state_dir()} has no runs to show: run make demo first", file=sys.stderr)

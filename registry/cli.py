@@ -22,7 +22,7 @@ from registry import client
 from registry.channel import CHANNELS, ChannelRecord, move_channel, read_channel, read_channels
 from registry.errors import ChannelNotFound, RecordInvalid, ReferenceInvalid, RegistryError
 from registry.manifest import digest_of, verify_bundle
-from registry.store import FolderStore, Progress
+from registry.store import REGISTRY_VARIABLE, FolderStore, Progress, default_registry
 
 __all__ = ["app"]
 
@@ -69,13 +69,22 @@ def _complete_reference(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _completion_store(ctx: typer.Context) -> FolderStore:
-    return FolderStore(Path(ctx.params.get("registry") or DEFAULT_REGISTRY))
+    return _open_store(ctx.params.get("registry"))
 
 
-DEFAULT_REGISTRY = Path(".thorforge/registry")
+def _open_store(registry: Path | None) -> FolderStore:
+    return FolderStore(registry or default_registry())
+
+
 RegistryOption = Annotated[
-    Path,
-    typer.Option("--registry", metavar="DIR", envvar="THORFORGE_REGISTRY", help="The registry's folder."),
+    Path | None,
+    typer.Option(
+        "--registry",
+        metavar="DIR",
+        envvar=REGISTRY_VARIABLE,
+        help="The registry's folder; by default registry in $THORFORGE_HOME (.thorforge).",
+        show_default=False,
+    ),
 ]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=_complete_model, show_default=False)
@@ -95,14 +104,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 @app.command(epilog="Example: thorforge registry push build/minilm-int8")
 def push(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.", show_default=False)],
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: RegistryOption = None,
 ) -> None:
     """Verify a bundle, publish it whole or not at all, and print its digest.
 
     Pushing a bundle that is already there changes nothing.
     """
     with _progress_bar("pushing") as progress:
-        typer.echo(client.push(bundle, FolderStore(registry), progress))
+        typer.echo(client.push(bundle, _open_store(registry), progress))
 
 
 @app.command(epilog="Example: thorforge registry pull minilm production /srv/models/minilm")
@@ -112,11 +121,11 @@ def pull(
     target: Annotated[
         Path, typer.Argument(metavar="TARGET", help="The folder to make; it appears whole.", show_default=False)
     ],
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: RegistryOption = None,
 ) -> None:
     """Copy a bundle into a folder, every byte verified, and print its digest."""
     with _progress_bar("pulling") as progress:
-        client.pull(FolderStore(registry), model, reference, target, progress)
+        client.pull(_open_store(registry), model, reference, target, progress)
     typer.echo(digest_of(target))
 
 
@@ -126,10 +135,10 @@ def list_(
         str | None, typer.Argument(metavar="MODEL", help="Only this model.", autocompletion=_complete_model)
     ] = None,
     as_json: JsonOption = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: RegistryOption = None,
 ) -> None:
     """Compare the stored bundles: quality, speed and the channels that point at them."""
-    store = FolderStore(registry)
+    store = _open_store(registry)
     bundles = client.list_bundles(store, model)
     for bundle in bundles:
         if bundle.fault:
@@ -147,10 +156,10 @@ def show(
     model: ModelArgument,
     reference: ReferenceArgument,
     as_json: JsonOption = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: RegistryOption = None,
 ) -> None:
     """Print everything a bundle's manifest says."""
-    store = FolderStore(registry)
+    store = _open_store(registry)
     digest = client.resolve(store, model, reference)
     contents = client.read_stored(store, model, digest)
     channels = tuple(record.channel for record in read_channels(store, model) if record.digest == digest)
@@ -176,7 +185,7 @@ def verify(
             metavar="BUNDLE_OR_REFERENCE", help="A bundle's folder, or MODEL@REFERENCE.", show_default=False
         ),
     ],
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: RegistryOption = None,
 ) -> None:
     """Hash every byte of a folder or of a stored bundle, and print its digest if it is what its manifest says."""
     model, at, reference = subject.partition("@")
@@ -184,7 +193,7 @@ def verify(
         digest = digest_of(Path(subject))
         verify_bundle(Path(subject), digest)
     else:
-        store = FolderStore(registry)
+        store = _open_store(registry)
         digest = client.resolve(store, model, reference)
         with _progress_bar("verifying") as progress:
             client.verify_stored(store, model, digest, progress)
@@ -199,10 +208,10 @@ def get_channel(
         typer.Argument(metavar="CHANNEL", help="Only this channel.", autocompletion=_complete_channel),
     ] = None,
     as_json: JsonOption = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: RegistryOption = None,
 ) -> None:
     """Print the digest a channel points at or, without CHANNEL, all of a model's channels."""
-    store = FolderStore(registry)
+    store = _open_store(registry)
     records = read_channels(store, model) if channel is None else [read_channel(store, model, channel)]
     if as_json:
         documents = [record.model_dump(mode="json") for record in records]
@@ -237,10 +246,10 @@ def set_channel(
         ),
     ] = None,
     by: Annotated[str | None, typer.Option(metavar="NAME", help="Who moves it.", show_default="your user name")] = None,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: RegistryOption = None,
 ) -> None:
     """Point a channel at a bundle and print the digest; refused where somebody else moved it first."""
-    store = FolderStore(registry)
+    store = _open_store(registry)
     digest = client.resolve(store, model, reference)
     expected = _expected_digest(store, model, channel, expect)
     record = move_channel(store, model, channel, digest, expected, moved_by=_user_name() if by is None else by)

@@ -1,5 +1,6 @@
 """Where bundles and records lie: the protocol every store keeps, and the store in a folder."""
 
+import os
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -17,7 +18,18 @@ from registry.staging import (
     staged_folder,
 )
 
-__all__ = ["FolderStore", "Progress", "Store", "check_model_name"]
+__all__ = [
+    "REGISTRY_VARIABLE",
+    "STATE_VARIABLE",
+    "FolderStore",
+    "Progress",
+    "Store",
+    "check_model_name",
+    "default_registry",
+]
+
+STATE_VARIABLE = "THORFORGE_HOME"
+REGISTRY_VARIABLE = "THORFORGE_REGISTRY"
 
 
 class Store(Protocol):
@@ -147,6 +159,12 @@ class FolderStore:
         if len(parts) < 2 or parts[0] == "models" or not all(map(manifest.is_name, parts)):
             raise ReferenceInvalid(f"{key!r} is not the key of a record: use names joined by '/'")
         return self.root.joinpath(*parts)
+
+
+def default_registry() -> Path:
+    """The folder registry: `$THORFORGE_REGISTRY`, by default `registry` of the state folder, `$THORFORGE_HOME`."""
+    state = Path(os.environ.get(STATE_VARIABLE, ".thorforge"))
+    return Path(os.environ.get(REGISTRY_VARIABLE) or state / "registry").absolute()
 
 
 def check_model_name(model: str) -> None:

@@ -17,7 +17,7 @@ from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import hash_file, list_files, payload_checksum
-from registry.staging import staged_folder
+from registry.staging import rename_folder, staged_folder
 from tasks.errors import ArtifactMissing
 from tasks.state import state_dir
 
@@ -66,8 +66,7 @@ class Draft:
         # Every file, a bundle's manifest too: the same engine made for another name or run is another artifact.
         digest = payload_checksum({name: hash_file(self.folder / name) for name in list_files(self.folder)})
         path = Path("artifacts") / f"{kind}-{digest[:16]}"
-        if not (state_dir() / path).exists():
-            self.folder.rename(state_dir() / path)
+        rename_folder(self.folder, state_dir() / path)
         self._artifact = Artifact(path=str(path), digest=digest)
 
 

@@ -44,7 +44,7 @@ class Speed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     latencies_ms: tuple[float, ...]
-    round_throughputs_per_s: tuple[float, ...]
+    batch_seconds: tuple[float, ...]
     peak_memory_mb: float | None
 
     def latency_ms(self, percent: float) -> float:
@@ -53,8 +53,9 @@ class Speed(BaseModel):
 
     @property
     def throughput_per_s(self) -> float:
-        """Texts a second at batch 32: median of the rounds."""
-        return float(np.median(self.round_throughputs_per_s))
+        """Texts a second at batch 32: median of the rounds, each of which ran every batch once."""
+        rounds = np.array(self.batch_seconds).reshape(-1, _NUM_BATCHES).sum(axis=1)
+        return float(_NUM_BATCHES * BATCH_SIZE / np.median(rounds))
 
 
 class SpeedReport(BaseModel):
@@ -77,10 +78,8 @@ class SpeedReport(BaseModel):
             return {}
         speed = self.speeds[name]
         return {
-            "latency_ratio_vs_champion": _median_ratio(speed.latencies_ms, champion.latencies_ms),
-            "throughput_ratio_vs_champion": _median_ratio(
-                speed.round_throughputs_per_s, champion.round_throughputs_per_s
-            ),
+            "latency_ratio_vs_champion": _paired_ratio(speed.latencies_ms, champion.latencies_ms, np.median),
+            "throughput_ratio_vs_champion": _paired_ratio(champion.batch_seconds, speed.batch_seconds, np.sum),
         }
 
 
@@ -97,20 +96,20 @@ def benchmark(
     singles, batches = _single_batches(ids), _sorted_batches(ids)
     systems = _systems(candidates, teacher, champion)
     latencies: dict[str, list[float]] = {name: [] for name in systems}
-    throughputs: dict[str, list[float]] = {name: [] for name in systems}
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
     with progress("benchmark", _ROUNDS * len(systems)) as advance:
         for turn in range(_ROUNDS):
             part = singles[turn * _TEXTS_PER_TURN : (turn + 1) * _TEXTS_PER_TURN]
             for name in _rotate(list(systems), turn):
                 with systems[name]() as run:
-                    latencies[name].extend(1e3 * seconds for seconds in _time_calls(run, part))
-                    throughputs[name].append(BATCH_SIZE * len(batches) / sum(_time_calls(run, batches)))
+                    latencies[name].extend(1e3 * call for call in _time_calls(run, part))
+                    seconds[name].extend(_time_calls(run, batches))
                 advance(1)
     peaks = {c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates}
     speeds = {
         name: Speed(
             latencies_ms=tuple(latencies[name]),
-            round_throughputs_per_s=tuple(throughputs[name]),
+            batch_seconds=tuple(seconds[name]),
             peak_memory_mb=peaks.get(name),  # type: ignore[call-overload]  # keyed by variant; torch and champion have none
         )
         for name in systems
@@ -204,11 +203,11 @@ def _rotate(names: list[str], turn: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def _median_ratio(own: tuple[float, ...], other: tuple[float, ...]) -> Measurement:
-    """Ratio of medians, resampling rounds or calls in pairs: call i of both systems met the same text."""
+def _paired_ratio(own: tuple[float, ...], other: tuple[float, ...], summary: Callable[..., Values]) -> Measurement:
+    """Ratio of medians or sums, resampling calls in pairs: call i of both systems met the same texts."""
     first, second = np.array(own), np.array(other)
 
     def statistic(rows: NDArray[np.intp]) -> Values:
-        return np.asarray(np.median(first[rows], axis=1) / np.median(second[rows], axis=1), dtype=np.float64)
+        return np.asarray(summary(first[rows], axis=1) / summary(second[rows], axis=1), dtype=np.float64)
 
-    return statistic_interval(statistic, len(first), float(np.median(first) / np.median(second)))
+    return statistic_interval(statistic, len(first), float(summary(first) / summary(second)))

@@ -21,7 +21,8 @@ _Shares = tuple[tuple[Part, int], ...]
 _TEXT_SHARES: _Shares = (("calibration", 10), ("distillation", 60), ("evaluation", 30))
 _PAIR_SHARES: _Shares = (("calibration", 10), ("distillation", 10), ("evaluation", 80))
 _PARTS: tuple[Part, ...] = ("calibration", "distillation", "evaluation")
-_MIN_PART_TEXTS = 8
+# The golden set of a bundle is the first 64 evaluation texts.
+_MIN_TEXTS: dict[Part, int] = {"calibration": 8, "distillation": 8, "evaluation": 64}
 # Sentences that cosine and overlap are judged on: the interval of their mean is then about 0.0001 wide.
 _MAX_SENTENCES = 2000
 
@@ -187,9 +188,9 @@ def _hash(text: str) -> bytes:
 def _check_sizes(uri: str, parts: _Parts) -> None:
     for part in _PARTS:
         count = len(parts.texts[part])
-        if count < _MIN_PART_TEXTS:
+        if count < _MIN_TEXTS[part]:
             raise CorpusRejected(
-                f"corpus {uri!r} gives {count} {part} texts, at least {_MIN_PART_TEXTS} are needed: "
+                f"corpus {uri!r} gives {count} {part} texts, at least {_MIN_TEXTS[part]} are needed: "
                 "give a corpus of a few hundred different texts (BEIR: judged documents are kept for evaluation)"
             )
 

@@ -45,8 +45,11 @@ class Quality(BaseModel):
     persist_result=True,
     result_serializer="json",
 )
-def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifact) -> Quality:
-    """Judge a candidate on the evaluation part, through the engine class that the worker runs."""
+def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifact, hardware: str) -> Quality:
+    """Judge a candidate on the evaluation part, through the engine class that the worker runs.
+
+    `hardware` is part of the cache key: int8 and bf16 arithmetic differ between processors, so a verdict is a node's.
+    """
     sets, retrieval = evaluation_sets(corpus)
     teacher = {path.stem: np.load(path, allow_pickle=False) for path in teacher_embeddings.folder.glob("*.npy")}
     encode, engine = open_candidate(candidate)

@@ -30,7 +30,7 @@ def export_onnx(teacher: Teacher) -> Artifact:
     """
     model = load_sentence_transformer(teacher.folder)
     with draft("export") as work:
-        shutil.copyfile(_tokenizer_file(teacher.folder), work.folder / TOKENIZER_NAME)
+        shutil.copyfile(teacher.tokenizer, work.folder / TOKENIZER_NAME)
         _export(model, teacher, work.folder / ONNX_NAME)
         error = measure_parity(model, work.folder, teacher.max_seq_length)
         if not error <= _PARITY_LIMIT:
@@ -47,10 +47,6 @@ def measure_parity(model: Any, folder: Path, max_length: int) -> float:
     singles = np.concatenate([engine.embed(*pad_batch([row])) for row in ids])
     engine.close()
     return float(max(np.abs(batch - expected).max(), np.abs(singles - expected).max()))
-
-
-def _tokenizer_file(folder: Path) -> Path:
-    return next(folder.rglob(TOKENIZER_NAME))
 
 
 def _export(model: Any, teacher: Teacher, path: Path) -> None:

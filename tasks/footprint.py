@@ -10,6 +10,7 @@ import numpy as np
 from registry.manifest import EngineEntry
 from serving.engines import open_engine
 from serving.tokenizer import TextTokenizer
+from tasks.telemetry import disable_telemetry
 
 _BATCH = 32
 
@@ -35,6 +36,7 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
+    disable_telemetry()
     folder, entry, max_length = sys.argv[1:]
     report = measure_footprint(Path(folder), EngineEntry.model_validate_json(entry), int(max_length))
     sys.stdout.write(json.dumps(report) + "\n")

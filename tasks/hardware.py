@@ -4,6 +4,8 @@ import os
 import platform
 from pathlib import Path
 
+from serving.engines import num_cores
+
 # Instruction sets that decide how fast int8 and bf16 run.
 _FLAGS = (
     "avx2",
@@ -28,11 +30,6 @@ def cpu_flags() -> tuple[str, ...]:
     """The instruction sets this processor has, of those that matter here."""
     present = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     return tuple(flag for flag in _FLAGS if flag in present)
-
-
-def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_gib() -> float:

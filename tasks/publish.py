@@ -1,12 +1,10 @@
 """Publish: put a candidate together as a bundle and push it to the registry."""
 
-import json
 import platform
 import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from prefect import task
@@ -103,14 +101,8 @@ def _write_golden(folder: Path, study: Study, teacher_embeddings: Artifact) -> N
 
 def _write_reports(folder: Path, judged: Judged) -> None:
     (folder / "reports").mkdir()
-    reports: dict[str, Any] = {
-        "quality": judged.quality.model_dump(mode="json"),
-        "speed": judged.speed.model_dump(mode="json"),
-        "gate": judged.gate.model_dump(mode="json"),
-    }
-    for name, report in reports.items():
-        text = json.dumps(report, indent=1, sort_keys=True)
-        (folder / "reports" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    for name, report in (("quality", judged.quality), ("speed", judged.speed), ("gate", judged.gate)):
+        (folder / "reports" / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, FileEntry]) -> Manifest:

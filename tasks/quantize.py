@@ -7,7 +7,6 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +17,7 @@ from tasks.corpus import read_part
 from tasks.errors import QuantizationFailed
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
+from tasks.telemetry import disable_telemetry
 
 VariantName = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
 
@@ -93,6 +93,7 @@ def quantize(
 
     Raises QuantizationFailed.
     """
+    disable_telemetry()
     texts = read_part(corpus, "calibration")[:calibration_size] if variant.is_calibrated else []
     if variant.is_calibrated and len(texts) < calibration_size:
         raise QuantizationFailed(
@@ -122,8 +123,8 @@ def quantize(
 Batches = list[tuple[Ids, Ids]]
 
 
-class _Reader(CalibrationDataReader):
-    """Calibration batches as onnxruntime wants them."""
+class _Reader:
+    """Calibration batches as onnxruntime wants them: anything with `get_next` is its CalibrationDataReader."""
 
     def __init__(self, batches: Batches, advance: Advance) -> None:
         self._batches, self._advance = iter(batches), advance
@@ -143,7 +144,7 @@ def _keep_fp32(source: Path, folder: Path, batches: Batches, advance: Advance) -
 
 
 def _quantize_dynamic(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
-    from onnxruntime.quantization import quantize_dynamic  # noqa: PLC0415  a cached run need not load it
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415  a cached run need not load it
 
     with _root_logger_silent():
         quantize_dynamic(source, folder / ONNX_NAME, weight_type=QuantType.QInt8, per_channel=True)
@@ -157,7 +158,8 @@ def _quantize_static(source: Path, folder: Path, batches: Batches, advance: Adva
     MinMax because entropy and percentile ruin BERT and exhaust memory (onnxruntime issues 10571, 10503); uint8
     because symmetric int8 activations measured cosine 0.977 against 0.991 and ran 1.6 times slower (docs/log.md).
     """
-    from onnxruntime.quantization import quantize_static  # noqa: PLC0415  a cached run need not load it
+    # A cached run need not load it.
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static  # noqa: PLC0415
     from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: PLC0415
 
     prepared = folder / "prepared.onnx"

@@ -69,7 +69,8 @@ def render_html(study: Study, published: Published | None) -> str:
     teacher, speeds = study.teacher, study.speeds
     torch, first = speeds.speeds[TORCH], study.judged[0].quality
     outcome = (
-        f"Published <b>{published.variant}</b> as <code>{published.name}</code> <code>{published.digest}</code>."
+        f"Published <b>{html.escape(published.variant)}</b> as <code>{html.escape(published.name)}</code> "
+        f"<code>{published.digest}</code>."
         if published
         else "Nothing was published: no candidate passes the gate."
     )

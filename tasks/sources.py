@@ -1,6 +1,7 @@
 """Anything that embeds text (a model, a bundle, a running worker) behind one call, for side-by-side evaluation."""
 
 import base64
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from tasks.teacher import locate_teacher, open_teacher
 
 _REQUEST_TEXTS = 128
 _TIMEOUT_SECONDS = 300.0
+_RETRIES = 5  # of a request the worker was too busy for, each after the time it asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,9 @@ def _open_worker(url: str) -> Source:
     client = httpx.Client(base_url=url, timeout=_TIMEOUT_SECONDS, trust_env=False)
     try:
         models = client.get("/api/v1/models").raise_for_status().json()["models"]
-    except (httpx.HTTPError, ValueError, KeyError) as error:
+        model = next(entry for entry in models if entry["default"])
+        title = f"{model['name']} {model['version']}"
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise SourceUnreachable(
             f"{url} does not answer as a thorforge worker: {type(error).__name__}: {error}"
         ) from None
@@ -64,18 +68,23 @@ def _open_worker(url: str) -> Source:
         parts = []
         for start in range(0, len(texts), _REQUEST_TEXTS):
             batch = list(texts[start : start + _REQUEST_TEXTS])
-            parts.append(_embed_remote(client, batch))
+            parts.append(_embed_remote(client, model["name"], batch))
             advance(len(batch))
         return np.concatenate(parts)
 
-    return Source("worker", f"{models[0]['name']} {models[0]['version']}", encode, client.close)
+    return Source("worker", title, encode, client.close)
 
 
-def _embed_remote(client: httpx.Client, texts: list[str]) -> Embeddings:
+def _embed_remote(client: httpx.Client, model: str, texts: list[str]) -> Embeddings:
+    body = {"model": model, "texts": texts, "encoding_format": "base64"}
     try:
-        reply = (
-            client.post("/api/v1/embed", json={"texts": texts, "encoding_format": "base64"}).raise_for_status().json()
-        )
-    except (httpx.HTTPError, ValueError) as error:
+        reply = client.post("/api/v1/embed", json=body)
+        for _ in range(_RETRIES):
+            if reply.status_code != httpx.codes.TOO_MANY_REQUESTS:
+                break
+            time.sleep(float(reply.headers["retry-after"]))
+            reply = client.post("/api/v1/embed", json=body)
+        rows = reply.raise_for_status().json()["embeddings"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
         raise SourceUnreachable(f"{client.base_url} failed to embed: {type(error).__name__}: {error}") from None
-    return np.stack([np.frombuffer(base64.b64decode(row), dtype="<f4") for row in reply["embeddings"]])
+    return np.stack([np.frombuffer(base64.b64decode(row), dtype="<f4") for row in rows])

@@ -6,18 +6,14 @@ from pathlib import Path
 
 import psutil
 
-STATE_VARIABLE = "THORFORGE_HOME"
-REGISTRY_VARIABLE = "THORFORGE_REGISTRY"
+from registry.store import STATE_VARIABLE
+
+_CLOCK_SECONDS = 60.0
 
 
 def state_dir() -> Path:
     """Where thorforge keeps all its state: `$THORFORGE_HOME`, by default `.thorforge` of the working folder."""
     return Path(os.environ.get(STATE_VARIABLE, ".thorforge")).absolute()
-
-
-def default_registry() -> Path:
-    """The folder registry: `$THORFORGE_REGISTRY`, by default `registry` of the state folder."""
-    return Path(os.environ.get(REGISTRY_VARIABLE) or state_dir() / "registry")
 
 
 def describe_process(pid: int) -> str:
@@ -27,10 +23,11 @@ def describe_process(pid: int) -> str:
 
 def is_dead(process: str) -> bool:
     """Whether a process of this host is gone; one of another host is not ours to judge."""
-    host, pid, _ = process.rsplit(" ", 2)
+    host, pid, started = process.rsplit(" ", 2)
     if host != socket.gethostname():
         return False
     try:
-        return describe_process(int(pid)) != process
+        # A clock that is set right moves the start time of every process a little.
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) > _CLOCK_SECONDS
     except psutil.NoSuchProcess:
         return True

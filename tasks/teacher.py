@@ -14,7 +14,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 
-from registry.manifest import hash_file, payload_checksum
+from registry.manifest import hash_file, is_name, payload_checksum
+from serving.tokenizer import TOKENIZER_NAME
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import evaluation_sets
 from tasks.errors import TeacherRejected
@@ -34,6 +35,7 @@ class Teacher(BaseModel):
     uri: str
     name: str
     folder: Path
+    tokenizer: Path
     digest: str
     dimension: int
     max_seq_length: int
@@ -66,8 +68,9 @@ def load_teacher(uri: str, name: str | None = None) -> Teacher:
     pooling = _read_object(folder / modules[1]["path"] / "config.json")
     return Teacher(
         uri=uri,
-        name=name or _name_of(uri, folder),
+        name=name or _safe_name_of(uri, folder),
         folder=folder,
+        tokenizer=transformer / TOKENIZER_NAME,
         # Through links: a hub snapshot is a folder of links into a blob store.
         digest=payload_checksum({str(p.relative_to(folder)): hash_file(p) for p in folder.rglob("*") if p.is_file()}),
         dimension=_dimension(pooling, config),
@@ -250,16 +253,21 @@ def _prompts(folder: Path) -> dict[str, str]:
     return {name: text for name, text in (prompts or {}).items() if text}
 
 
-def _name_of(uri: str, folder: Path) -> str:
-    name = uri.partition(":")[2].partition("@")[0].rpartition("/")[2] if ":" in uri else folder.name
-    return name.removeprefix("gt_").replace("_", "-")
+def _safe_name_of(uri: str, folder: Path) -> str:
+    found = uri.partition(":")[2].partition("@")[0].rpartition("/")[2] if ":" in uri else folder.name
+    if not is_name(found):
+        raise TeacherRejected(
+            f"{found!r} is not a name for the registry (letters, digits, '.', '_' and '-'): give one with --name"
+        )
+    return found
 
 
 def _weights(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("*.safetensors"))
+    whole = folder / "model.safetensors"
+    paths = [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
     if not paths:
         raise TeacherRejected(
-            f"{folder} has no .safetensors file: pickled weights are never loaded; save it as safetensors"
+            f"{folder} has no model.safetensors: pickled weights are never loaded; save it as safetensors"
         )
     return paths
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from tasks.publish import Published
 from tasks.select import Judged
 from tasks.state import describe_process, is_dead, state_dir
+from tasks.telemetry import disable_telemetry
 
 # Quality metrics whose 95 % interval is logged beside them: those a gate or a manifest decides on.
 _WITH_INTERVAL = (
@@ -150,7 +151,7 @@ def track_run(uri: str, name: str, params: dict[str, str]) -> Iterator[Tracker]:
 
 def _connect(uri: str, experiment: str) -> tuple[Any, str]:
     """A client, and the experiment's id; a new experiment on SQLite keeps its artifacts beside the database."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    disable_telemetry()
     from mlflow import MlflowClient  # noqa: PLC0415  its import takes seconds and reads the environment
 
     location = None

@@ -1,14 +1,17 @@
 """Shared by every test: a state folder of its own, a tiny real teacher, and a Prefect API where a run is needed."""
 
+import gc
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tasks.telemetry import disable_telemetry
 from tests.forge import Forge, build_forge
 from tests.teachers import make_teacher
 
@@ -16,26 +19,33 @@ from tests.teachers import make_teacher
 settings.register_profile("thorforge", deadline=None)
 settings.load_profile("thorforge")
 
-_PREFECT_HOME = pytest.StashKey[str]()
+_SCRATCH = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any vendor is imported, because they read the environment then: nothing in the home folder, no network."""
-    config.stash[_PREFECT_HOME] = tempfile.mkdtemp(prefix="thorforge-tests-prefect-")
+    config.stash[_SCRATCH] = tempfile.mkdtemp(prefix="thorforge-tests-")
     os.environ |= {
-        "PREFECT_HOME": config.stash[_PREFECT_HOME],
+        "PREFECT_HOME": config.stash[_SCRATCH],
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MPLCONFIGDIR": config.stash[_SCRATCH],
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "true",
         # Torch's threads spin at barriers: on a machine that is busy two take 200 times as long as one.
         "OMP_NUM_THREADS": "1",
     }
+    disable_telemetry()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Prefect's clients leave connections for the garbage collector to close."""
+    for item in items:
+        if "prefect" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(config.stash[_PREFECT_HOME], ignore_errors=True)
+    shutil.rmtree(config.stash[_SCRATCH], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +98,6 @@ def prefect(prefect_api: None, tmp_path: Path) -> Iterator[None]:
 
     with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path / "results"}):
         yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()  # what Prefect left open, before the next test can be blamed for it

@@ -1,5 +1,6 @@
 """Engines behind one protocol: token ids in, sentence embeddings out."""
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""
         ...
+
+
+def num_cores() -> int:
+    """Cores this process may run on: fewer than the machine has where a container or `taskset` says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0) -> Engine:

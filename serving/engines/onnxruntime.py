@@ -1,9 +1,8 @@
 """ONNX Runtime on the CPU."""
 
-import os
 from pathlib import Path
 
-from serving.engines import Embeddings
+from serving.engines import Embeddings, num_cores
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
@@ -18,7 +17,7 @@ class OnnxRuntimeEngine:
         except ImportError:
             raise EngineUnavailable("onnxruntime is not installed: pip install 'thorforge[serve]'") from None
         options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads or os.cpu_count() or 1
+        options.intra_op_num_threads = num_threads or num_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:

@@ -1,4 +1,4 @@
-"""`make demo` as a newcomer runs it, twice, and what it promises on its last line."""
+"""What `make demo` runs, twice, and what it promises on its last line."""
 
 import json
 import sys

@@ -1,6 +1,7 @@
 """What people look at: the MLflow compare view, the HTML report and the Prefect pages, in a real browser."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from mlflow import MlflowClient
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.e2e.conftest import Project
-from tests.servers import free_port, run_mlflow_server
+from tests.servers import PrefectServer, free_port, run_mlflow_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
@@ -22,7 +23,7 @@ def page() -> Iterator[Page]:
     """A page of headless Chromium."""
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=arguments)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
         opened = browser.new_page(viewport={"width": 1600, "height": 1200})
         opened.set_default_timeout(_PAGE_MILLISECONDS)
         yield opened
@@ -68,3 +69,13 @@ def test_report_reads_without_network_or_script(page: Page, optimized: dict[str,
     box = page.locator("table").bounding_box()
     assert box is not None
     assert box["width"] <= 1600
+
+
+def test_prefect_shows_the_run_its_table_and_its_verdicts(
+    page: Page, project: Project, optimized: dict[str, Any], prefect_server: PrefectServer
+) -> None:
+    served = Project(project.folder, project.env | {"PREFECT_API_URL": prefect_server.api_url})
+    assert served.optimize()["published"] == optimized["published"]
+    page.goto(f"{prefect_server.ui_url}/artifacts")
+    for key in ("optimize-results", "optimize-verdicts"):
+        expect(page.get_by_text(key).first).to_be_visible(timeout=_PAGE_MILLISECONDS)

@@ -96,6 +96,10 @@ def test_serve_extra_alone_serves(fp32_bundle: Path, tmp_path: Path) -> None:
     )
     names = {line.split()[0].lower() for line in listed.stdout.splitlines()[2:]}
     assert not names & {"torch", "mlflow", "prefect", "transformers", "openvino"}
+    for arguments in (["doctor"], ["registry", "list", "--registry", str(tmp_path / "none")], ["serve", "--help"]):
+        command = [str(venv / "bin" / "thorforge"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     with run_worker(fp32_bundle, env={"PYTHONPATH": str(tmp_path)}, python=str(venv / "bin" / "python")) as running:
         reply = httpx.post(f"{running.base_url}/api/v1/embed", json={"text": "hello world"}, trust_env=False).json()
     assert reply["embedding"][:3] == pytest.approx([-0.0345, 0.0310, 0.0067], abs=1e-4)

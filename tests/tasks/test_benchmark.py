@@ -25,14 +25,17 @@ from tests.forge import Forge
 
 
 def speed(latencies: tuple[float, ...], throughputs: tuple[float, ...]) -> Speed:
-    return Speed(latencies_ms=latencies, round_throughputs_per_s=throughputs, peak_memory_mb=None)
+    """A system with one round of 16 equal batches of 32 for each throughput."""
+    seconds = tuple(32 / throughput for throughput in throughputs for _ in range(16))
+    return Speed(latencies_ms=latencies, batch_seconds=seconds, peak_memory_mb=None)
 
 
 def report(**speeds: Speed) -> SpeedReport:
     return SpeedReport(hardware="here", mean_tokens=10.0, speeds=speeds)
 
 
-STEADY = speed(tuple(1.0 + 0.1 * (i % 7) for i in range(200)), (100.0, 101.0, 99.0, 100.5, 99.5, 100.0, 100.2, 99.8))
+ROUNDS = (100.0, 101.0, 99.0, 100.5, 99.5, 100.0, 100.2, 99.8)
+STEADY = speed(tuple(1.0 + 0.1 * (i % 7) for i in range(200)), ROUNDS)
 
 
 @given(st.lists(st.text(), min_size=1, max_size=8, unique=True))
@@ -50,7 +53,7 @@ def test_champion_ratios_of_a_system_against_itself_are_one() -> None:
 
 
 def test_champion_ratios_find_a_known_difference() -> None:
-    slower = speed(tuple(1.2 * t for t in STEADY.latencies_ms), tuple(t / 1.2 for t in STEADY.round_throughputs_per_s))
+    slower = speed(tuple(1.2 * t for t in STEADY.latencies_ms), tuple(t / 1.2 for t in ROUNDS))
     ratios = report(own=slower, champion=STEADY).champion_ratios("own")
     assert ratios["latency_ratio_vs_champion"].value == pytest.approx(1.2)
     assert ratios["latency_ratio_vs_champion"].low > 1.05
@@ -66,7 +69,7 @@ def test_speed_percentiles_and_speedup() -> None:
     measured = speed(tuple(float(i) for i in range(1, 101)), (10.0, 30.0, 20.0))
     assert measured.latency_ms(50) == pytest.approx(50.5)
     assert measured.latency_ms(99) == pytest.approx(99.01)
-    assert measured.throughput_per_s == 20
+    assert measured.throughput_per_s == pytest.approx(20)
     assert SpeedReport(hardware="x", mean_tokens=1, speeds={TORCH: STEADY, "own": measured}).speedup_vs_torch(
         "own"
     ) == pytest.approx(0.2)
@@ -99,8 +102,8 @@ def test_benchmark_measured_every_system_in_every_round(forge: Forge) -> None:
     assert speeds.speeds.keys() == {TORCH, *names}
     for name, measured in speeds.speeds.items():
         assert len(measured.latencies_ms) == 204
-        assert len(measured.round_throughputs_per_s) == 6
-        numbers = (*measured.latencies_ms, *measured.round_throughputs_per_s)
+        assert len(measured.batch_seconds) == 6 * 16
+        numbers = (*measured.latencies_ms, *measured.batch_seconds)
         assert all(math.isfinite(number) and number > 0 for number in numbers)
         if name == TORCH:
             assert measured.peak_memory_mb is None

@@ -56,7 +56,7 @@ def speeds(points: dict[str, tuple[float, float]]) -> SpeedReport:
         hardware="here",
         mean_tokens=1,
         speeds={
-            name: Speed(latencies_ms=(latency,) * 8, round_throughputs_per_s=(throughput,) * 8, peak_memory_mb=1)
+            name: Speed(latencies_ms=(latency,) * 8, batch_seconds=(32 / throughput,) * 32, peak_memory_mb=1)
             for name, (throughput, latency) in points.items()
         },
     )

@@ -183,6 +183,13 @@ def test_teacher_package_gives_known_vector() -> None:
     assert (teacher.name, teacher.dimension, teacher.max_seq_length) == ("all-minilm-l6-v2", 384, 256)
 
 
+def test_teacher_whose_folder_is_no_registry_name_asks_for_one(teacher_copy: Path) -> None:
+    folder = teacher_copy.rename(teacher_copy.with_name("my model"))
+    with pytest.raises(TeacherRejected, match=r"'my model' is not a name for the registry.*give one with --name"):
+        load_teacher.fn(str(folder))
+    assert load_teacher.fn(str(folder), "my-model").name == "my-model"
+
+
 def drop_tensors(folder: Path, prefix: str) -> None:
     from safetensors.numpy import load_file, save_file
 
