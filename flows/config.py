@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from registry.gate import GateLimits
 from registry.manifest import SafeName, describe_validation
@@ -45,6 +45,14 @@ class OptimizeConfig(BaseModel):
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
 
+    @field_validator("variants")
+    @classmethod
+    def _variants_differ(cls, variants: tuple[VariantName, ...]) -> tuple[VariantName, ...]:
+        for name in variants:
+            if variants.count(name) > 1:
+                raise ValueError(f"{name!r} is named twice")
+        return variants
+
 
 class Settings(BaseModel):
     """The whole of `thorforge.toml`."""
@@ -64,6 +72,8 @@ def load_settings(path: Path | None = None) -> Settings:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigRejected(f"settings file {path} does not exist") from None
+    except OSError as error:
+        raise ConfigRejected(f"settings file {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigRejected(f"{path} is not TOML: {error}") from None
     return _validate(table, str(path))

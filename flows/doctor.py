@@ -27,6 +27,7 @@ _LIBRARIES = (
     ("mlflow", "forge", "tracking and comparing runs"),
     ("uvloop", "serve", "a faster event loop for the worker"),
 )
+_DRIVER_SECONDS = 30.0
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
@@ -72,10 +73,14 @@ def _gpu() -> Finding:
     if shutil.which("nvidia-smi") is None:
         return Finding("NVIDIA GPU", False, "no driver found", brings, "install the NVIDIA driver, if there is a GPU")
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    check = "check the driver: run nvidia-smi"
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_DRIVER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("NVIDIA GPU", False, f"nvidia-smi does not answer in {_DRIVER_SECONDS:g} s", brings, check)
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
-        return Finding("NVIDIA GPU", False, "nvidia-smi finds no GPU", brings, "check the driver: run nvidia-smi")
+        return Finding("NVIDIA GPU", False, "nvidia-smi finds no GPU", brings, check)
     return Finding("NVIDIA GPU", True, "; ".join(lines), brings)
 
 

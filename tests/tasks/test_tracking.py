@@ -13,10 +13,8 @@ from tasks.select import choose
 from tasks.tracking import Tracker, candidate_metrics, default_tracking_uri, track_run
 from tests.forge import Forge
 
-# MLflow's own tables use what SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The ``noload`` loader strategy is deprecated:sqlalchemy.exc.SADeprecationWarning"
-)
+# The tables of MLflow and of Prefect's server use what SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
 NAMES = {"fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"}
 PREFIXES = {"quality", "speed", "size", "cost"}
