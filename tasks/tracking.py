@@ -13,8 +13,8 @@ from tasks.select import Judged
 from tasks.state import describe_process, is_dead, state_dir
 from tasks.telemetry import disable_telemetry
 
-# Quality metrics whose 95 % interval is logged beside them: those a gate or a manifest decides on.
-_WITH_INTERVAL = (
+# Quality metrics whose interval's bad end, which the gate compares, is logged beside them.
+_WITH_BAD_END = (
     "cosine_mean",
     "ndcg_at_10_loss",
     "recall_at_10_loss",
@@ -112,8 +112,8 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, measurement in judged.quality.metrics.items():
         metrics[f"quality.{name}"] = measurement.value
-        if name in _WITH_INTERVAL:
-            metrics[f"quality.{name}.low"], metrics[f"quality.{name}.high"] = measurement.low, measurement.high
+        if name in _WITH_BAD_END:
+            metrics[f"quality.{name}.bad_end"] = measurement.high if name.endswith("_loss") else measurement.low
     for percent in (50, 95, 99):
         metrics[f"speed.p{percent}_ms"] = judged.speed.latency_ms(percent)
     metrics["speed.throughput_per_s"] = judged.speed.throughput_per_s

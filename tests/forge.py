@@ -47,7 +47,7 @@ def build_forge(root: Path, teacher_folder: Path) -> Forge:
     exported, embeddings = export_onnx.fn(teacher), embed_teacher.fn(teacher, corpus)
     length = teacher.max_seq_length
     candidates = [quantize.fn(v, exported, length, corpus, CALIBRATION_SIZE) for v in VARIANTS.values()]
-    qualities = [evaluate.fn(candidate, corpus, embeddings) for candidate in candidates]
+    qualities = [evaluate.fn(candidate, corpus, embeddings, "here") for candidate in candidates]
     speeds = benchmark.fn(candidates, teacher, corpus, "a test's machine", None)
     study = Study(
         teacher=teacher,

@@ -24,7 +24,7 @@ def page() -> Iterator[Page]:
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
-        opened = browser.new_page(viewport={"width": 1600, "height": 1200})
+        opened = browser.new_page(viewport={"width": 1600, "height": 2400})
         opened.set_default_timeout(_PAGE_MILLISECONDS)
         yield opened
         browser.close()

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from flows.environment import prepare_environment
+from flows.environment import make_state_folder, prepare_environment
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = ("PREFECT_HOME", "PREFECT_SERVER_ANALYTICS_ENABLED", "MLFLOW_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY")
 
 EVERYTHING = """
-from flows.environment import prepare_environment
+from flows.environment import make_state_folder, prepare_environment
 prepare_environment()
+make_state_folder()
 import matplotlib.figure, mlflow, nncf, onnxruntime, openvino, prefect, sentence_transformers, torch, transformers
 openvino.Core()
 import flows.cli, flows.run
@@ -39,4 +40,5 @@ def test_environment_leaves_what_is_set(monkeypatch: pytest.MonkeyPatch, home: P
     assert os.environ["PREFECT_HOME"] == "/elsewhere"
     assert os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+    make_state_folder()
     assert (home / "prefect").is_dir()

@@ -67,6 +67,7 @@ def test_registry_option_wins_over_the_environment(bundle: Path, store: FolderSt
 
 
 def test_registry_defaults_to_the_working_folder(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THORFORGE_HOME", raising=False)
     monkeypatch.delenv("THORFORGE_REGISTRY")
     monkeypatch.chdir(tmp_path)
     succeed("push", bundle)

