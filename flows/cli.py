@@ -35,6 +35,16 @@ _VARIANT_NAMES = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of a table")]
 
 
+def _complete_variant(incomplete: str) -> list[str]:
+    return [name for name in _VARIANT_NAMES if name.startswith(incomplete)]
+
+
+_Variants = Annotated[
+    list[str] | None,
+    typer.Option(help="build only this variant; repeat for more", autocompletion=_complete_variant),
+]
+
+
 def main() -> None:
     """Run the command; what is wrong with the input is one line on stderr, not a traceback."""
     prepare_environment()
@@ -51,19 +61,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _complete_variant(incomplete: str) -> list[str]:
-    return [name for name in _VARIANT_NAMES if name.startswith(incomplete)]
-
-
 @app.command()
 def optimize(
     model: Annotated[str | None, typer.Option(help="teacher: a folder, package:<installed package> or hf:<id>")] = None,
     name: Annotated[str | None, typer.Option(help="the model's name in the registry")] = None,
     corpus: Annotated[str | None, typer.Option(help="docs:, a text file or a BEIR folder")] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="build only this variant; repeat for more", autocompletion=_complete_variant),
-    ] = None,
+    variant: _Variants = None,
     calibration_size: Annotated[
         int | None, typer.Option(help="texts that static quantisation is calibrated on")
     ] = None,
