@@ -33,6 +33,18 @@ app.add_typer(registry_app, name="registry")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of a table")]
 
 
+def _complete_variant(incomplete: str) -> list[str]:
+    from tasks.quantize import VARIANTS  # noqa: PLC0415  only completion needs the names here
+
+    return [name for name in VARIANTS if name.startswith(incomplete)]
+
+
+_Variants = Annotated[
+    list[str] | None,
+    typer.Option(help="build only this variant; repeat for more", autocompletion=_complete_variant),
+]
+
+
 def main() -> None:
     """Run the command; what is wrong with the input is one line on stderr, not a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -49,21 +61,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _complete_variant(incomplete: str) -> list[str]:
-    from tasks.quantize import VARIANTS  # noqa: PLC0415  only completion needs the names here
-
-    return [name for name in VARIANTS if name.startswith(incomplete)]
-
-
 @app.command()
 def optimize(
     model: Annotated[str | None, typer.Option(help="teacher: a folder, package:<installed package> or hf:<id>")] = None,
     name: Annotated[str | None, typer.Option(help="the model's name in the registry")] = None,
     corpus: Annotated[str | None, typer.Option(help="docs:, a text file or a BEIR folder")] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="build only this variant; repeat for more", autocompletion=_complete_variant),
-    ] = None,
+    variant: _Variants = None,
     calibration_size: Annotated[
         int | None, typer.Option(help="texts that static quantisation is calibrated on")
     ] = None,

@@ -47,10 +47,9 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     teacher = load_teacher(config.model, config.name)
     fingerprint = corpus_fingerprint(config.corpus)
+    uri = config.tracking_uri or default_tracking_uri()
 
-    with track_run(
-        config.tracking_uri or default_tracking_uri(), f"optimize {teacher.name}", _params(config)
-    ) as tracker:
+    with track_run(uri, "optimize", _params(config), name=f"optimize {teacher.name}") as tracker:
         corpus = build_corpus(config.corpus, fingerprint)
         exported = export_onnx(teacher)
 

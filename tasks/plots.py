@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tasks.benchmark import TORCH
@@ -15,7 +16,6 @@ def plot_pareto(study: Study) -> Figure:
     """Throughput against cosine to the teacher; area is size, colour is the verdict, a ring is the Pareto front."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    cosine_pass = study.limits.cosine_mean_pass
     for row in study.judged:
         x, y = row.speed.throughput_per_s, row.quality.metrics["cosine_mean"].value
         area = 40 + 6 * row.size_mb
@@ -39,15 +39,7 @@ def plot_pareto(study: Study) -> Figure:
     torch_speed = study.speeds.speeds[TORCH].throughput_per_s
     axes.scatter(torch_speed, 1.0, marker="x", color="#57606a")
     axes.annotate(TORCH, (torch_speed, 1.0), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8)
-    axes.axhline(cosine_pass, color="#57606a", linewidth=0.8, linestyle="--")
-    axes.annotate(
-        f"gate: {cosine_pass}",
-        (0.995, cosine_pass),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        fontsize=8,
-    )
+    _draw_limit(axes, study.limits.cosine_mean_pass)
     axes.margins(x=0.15, y=0.2)
     axes.set_xlabel("throughput at batch 32, texts/s (further right is better)")
     axes.set_ylabel("mean cosine to the teacher")
@@ -81,3 +73,9 @@ def to_svg(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _draw_limit(axes: Axes, limit: float) -> None:
+    axes.axhline(limit, color="#57606a", linewidth=0.8, linestyle="--")
+    place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+    axes.annotate(f"gate: {limit}", (0.995, limit), fontsize=8, **place)

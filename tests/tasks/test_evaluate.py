@@ -182,7 +182,7 @@ def test_evaluate_counts_non_finite_numbers_and_the_gate_fails_them(
     for artifact in (study.corpus, forge.teacher_embeddings):
         (state / artifact.path).symlink_to(artifact.folder)
     monkeypatch.setenv("THORFORGE_HOME", str(state))
-    quality = evaluate.fn(candidate, study.corpus, forge.teacher_embeddings)
+    quality = evaluate.fn(candidate, study.corpus, forge.teacher_embeddings, "here")
     assert quality.metrics["nonfinite"].value >= HIDDEN
     record = judge(quality.metrics, default_checks(GateLimits(), with_sts=False, with_champion=False))
     assert record.verdict == "fail"

@@ -91,7 +91,7 @@ def test_report_rows_are_fastest_first_and_name_what_was_not_measured(forge: For
     assert speeds == sorted(speeds, reverse=True)
     judged = forge.study.judged[0]
     bare = judged.quality.model_copy(update={"metrics": {"cosine_mean": Measurement(1.0, 1.0, 1.0)}})
-    assert result_rows([judged.model_copy(update={"quality": bare})])[0]["nDCG@10 loss"] == "not measured"
+    assert result_rows([judged.model_copy(update={"quality": bare})])[0]["nDCG loss %"] == "none"
 
 
 @flow(validate_parameters=False)

@@ -1,0 +1,204 @@
+"""The whole flow on the tiny teacher, for real: Prefect API, MLflow on SQLite, a folder registry."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flows.cli import app
+from flows.config import OptimizeConfig
+from flows.optimize import Outcome, pull_champion
+from flows.run import describe_outcome, run_optimize
+from registry.channel import move_channel
+from registry.client import list_bundles, pull
+from registry.manifest import read_manifest, verify_bundle
+from registry.store import FolderStore
+from tasks.benchmark import CHAMPION, TORCH
+from tasks.errors import CorpusRejected
+from tests.forge import write_corpus
+
+# The tables of MLflow and of Prefect's server use what SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+
+VARIANTS = ("fp32-onnx", "int8-dynamic", "bf16-openvino")
+CACHED_TASKS = {"corpus", "export", "embed-teacher", "benchmark"} | {
+    f"{verb}-{name}" for verb in ("quantize", "evaluate") for name in VARIANTS
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Three runs in one state folder: the first, the same again by command line, and one that nobody passes."""
+
+    config: OptimizeConfig
+    state: Path
+    first: Outcome
+    again: Result
+    refused: Result
+
+
+@pytest.fixture(scope="module")
+def runs(prefect_api: None, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
+
+    root = tmp_path_factory.mktemp("optimize")
+    corpus = write_corpus(root / "corpus.jsonl", 240)
+    registry = root / "registry"
+    settings = {"model": str(tiny_teacher), "corpus": str(corpus), "registry": str(registry)}
+    table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+    table = f"[optimize]\n{table}variants = {json.dumps(VARIANTS)}\ncalibration_size = 8\n"
+    (root / "same.toml").write_text(table)
+    strict = f"{table}gate = {{ cosine_mean_pass = 1.0, cosine_mean_caution = 1.0, max_task_loss = -1.0 }}\n"
+    (root / "strict.toml").write_text(strict)
+    config = OptimizeConfig.model_validate({**settings, "variants": VARIANTS, "calibration_size": 8})
+    runner = CliRunner(env={"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"})
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root / "results"}):
+        patch.setenv("THORFORGE_HOME", str(root / "state"))
+        patch.chdir(root)
+        first = run_optimize(config)
+        again = runner.invoke(app, ["optimize", "--config", "same.toml", "--json"])
+        refused = runner.invoke(app, ["optimize", "--config", "strict.toml"])
+        yield Runs(config, root / "state", first, again, refused)
+
+
+def task_states(flow_run_name: str) -> dict[str, str]:
+    """State name by task run name, of one flow run."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+    with get_client(sync_client=True) as client:
+        name = FlowRunFilterName(any_=[flow_run_name])
+        found = client.read_task_runs(flow_run_filter=FlowRunFilter(name=name))
+    return {run.name: run.state.name for run in found if run.state is not None}
+
+
+def last_line(result: Result) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return document
+
+
+def mlflow_runs(state: Path) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{state}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("optimize")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]))
+
+
+def test_optimize_publishes_the_fastest_candidate_that_passes(runs: Runs) -> None:
+    outcome = runs.first
+    assert {row.name for row in outcome.study.judged} == set(VARIANTS)
+    assert outcome.study.speeds.speeds.keys() == {TORCH, *VARIANTS}
+    passed = [row for row in outcome.study.judged if row.gate.verdict == "pass"]
+    assert outcome.published is not None
+    assert outcome.published.variant == max(passed, key=lambda row: row.speed.throughput_per_s).name
+    assert outcome.study.find("fp32-onnx").gate.verdict == "pass"
+
+
+def test_optimize_bundle_is_in_the_registry_whole(runs: Runs, tmp_path: Path) -> None:
+    published = runs.first.published
+    assert published is not None
+    store = FolderStore(runs.config.registry)
+    assert [bundle.digest for bundle in list_bundles(store, "tiny")] == [published.digest]
+    pull(store, "tiny", published.digest, tmp_path / "bundle")
+    manifest = verify_bundle(tmp_path / "bundle", published.digest)
+    assert (manifest.model_name, manifest.variant, manifest.version) == ("tiny", published.variant, published.version)
+    assert manifest.lineage.mlflow_run_id == mlflow_runs(runs.state)[0].info.run_id
+
+
+def test_optimize_writes_the_report(runs: Runs) -> None:
+    page = runs.first.report.read_text(encoding="utf-8")
+    assert runs.first.report.is_relative_to(runs.state / "reports")
+    assert page.startswith("<!doctype html>")
+    assert runs.first.published is not None
+    assert runs.first.published.digest in page
+
+
+def test_optimize_is_tracked_in_mlflow(runs: Runs) -> None:
+    from mlflow import MlflowClient
+
+    assert runs.first.published is not None
+    found = mlflow_runs(runs.state)
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 3
+    assert {run.info.status for run in found} == {"FINISHED"}
+    first = parents[0]
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == first.info.run_id]
+    assert {run.info.run_name for run in children} == set(VARIANTS)
+    assert first.data.tags["chosen"] == runs.first.published.variant
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs.state}/mlflow/mlflow.db")
+    assert {file.path for file in client.list_artifacts(first.info.run_id)} == {
+        "latency_cdf.png",
+        "manifest.json",
+        "pareto.png",
+        runs.first.report.name,
+    }
+    versions = client.search_model_versions("name = 'tiny'")
+    assert [version.tags["digest"] for version in versions] == [runs.first.published.digest]
+
+
+def test_optimize_again_takes_every_step_from_the_cache_and_keeps_the_digest(runs: Runs) -> None:
+    assert runs.again.exit_code == 0, runs.again.output
+    document = last_line(runs.again)
+    assert runs.first.published is not None
+    assert document["published"]["digest"] == runs.first.published.digest
+    before = task_states(runs.first.report.stem)
+    after = task_states(Path(document["report"]).stem)
+    cached = CACHED_TASKS | {f"assemble-{runs.first.published.variant}"}
+    assert cached <= before.keys()
+    assert {name for name, state in before.items() if state == "Cached"} == set()
+    assert {name for name, state in after.items() if state == "Cached"} == cached
+
+
+def test_optimize_prints_the_same_document_every_time(runs: Runs) -> None:
+    expected = json.loads(json.dumps(describe_outcome(runs.first)))
+    document = last_line(runs.again)
+    assert {**document, "report": ""} == {**expected, "report": ""}
+    assert {row["name"] for row in document["candidates"]} == set(VARIANTS)
+
+
+def test_optimize_publishes_nothing_under_a_gate_nobody_passes(runs: Runs) -> None:
+    assert runs.refused.exit_code == 3, runs.refused.output
+    assert "Published nothing." in runs.refused.stdout
+    for name in VARIANTS:
+        assert f"{name}: " in runs.refused.stdout
+    assert "is over the limit -1" in runs.refused.stdout
+    assert len(list_bundles(FolderStore(runs.config.registry), "tiny")) == 1
+    last = [run for run in mlflow_runs(runs.state) if "mlflow.parentRunId" not in run.data.tags][-1]
+    assert last.data.tags["chosen"] == "none"
+
+
+def test_optimize_keeps_all_state_below_the_state_folder(runs: Runs) -> None:
+    beside = {path.name for path in runs.state.parent.iterdir()}
+    assert beside == {"corpus.jsonl", "registry", "results", "same.toml", "state", "strict.toml"}
+    drafts = [path for path in (runs.state / "artifacts").iterdir() if path.name.startswith(".")]
+    assert drafts == []
+
+
+def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
+    store = FolderStore(runs.config.registry)
+    assert pull_champion(runs.config.registry, "tiny") is None
+    assert runs.first.published is not None
+    move_channel(store, "tiny", "production", runs.first.published.digest, None, moved_by="a test")
+    outcome = run_optimize(runs.config.model_copy(update={"variants": ("fp32-onnx",)}))
+    assert CHAMPION in outcome.study.speeds.speeds
+    checked = {result.metric for result in outcome.study.judged[0].gate.results}
+    assert {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"} <= checked
+    champion = pull_champion(runs.config.registry, "tiny")
+    assert champion is not None
+    assert read_manifest(champion).version == runs.first.published.version
+
+
+def test_optimize_refuses_bad_input_without_a_stack_of_the_engine(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CorpusRejected, match="does not exist"):
+        run_optimize(runs.config.model_copy(update={"corpus": "none.txt"}))
+    failed = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert failed
+    assert not any(record.exc_info for record in failed)
