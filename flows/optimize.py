@@ -27,7 +27,7 @@ from tasks.select import Study, choose, select
 from tasks.state import state_dir
 from tasks.teacher import embed_teacher, load_teacher
 from tasks.telemetry import disable_telemetry
-from tasks.tracking import Tracker, default_tracking_uri, track_run
+from tasks.tracking import Tracker, track_run
 
 
 class Outcome(BaseModel):
@@ -47,12 +47,10 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     teacher = load_teacher(config.model, config.name)
     fingerprint = corpus_fingerprint(config.corpus)
-    uri = config.tracking_uri or default_tracking_uri()
 
-    with track_run(uri, "optimize", _params(config), name=f"optimize {teacher.name}") as tracker:
+    with track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}") as tracker:
         corpus = build_corpus(config.corpus, fingerprint)
         exported = export_onnx(teacher)
-
         hardware = describe_hardware()
         length, size = teacher.max_seq_length, config.calibration_size
         building = [quantize.submit(VARIANTS[name], exported, length, corpus, size) for name in config.variants]

@@ -125,12 +125,14 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
 
 
 @contextmanager
-def track_run(uri: str, experiment: str, params: dict[str, str], name: str | None = None) -> Iterator[Tracker]:
-    """Open a parent run called `name`; it ends FINISHED, FAILED on an error, or KILLED on Ctrl-C and termination.
+def track_run(uri: str | None, experiment: str, params: dict[str, str], name: str | None = None) -> Iterator[Tracker]:
+    """Open a parent run called `name` at `uri` (None: SQLite in the state folder).
+
+    It ends FINISHED, FAILED on an error, or KILLED on Ctrl-C and termination.
 
     A run that died too fast to say so (kill -9, power) is marked KILLED here, by the next run.
     """
-    client, experiment_id = _connect(uri, experiment)
+    client, experiment_id = _connect(uri or default_tracking_uri(), experiment)
     _close_dead_runs(client, experiment_id)
     tags = {_PROCESS_TAG: describe_process(os.getpid())}
     run = client.create_run(experiment_id, run_name=name, tags=tags)

@@ -148,8 +148,8 @@ def test_optimize_again_takes_every_step_from_the_cache_and_keeps_the_digest(run
     document = last_line(runs.again)
     assert runs.first.published is not None
     assert document["published"]["digest"] == runs.first.published.digest
-    before = task_states(runs.first.report.stem)
-    after = task_states(Path(document["report"]).stem)
+    before = task_states(runs.first.report.parent.name)
+    after = task_states(Path(document["report"]).parent.name)
     cached = CACHED_TASKS | {f"assemble-{runs.first.published.variant}"}
     assert cached <= before.keys()
     assert {name for name, state in before.items() if state == "Cached"} == set()

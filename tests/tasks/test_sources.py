@@ -21,7 +21,9 @@ class Worker(BaseHTTPRequestHandler):
     broken = False
 
     def do_GET(self) -> None:
-        self._reply({"models": [{"name": "tiny", "version": "v1"}]} if self.path == "/api/v1/models" else {})
+        self._reply(
+            {"models": [{"name": "tiny", "version": "v1", "default": True}]} if self.path == "/api/v1/models" else {}
+        )
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
