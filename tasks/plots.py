@@ -76,5 +76,6 @@ def to_svg(figure: Figure) -> str:
 
 def _draw_limit(axes: Axes, limit: float) -> None:
     axes.axhline(limit, color="#57606a", linewidth=0.8, linestyle="--")
-    place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-    axes.annotate(f"gate: {limit}", (0.995, limit), fontsize=8, **place)
+    axes.annotate(
+        f"gate: {limit}", (0.995, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+    )
