@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli import app, main
 from flows.doctor import examine_node
 from tasks.publish import Origin, assemble_bundle
 from tests.forge import Forge
 from tests.texts import make_pairs, make_sentences
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -143,36 +142,39 @@ def test_cli_evaluate_without_data_is_a_usage_error(runner: CliRunner, tiny_teac
     assert "--sts" in result.output
 
 
-def thorforge(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+ERRORS = [
+    (["evaluate", "no/such/model", "--sts", "x.tsv"], "error: model 'no/such/model' is no folder"),
+    (["evaluate", "http://127.0.0.1:9", "--sts", "x.tsv"], "error: http://127.0.0.1:9 does not answer"),
+    (["optimize", "--config", "none.toml"], "error: settings file none.toml does not exist"),
+    (["optimize", "--variant", "int4"], "error: the command line: optimize.variants.0"),
+    (["registry", "list", "../x"], "error: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS)
+def test_cli_error_is_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["thorforge", *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    captured = capsys.readouterr()
+    assert ended.value.code == 1
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_cli_error_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     code = "import sys; from flows.cli import main; sys.argv[0] = 'thorforge'; main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=environment,
-        timeout=120,
+    command = [sys.executable, "-c", code, "evaluate", "nothing", "--sts", "x.tsv"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=120
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["evaluate", "no/such/model", "--sts", "x.tsv"], "error: model 'no/such/model' is no folder"),
-        (
-            ["evaluate", "http://127.0.0.1:9", "--sts", "x.tsv"],
-            "error: http://127.0.0.1:9 does not answer",
-        ),
-        (["optimize", "--config", "none.toml"], "error: settings file none.toml does not exist"),
-        (["optimize", "--variant", "int4"], "error: the command line: optimize.variants.0"),
-        (["registry", "list", "../x"], "error: "),
-    ],
-)
-def test_cli_error_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = thorforge(*arguments, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith(message), done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: model 'nothing' is no folder")

@@ -17,10 +17,13 @@ make_state_folder()
 import matplotlib.figure, mlflow, nncf, onnxruntime, openvino, prefect, sentence_transformers, torch, transformers
 openvino.Core()
 import flows.cli, flows.run
+from tasks.tracking import default_tracking_uri, track_run
+with track_run(default_tracking_uri(), "quiet", {"model": "m"}) as tracker:
+    tracker.log_parent(None, {})
 """
 
 
-def test_environment_keeps_every_library_out_of_the_home_folder(tmp_path: Path, home: Path) -> None:
+def test_environment_keeps_every_library_out_of_the_home_and_the_working_folder(tmp_path: Path, home: Path) -> None:
     own, work = tmp_path / "home", tmp_path / "work"
     own.mkdir()
     work.mkdir()
@@ -28,7 +31,7 @@ def test_environment_keeps_every_library_out_of_the_home_folder(tmp_path: Path, 
     environment = {**kept, "HOME": str(own), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", EVERYTHING], check=True, cwd=work, env=environment, timeout=180)
     assert [str(path.relative_to(tmp_path)) for path in (*own.rglob("*"), *work.rglob("*"))] == []
-    assert home.is_dir()
+    assert (home / "mlflow" / "mlflow.db").is_file()
 
 
 def test_environment_leaves_what_is_set(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

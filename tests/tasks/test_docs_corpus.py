@@ -1,10 +1,43 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
 from tasks.docs_corpus import harvest_documents, split_pair, split_sentences
 
+HARVEST = """
+import hashlib
+from tasks.docs_corpus import harvest_documents
+print(hashlib.sha256(repr(harvest_documents()).encode("utf-8", "surrogatepass")).hexdigest())
+"""
 
-def test_docs_harvest_is_deterministic_and_of_known_size() -> None:
-    first, second = harvest_documents(), harvest_documents()
-    assert first == second == sorted(first)
-    texts = [text for _, text in first]
+
+@pytest.fixture(scope="module")
+def documents() -> list[tuple[str, str]]:
+    return harvest_documents()
+
+
+def test_docs_harvest_is_the_same_in_a_process_that_hashes_differently(documents: list[tuple[str, str]]) -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", HARVEST],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=root,
+        timeout=120,
+    )
+    assert done.stdout.strip() == hashlib.sha256(repr(documents).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def test_docs_harvest_is_sorted_and_of_known_size(documents: list[tuple[str, str]]) -> None:
+    assert documents == sorted(documents)
+    texts = [text for _, text in documents]
     assert len(texts) == len(set(texts))
     sentences = {sentence for text in texts for sentence in split_sentences(text)}
     pairs = {pair for text in texts if (pair := split_pair(text))}

@@ -155,24 +155,6 @@ def test_tracking_registers_a_digest_once(uri: str, forge: Forge, tmp_path: Path
     assert (version.tags["approver"], version.source) == ("none yet", tmp_path.as_uri())
 
 
-def test_tracking_writes_below_the_state_folder_only(tmp_path: Path, home: Path) -> None:
-    """In a process of its own, with a home and a working folder of its own."""
-    code = (
-        "from tasks.tracking import default_tracking_uri, track_run\n"
-        "with track_run(default_tracking_uri(), 'quiet', {'model': 'm'}) as tracker:\n"
-        "    tracker.log_parent(None, {})\n"
-    )
-    own, work = tmp_path / "home", tmp_path / "work"
-    own.mkdir()
-    work.mkdir()
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "HOME": str(own), "PYTHONPATH": str(root), "MPLCONFIGDIR": str(tmp_path / "mpl")}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=work, env=environment, timeout=120)
-    assert list(own.rglob("*")) == []
-    assert list(work.rglob("*")) == []
-    assert (home / "mlflow" / "mlflow.db").is_file()
-
-
 def test_tracking_default_is_sqlite_below_the_state_folder(home: Path) -> None:
     assert default_tracking_uri() == f"sqlite:///{home}/mlflow/mlflow.db"
     assert not home.exists()
