@@ -7,8 +7,8 @@ import os
 
 import psutil
 
+from serving.telemetry import disable_telemetry
 from tasks.state import describe_process, is_dead, state_dir
-from tasks.telemetry import disable_telemetry
 
 _OWNER_VARIABLE = "THORFORGE_OWNER"
 

@@ -13,6 +13,7 @@ from registry.client import pull
 from registry.errors import ChannelNotFound
 from registry.manifest import MANIFEST_NAME
 from registry.store import FolderStore, default_registry
+from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
@@ -26,7 +27,6 @@ from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
 from tasks.teacher import embed_teacher, load_teacher
-from tasks.telemetry import disable_telemetry
 from tasks.tracking import Tracker, track_run
 
 

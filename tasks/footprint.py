@@ -9,8 +9,8 @@ import numpy as np
 
 from registry.manifest import EngineEntry
 from serving.engines import open_engine
+from serving.telemetry import disable_telemetry
 from serving.tokenizer import TextTokenizer
-from tasks.telemetry import disable_telemetry
 
 _BATCH = 32
 

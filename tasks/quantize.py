@@ -11,13 +11,13 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import EngineEntry, Precision, Quantization, Runtime, hash_file
+from serving.telemetry import disable_telemetry
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import read_part
 from tasks.errors import QuantizationFailed
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
-from tasks.telemetry import disable_telemetry
 
 VariantName = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from serving.telemetry import disable_telemetry
 from tasks.publish import Published
 from tasks.select import Judged
 from tasks.state import describe_process, is_dead, state_dir
-from tasks.telemetry import disable_telemetry
 
 # Quality metrics whose interval's bad end, which the gate compares, is logged beside them.
 _WITH_BAD_END = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tasks.telemetry import disable_telemetry
+from serving.telemetry import disable_telemetry
 from tests.forge import Forge, build_forge
 from tests.teachers import make_teacher
 

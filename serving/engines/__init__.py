@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from registry.manifest import EngineEntry
 from serving.errors import EngineUnavailable
+from serving.telemetry import disable_telemetry
 from serving.tokenizer import Ids
 
 Embeddings = NDArray[np.float32]
@@ -41,6 +42,7 @@ def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0) -> Engin
 
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
+    disable_telemetry()
     if entry.runtime == "onnxruntime":
         from serving.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415  a runtime loads only when chosen
 
