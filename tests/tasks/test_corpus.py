@@ -103,7 +103,7 @@ def test_corpus_docs_is_split_into_disjoint_parts() -> None:
     assert retrieval
     assert 1800 <= len(retrieval.queries) <= 2400
     assert {name: len(texts) for name, texts in sets.items()} == {
-        "sentences": 2000,
+        "sentences": 1000,
         "queries": len(retrieval.queries),
         "documents": len(retrieval.documents),
     }
