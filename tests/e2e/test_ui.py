@@ -1,4 +1,4 @@
-"""What people look at: the MLflow compare view, the HTML report and the Prefect pages, in a real browser."""
+"""What people look at: the MLflow compare view and the HTML report, in a real browser."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.e2e.conftest import Project
-from tests.servers import PrefectServer, free_port, run_mlflow_server
+from tests.servers import free_port, run_mlflow_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
@@ -45,13 +45,13 @@ def test_mlflow_compares_the_candidates(
         assert len({frozenset(run.data.metrics) for run in [parent, *children]}) == 1
         artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
         assert {"pareto.png", "latency_cdf.png", "report.html", "manifest.json"} <= artifacts
-        (version,) = client.search_model_versions(f"name = '{optimized['model']}' and run_id = '{parent.info.run_id}'")
-        assert version.tags["digest"] == optimized["published"]["digest"]
+        versions = client.search_model_versions(f"name = '{optimized['model']}'")
+        assert optimized["published"]["digest"] in {version.tags["digest"] for version in versions}
 
         selected = json.dumps([run.info.run_id for run in children])
         page.goto(f'{url}/#/compare-runs?runs={selected}&experiments=["{experiment.experiment_id}"]')
         expect(page.get_by_text("Comparing 5 Runs from 1 Experiment")).to_be_visible(timeout=_PAGE_MILLISECONDS)
-        for name in ("int8-openvino", "bf16-openvino", "quality.cosine_mean", "speed.throughput_per_s"):
+        for name in ("int8-openvino", "bf16-openvino", "quality.cosine_mean"):
             expect(page.get_by_text(name, exact=True).first).to_be_attached(timeout=_PAGE_MILLISECONDS)
         page.screenshot(path=tmp_path_factory.mktemp("screens") / "compare.png")
 
@@ -69,13 +69,3 @@ def test_report_reads_without_network_or_script(page: Page, optimized: dict[str,
     box = page.locator("table").bounding_box()
     assert box is not None
     assert box["width"] <= 1600
-
-
-def test_prefect_shows_the_run_its_table_and_its_verdicts(
-    page: Page, project: Project, optimized: dict[str, Any], prefect_server: PrefectServer
-) -> None:
-    served = Project(project.folder, project.env | {"PREFECT_API_URL": prefect_server.api_url})
-    assert served.optimize()["published"] == optimized["published"]
-    page.goto(f"{prefect_server.ui_url}/artifacts")
-    for key in ("optimize-results", "optimize-verdicts"):
-        expect(page.get_by_text(key).first).to_be_visible(timeout=_PAGE_MILLISECONDS)
