@@ -136,7 +136,9 @@ def evaluate(
     make_state_folder()
     from flows.evaluate import evaluate_source  # noqa: PLC0415
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log = logging.getLogger("thorforge")  # progress, where stderr is no terminal
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
     result = evaluate_source(source, sts or [], beir or [])
     if as_json:
         print(result.model_dump_json())
