@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from registry.gate import Measurement
 from tasks.corpus import read_beir
-from tasks.evaluate import rank_scores, spearman_interval
+from tasks.evaluate import rank_scores, relevant_columns, spearman_interval
 from tasks.progress import progress
 from tasks.sources import Source, open_source
 from tasks.statistics import mean_interval
@@ -64,9 +64,7 @@ def _score_beir(source: Source, folder: Path) -> list[Score]:
     with progress(folder.name, len(retrieval.queries) + len(retrieval.documents)) as advance:
         queries = source.encode(list(retrieval.queries.values()), advance)
         documents = source.encode(list(retrieval.documents.values()), advance)
-    column = {name: index for index, name in enumerate(retrieval.documents)}
-    relevant = [{column[d]: grade for d, grade in retrieval.qrels[q].items()} for q in retrieval.queries]
-    scores = rank_scores(queries, documents, relevant)
+    scores = rank_scores(queries, documents, relevant_columns(retrieval))
     return [_score(folder.name, name, mean_interval(values), len(queries)) for name, values in scores.items()]
 
 

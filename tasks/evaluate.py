@@ -109,8 +109,7 @@ def compare_retrieval(
     own: dict[str, Embeddings], teacher: dict[str, Embeddings], retrieval: Retrieval
 ) -> dict[str, Measurement]:
     """nDCG@10 and recall@10 of the candidate, of its queries on the teacher's index (`cross_`), and their losses."""
-    index = {name: column for column, name in enumerate(retrieval.documents)}
-    relevant = [{index[d]: grade for d, grade in retrieval.qrels[q].items()} for q in retrieval.queries]
+    relevant = relevant_columns(retrieval)
     base = rank_scores(teacher["queries"], teacher["documents"], relevant)
     metrics: dict[str, Measurement] = {}
     for prefix, documents in (("", own["documents"]), ("cross_", teacher["documents"])):
@@ -119,6 +118,12 @@ def compare_retrieval(
             metrics[f"{prefix}{name}"] = mean_interval(values)
             metrics[f"{prefix}{name}_loss"] = loss_interval(values, base[name])
     return metrics
+
+
+def relevant_columns(retrieval: Retrieval) -> list[dict[int, int]]:
+    """Per query, the grade of each relevant document by its column in the index."""
+    column = {name: index for index, name in enumerate(retrieval.documents)}
+    return [{column[d]: grade for d, grade in retrieval.qrels[q].items()} for q in retrieval.queries]
 
 
 def rank_scores(queries: Embeddings, documents: Embeddings, relevant: list[dict[int, int]]) -> dict[str, Values]:
