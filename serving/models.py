@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.manifest import EngineEntry, Manifest, RegistryError, digest_of, verify_bundle
-from serving.config import ModelSource
 from serving.engines import Embeddings, Engine, open_engine
 from serving.errors import BundleRejected, EngineUnavailable
+from serving.settings import ModelSource
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 
 GOLDEN_NAME = "golden.npz"

@@ -17,8 +17,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.api.responses import describe_error
 from serving.app import create_app
-from serving.config import Settings
 from serving.errors import ConfigInvalid, InternalError, InvalidRequest, ServingError
+from serving.settings import Settings
 from serving.worker import Worker
 
 # Longer than clients keep idle connections, so that it is they who close them.

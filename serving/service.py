@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batcher import Batcher, Limits
-from serving.config import Settings
 from serving.errors import ClientGone, DeadlineExceeded, EngineFailed, InvalidRequest, NotReady
 from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
 from serving.request_queue import FAIR_SHARE, Request, RequestQueue
 from serving.runner import EngineRunner, Outcome
+from serving.settings import Settings
 from serving.tokenizer import Ids
 
 # Tokenising this much takes under 1 ms; more goes to a thread, so that the loop stays free.

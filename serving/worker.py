@@ -5,11 +5,11 @@ import logging
 from typing import Literal
 
 from registry.manifest import Manifest
-from serving.config import ModelSource, Settings
 from serving.errors import ConfigInvalid, ModelNotFound, NotReady
 from serving.metrics import Metrics
 from serving.models import LoadedModel, load_model
 from serving.service import EmbeddingService
+from serving.settings import ModelSource, Settings
 
 Phase = Literal["loading", "serving", "draining", "closed"]
 

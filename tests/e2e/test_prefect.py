@@ -21,7 +21,8 @@ def test_deployment_completes_on_a_real_server_and_worker(project: Project, pref
     with run_process([*prefect, "worker", "start", "--pool", "thor"], env):
         done = served.run(*prefect, "deployment", "run", "optimize/minilm", "--watch", timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    runs = httpx.post(f"{prefect_server.api_url}/flow_runs/filter", json={}, trust_env=False).json()
+    deployed = {"deployments": {"name": {"any_": ["minilm"]}}}
+    runs = httpx.post(f"{prefect_server.api_url}/flow_runs/filter", json=deployed, trust_env=False).json()
     assert [run["state_type"] for run in runs] == ["COMPLETED"]
     artifacts = httpx.post(f"{prefect_server.api_url}/artifacts/filter", json={}, trust_env=False).json()
     kinds = {(artifact["type"], artifact["key"]) for artifact in artifacts}

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from serving.config import ModelSource, Settings
 from serving.engines import Engine
 from serving.models import LoadedModel, load_model
 from serving.server import WorkerServer, base_url, bind
+from serving.settings import ModelSource, Settings
 from serving.worker import Worker
 from tests.bundles import make_bundle
 from tests.serving.engines import WrappedEngine

@@ -167,8 +167,8 @@ def test_websocket_upgrade_is_answered_as_http(url: str) -> None:
 
 
 def test_limit_of_the_body_is_a_setting(bundle: Path) -> None:
-    from serving.config import ModelSource
     from serving.models import load_model
+    from serving.settings import ModelSource
     from tests.serving.conftest import make_settings, serve
 
     settings = make_settings(bundle, max_body_bytes=1024)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from registry.manifest import EngineEntry, Manifest, payload_checksum, read_manifest, scan_files, write_manifest
-from serving.config import ModelSource
 from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import load_model
+from serving.settings import ModelSource
 from tests.bundles import make_bundle, make_tokenizer
 from tests.serving.conftest import DIMENSION, MAX_LENGTH
 
