@@ -10,7 +10,7 @@ from typing import Literal
 from prefect import task
 
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.docs_corpus import harvest_documents, split_pair, split_sentences
+from tasks.docs_corpus import cut_passage, fingerprint_documents, harvest_documents, split_pair, split_sentences
 from tasks.errors import CorpusRejected
 from tasks.text_files import Record, read_jsonl, read_qrels, read_records
 
@@ -81,8 +81,7 @@ def build_corpus(uri: str, fingerprint: str) -> Artifact:
 def corpus_fingerprint(uri: str) -> str:
     """What changes when the corpus behind `uri` changes. Raises CorpusRejected for a URI that names nothing."""
     if uri == "docs:":
-        joined = "\x00".join(f"{title}\x01{text}" for title, text in harvest_documents())
-        return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()
+        return fingerprint_documents()
     path = Path(uri)
     if not path.exists():
         raise CorpusRejected(
@@ -135,14 +134,21 @@ def read_beir(folder: Path) -> Retrieval:
 
 
 def _split_documents(texts: Iterable[str]) -> _Parts:
-    """Whole documents go to one part: their sentences, and the pair of summary and body where they have one."""
+    """Whole documents go to one part: their sentences, and the pair of summary and passage where they have one.
+
+    A body that was cut is a text as a whole: candidates are calibrated and compared on long texts as well.
+    """
     parts = _Parts()
     for text in texts:
         pair = split_pair(text)
         part = part_of(text, has_query=pair is not None)
         parts.texts[part].update(dict.fromkeys(split_sentences(text)))
         if pair:
-            parts.pairs[part].setdefault(*pair)
+            query, body = pair
+            passage = cut_passage(body)
+            parts.pairs[part].setdefault(query, passage)
+            if passage != body:
+                parts.texts[part][body] = None
     return _make_disjoint(parts)
 
 
@@ -168,8 +174,7 @@ def _split_beir(retrieval: Retrieval) -> _Parts:
 def _make_disjoint(parts: _Parts, kept_out: Iterable[str] = ()) -> _Parts:
     """Drop from calibration and distillation what evaluation has too (documents share sentences), and shuffle.
 
-    The order is by hash: any first N texts are a fair sample. Calibration sees queries and whole bodies as well,
-    because activations of long texts differ.
+    The order is by hash: any first N texts are a fair sample. Calibration sees queries and passages as well.
     """
     pairs = parts.pairs["calibration"]
     parts.texts["calibration"] |= dict.fromkeys([*pairs, *pairs.values()])

@@ -1,6 +1,7 @@
 """Paired bootstrap: every number comes with a 95 % interval, and two systems are compared on the same resamples."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,7 @@ def _resampled_means(values: Values) -> Values:
     return means
 
 
+@lru_cache(maxsize=2)  # the texts and the queries of a run: drawing takes longer than all that is computed with them
 def _weights(size: int) -> Values:
     """Bootstrap weights [R, N], rows sum to 1; the same for every system, so comparisons are paired."""
     rng = np.random.default_rng(_SEED)

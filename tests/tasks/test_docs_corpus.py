@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.docs_corpus import harvest_documents, split_pair, split_sentences
+from tasks.docs_corpus import cut_passage, harvest_documents, split_pair, split_sentences
 
 HARVEST = """
 import hashlib
@@ -66,3 +66,12 @@ def test_docs_pair_is_summary_and_body() -> None:
     assert split_pair("Return the mean value.\n\nToo short a body.") is None
     assert split_pair(f">>> mean([1, 2, 3]) is two\n\n{body}") is None
     assert split_pair("Return the mean value.") is None
+
+
+def test_docs_passage_is_the_beginning_of_a_body_cut_between_words() -> None:
+    assert cut_passage("short") == "short"
+    assert cut_passage("x" * 300) == "x" * 300
+    assert cut_passage("x" * 301) == "x" * 300
+    words = "word " * 60  # the 60th word ends at character 299, the next begins at 300
+    assert cut_passage(words + "word") == words.rstrip()
+    assert cut_passage("word " * 58 + "a longer word here") == ("word " * 58 + "a longer").rstrip()
