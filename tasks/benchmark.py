@@ -30,7 +30,7 @@ CHAMPION = "champion"
 BATCH_SIZE = 32
 _ROUNDS = 3
 _TEXTS_PER_TURN = 68
-_NUM_BATCHES = 8
+_NUM_BATCHES = 6
 
 Batch = tuple[Ids, Ids]
 Run = Callable[[Ids, Ids], object]
