@@ -102,7 +102,7 @@ def test_corpus_docs_is_split_into_disjoint_parts() -> None:
     assert 13_000 <= sum(map(len, parts.values())) <= 20_000
     assert retrieval
     assert 1800 <= len(retrieval.queries) <= 2400
-    assert max(map(len, retrieval.documents.values())) <= 300
+    assert max(map(len, retrieval.documents.values())) <= 200
     assert sum(len(text) > 300 for text in sets["sentences"]) > 30  # whole bodies, of which the documents are the start
     assert {name: len(texts) for name, texts in sets.items()} == {
         "sentences": 1000,

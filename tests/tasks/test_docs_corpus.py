@@ -70,8 +70,8 @@ def test_docs_pair_is_summary_and_body() -> None:
 
 def test_docs_passage_is_the_beginning_of_a_body_cut_between_words() -> None:
     assert cut_passage("short") == "short"
-    assert cut_passage("x" * 300) == "x" * 300
-    assert cut_passage("x" * 301) == "x" * 300
-    words = "word " * 60  # the 60th word ends at character 299, the next begins at 300
+    assert cut_passage("x" * 200) == "x" * 200
+    assert cut_passage("x" * 201) == "x" * 200
+    words = "word " * 40  # the 40th word ends at character 199, the next begins at 200
     assert cut_passage(words + "word") == words.rstrip()
-    assert cut_passage("word " * 58 + "a longer word here") == ("word " * 58 + "a longer").rstrip()
+    assert cut_passage("word " * 38 + "a longer word here") == "word " * 38 + "a longer"
