@@ -40,7 +40,7 @@ class OptimizeConfig(BaseModel):
         min_length=1,
         description="which variants to build",
     )
-    calibration_size: int = Field(default=300, ge=1, description="texts that static quantisation is calibrated on")
+    calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
     registry: Path | None = Field(default=None, description="folder registry; by default registry of the state folder")
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")

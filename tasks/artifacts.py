@@ -1,9 +1,8 @@
 """What tasks pass to one another: folders named by the digest of their content, and the cache policy built on that."""
 
-import ast
 import hashlib
 import importlib.util
-import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prefect.cache_policies import INPUTS, TASK_SOURCE, CachePolicy
+from prefect.cache_policies import INPUTS, CachePolicy
 from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict
 
@@ -28,6 +27,7 @@ LIBRARIES = (
 )  # fmt: skip
 
 OWN_PACKAGES = ("tasks", "serving", "registry")
+_IMPORT = re.compile(r"^\s*from ([\w.]+) import ", re.MULTILINE)
 
 
 class Artifact(BaseModel):
@@ -99,35 +99,42 @@ def library_versions() -> dict[str, str]:
 
 @dataclass
 class _CodeAndLibraries(CachePolicy):
-    """What INPUTS and TASK_SOURCE cannot see: our code that the task calls, and the libraries."""
+    """What INPUTS cannot see: the task, its module, our code that it calls, and the libraries."""
 
     def compute_key(
         self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
     ) -> str:
-        source = inspect.getsource(inspect.getmodule(task_ctx.task.fn) or task_ctx.task.fn)
-        return hashlib.sha256(f"{_own_sources(source)}{sorted(library_versions().items())}".encode()).hexdigest()
+        function = task_ctx.task.fn
+        code = (function.__qualname__, _own_sources(function.__module__))
+        return hashlib.sha256(f"{code}{sorted(library_versions().items())}".encode()).hexdigest()
 
 
-def _own_sources(source: str) -> list[str]:
-    """`source`, and that of every module of ours that it imports, directly or not, at the top or in a function."""
+def _own_sources(module: str) -> list[str]:
+    """Source of `module` and of every module of ours that it imports, directly or not, at the top or in a function."""
     texts: dict[str, str] = {}
-    todo = _own_imports(source)
+    todo = {module}
     while todo:
         name = todo.pop()
         if name not in texts:
-            spec = importlib.util.find_spec(name)
-            assert spec is not None, f"{name} is imported by our own code"
-            assert spec.origin is not None, f"{name} is a module with a file"
-            texts[name] = Path(spec.origin).read_text(encoding="utf-8")
+            texts[name] = _source_of(name)
             todo |= _own_imports(texts[name])
-    return [source, *(texts[name] for name in sorted(texts))]
+    return [texts[name] for name in sorted(texts)]
+
+
+@cache  # a process keeps running the code it has loaded, whatever an editor does to the file meanwhile
+def _source_of(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"{module} is imported by our own code"
+    assert spec.origin is not None, f"{module} is a module with a file"
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _own_imports(source: str) -> set[str]:
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    return {node.module for node in nodes if node.module and node.module.split(".")[0] in OWN_PACKAGES}
+    # Not by ast: in CPython 3.11 ast.parse fails now and then when another thread parses too, and tasks run in threads.
+    return {name for name in _IMPORT.findall(source) if name.split(".")[0] in OWN_PACKAGES}
 
 
-# Results are reused across runs: Prefect's default policy adds the run's id and never hits.
+# Results are reused across runs: Prefect's default policy adds the run's id and never hits. Its TASK_SOURCE is part of
+# what CODE_AND_LIBRARIES hashes, but reads the file again at every call.
 CODE_AND_LIBRARIES = _CodeAndLibraries()
-CACHED = INPUTS + TASK_SOURCE + CODE_AND_LIBRARIES
+CACHED = INPUTS + CODE_AND_LIBRARIES

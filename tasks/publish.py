@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from prefect import task
-from prefect.cache_policies import INPUTS, NO_CACHE, TASK_SOURCE
+from prefect.cache_policies import INPUTS, NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from registry.client import push
@@ -56,7 +56,7 @@ class Published(BaseModel):
 
 @task(
     task_run_name="assemble-{name}",
-    cache_policy=(INPUTS - "origin") + TASK_SOURCE + CODE_AND_LIBRARIES,
+    cache_policy=(INPUTS - "origin") + CODE_AND_LIBRARIES,
     persist_result=True,
     result_serializer="json",
 )

@@ -170,10 +170,7 @@ def test_optimize_again_takes_every_step_from_the_cache_and_keeps_the_digest(run
     fresh = FRESH_TASKS | {f"publish-{runs.first.published.variant}"}
     cached = CACHED_TASKS | {f"assemble-{runs.first.published.variant}"}
     assert runs.first_states == dict.fromkeys(cached | fresh, "Completed")
-    assert runs.again_states.keys() == cached | fresh
-    assert {name for name, state in runs.again_states.items() if state == "Cached"} <= cached
-    # On a busy machine Prefect was seen, twice in about ten runs, to run one cached step again (another each time).
-    assert len([name for name in cached if runs.again_states[name] != "Cached"]) <= 1
+    assert runs.again_states == dict.fromkeys(cached, "Cached") | dict.fromkeys(fresh, "Completed")
 
 
 def test_optimize_prints_the_same_document_every_time(runs: Runs) -> None:

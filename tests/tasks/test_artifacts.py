@@ -1,7 +1,11 @@
+import ast
 import importlib.util
 import math
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -116,9 +120,30 @@ def test_cache_key_changes_with_a_module_imported_at_any_depth(tmp_path: Path, m
     (tmp_path / "ours" / "far.py").write_text("def far():\n    return 1\n")
     module = load_module(tmp_path / "task_e.py", "from ours.near import near\n\n\ndef work(x):\n    return near()\n")
     before = cache_key(module.work)
-    assert cache_key(module.work) == before
     (tmp_path / "ours" / "far.py").write_text("def far():\n    return 2\n")
+    assert cache_key(module.work) == before  # this process runs what it has loaded
+    tasks.artifacts._source_of.cache_clear()  # what the next process sees
     assert cache_key(module.work) != before
+
+
+def test_cache_key_can_be_made_while_other_threads_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    work = load_helped(tmp_path / "task_f.py", "x").work
+    source = "x = [1, 2, (3, [4])]\n" * 2000
+    done = threading.Event()
+
+    def parse() -> None:
+        while not done.is_set():
+            with suppress(SystemError):  # the very failure that keys must not meet
+                ast.parse(source)
+
+    with ThreadPoolExecutor(1) as pool:
+        parsing = pool.submit(parse)
+        try:
+            assert len({cache_key(work) for _ in range(100)}) == 1
+        finally:
+            done.set()
+        parsing.result()
 
 
 def test_cache_key_changes_with_a_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
