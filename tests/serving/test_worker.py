@@ -16,25 +16,10 @@ from serving.models import LoadedModel, load_model
 from serving.service import EmbeddingService, EmbedRequest
 from serving.settings import ModelSource
 from serving.worker import Worker
-from tests.bundles import make_bundle
 from tests.serving.conftest import make_settings, with_engine
 from tests.serving.engines import HeldEngine
 
 WAIT = 20
-
-
-@pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with three versions of `tiny`, another model, and bundles that cannot be served."""
-    root = tmp_path_factory.mktemp("root")
-    for seed in range(3):
-        make_bundle(root / f"v{seed}", seed=seed)
-    make_bundle(root / "other", name="other", seed=7)
-    make_bundle(root / "wide", dimension=12)
-    make_bundle(root / "long", max_length=600)
-    shutil.copytree(root / "v1", root / "damaged")
-    (root / "damaged" / "model.onnx").write_bytes(b"not a graph")
-    return root
 
 
 def source(bundles: Path, name: str, **options: Any) -> ModelSource:
