@@ -10,6 +10,7 @@ from registry.manifest import Manifest
 from serving.errors import ChangeRefused, ConfigInvalid, LoadFailed, ModelNotFound, NotReady, RequestError, ServingError
 from serving.metrics import Metrics
 from serving.models import LoadedModel, load_model
+from serving.priority import low_priority
 from serving.service import EmbeddingService
 from serving.settings import ModelSource, Settings
 from serving.sources import fingerprint, locate_bundle
@@ -241,11 +242,12 @@ class Worker:
             raise LoadFailed(f"{source.path.name} is not served: {error}") from error
 
     async def _open(self, source: ModelSource) -> LoadedModel:
-        """Load a bundle in a thread, so that the loop goes on.
+        """Load a bundle in a thread, out of the way of those that answer."""
+        return await asyncio.to_thread(self._load_quietly if self.models else self._load_model, source)
 
-        At the priority of everybody else: threads that an engine starts inherit it, and could never raise it again.
-        """
-        return await asyncio.to_thread(self._load_model, source)
+    def _load_quietly(self, source: ModelSource) -> LoadedModel:
+        with low_priority():
+            return self._load_model(source)
 
     def _add_first(self, model: LoadedModel) -> None:
         """Serve `model` at start-up: a model and version stand there once."""
