@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client import disable_created_metrics
 
+from serving.access import warn_if_open
 from serving.config import describe_settings, load_settings
 from serving.errors import ServingError
 from serving.server import WorkerServer, base_url, bind
@@ -27,13 +28,14 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         _log.info("settings %s", describe_settings(settings))
+        warn_if_open(settings)
         listener = bind(settings)
         _log.info("listening url=%s", base_url(listener))
         disable_created_metrics()  # type: ignore[no-untyped-call]  # when a series began nobody asks
         worker = Worker(settings)
 
         def announce() -> None:
-            for service in worker.services.values():
+            for service in worker.services:
                 model = service.model
                 print(
                     f"ready url={base_url(listener)} model={model.name} model_version={model.manifest.version} "

@@ -3,14 +3,20 @@
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.access import Access
+from serving.api.admin import admin_routes
 from serving.api.embeddings import native_endpoint, openai_endpoint
-from serving.api.responses import CLOSE, send_error, to_serving_error
+from serving.api.responses import CLOSE, error_code, send_error, to_serving_error
 from serving.api.system import system_routes
+from serving.errors import STATUS, ClientGone
 from serving.worker import Worker
 
 
 def create_app(worker: Worker) -> ASGIApp:
-    """The application over `worker`, which the caller loads (`worker.load()` or `worker.add(model)`) and closes."""
+    """The application over `worker`, which the caller loads (`worker.load()` or `worker.add(model)`) and closes.
+
+    Raises ConfigInvalid for key files that cannot be used.
+    """
     return _Application(worker)
 
 
@@ -19,25 +25,34 @@ class _Application:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._access = Access(worker.settings.security)
         self._hot: dict[str, ASGIApp] = {
             "/api/v1/embed": native_endpoint(worker),
             "/v1/embeddings": openai_endpoint(worker),
         }
         hot_routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._hot.items()]
-        self._router = Router([*hot_routes, *system_routes(worker)], redirect_slashes=False)
+        self._router = Router([*hot_routes, *system_routes(worker), *admin_routes(worker)], redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise NotImplementedError(f"the worker speaks HTTP, not {scope['type']}")
         endpoint = self._hot.get(scope["path"])
-        if endpoint is not None and scope["method"] == "POST":
+        refused = self._access.refusal(scope)
+        if endpoint is not None and scope["method"] == "POST" and refused is None:
             await endpoint(scope, receive, send)
             return
         if self._worker.is_leaving:
             send = _closing(send)
+        if refused is not None:
+            if endpoint is not None:
+                self._worker.metrics.count_refusal(STATUS[type(refused)], error_code(type(refused)))
+            await send_error(send, refused)
+            return
         scope["app"] = self  # makes the router raise 404 and 405 instead of answering them itself
         try:
             await self._router(scope, receive, send)
+        except ClientGone:
+            return
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             headers = [(name.lower().encode(), value.encode()) for name, value in _headers(error).items()]
             await send_error(send, to_serving_error(error), headers)

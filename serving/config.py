@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from serving.errors import ConfigInvalid
 from serving.settings import ModelSource, Settings
@@ -32,6 +32,12 @@ class Key:
     description: str
     default: object
     choices: tuple[str, ...]
+    is_secret: bool
+
+    @property
+    def is_json(self) -> bool:
+        """Whether variable and flag hold a JSON list or table."""
+        return isinstance(self.default, tuple | dict) and not self.is_secret
 
     @property
     def name(self) -> str:
@@ -55,8 +61,9 @@ def iterate_keys(section: type[BaseModel] = Settings, path: KeyPath = ()) -> Ite
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from iterate_keys(field.annotation, (*path, name))
         else:
-            choices = tuple(choice for choice in get_args(field.annotation) if isinstance(choice, str))
-            yield Key((*path, name), field.description or "", field.default, choices)
+            arguments = get_args(field.annotation)
+            choices = tuple(choice for choice in arguments if isinstance(choice, str))
+            yield Key((*path, name), field.description or "", field.default, choices, SecretStr in arguments)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"Every flag is also a key of config.toml and a variable {ENV_PREFIX}*; flag, then variable, then file.",
         allow_abbrev=False,
     )
-    parser.add_argument("--bundle", metavar="DIR", help="folder of the bundle to serve")
+    parser.add_argument(
+        "--bundle", metavar="DIR", action="append", help="bundle to serve; given again: one more (see models.available)"
+    )
     parser.add_argument("--config", metavar="FILE", type=Path, help="config.toml to read")
     for key in iterate_keys():
         if key.path == ("models", "available"):
@@ -99,24 +108,31 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         origins[key.path] = key.variable
     for key in iterate_keys():
         if flags.get(key.name) is not None:
-            _put(document, key.path, flags[key.name])
+            if key.is_secret:
+                raise ConfigInvalid(
+                    f"{key.flag}: every user of the machine sees a command line: set {key.variable} or {key.flag}-file"
+                )
+            _put(document, key.path, _parse_text(key, key.flag, flags[key.name]))
             origins[key.path] = key.flag
     if flags["bundle"] is not None:
-        _put(document, ("models", "available"), [{"path": flags["bundle"]}])
+        _put(document, ("models", "available"), [{"path": path} for path in flags["bundle"]])
         origins["models", "available"] = "--bundle"
     return _check_models(_validate(document, origins))
 
 
 def describe_settings(settings: Settings) -> str:
-    """The effective settings as one `key=value` line."""
+    """The effective settings as one `key=value` line; of secrets only how many there are."""
+    document = settings.model_dump(mode="json")
+    document["models"]["available"] = [
+        source.model_dump(mode="json", exclude_defaults=True) for source in settings.models.available
+    ]
     values: list[str] = []
     for key in iterate_keys():
-        value: Any = settings
+        value: Any = document
         for part in key.path:
-            value = getattr(value, part)
-        if isinstance(value, tuple):
-            value = json.dumps([item.model_dump(mode="json", exclude_defaults=True) for item in value])
-        values.append(f"{key.name}={value}")
+            value = value[part]
+        shown = f"({len(value)} not shown)" if key.is_secret else json.dumps(value) if key.is_json else value
+        values.append(f"{key.name}={shown}")
     return " ".join(values)
 
 
@@ -157,18 +173,23 @@ def _refuse_unknown(source: str, given: Sequence[str] | Any, known: Sequence[str
 
 
 def _read_environment(environ: Mapping[str, str]) -> Iterator[tuple[Key, object]]:
-    """Keys set as variables; lists are JSON."""
+    """Keys set as variables."""
     keys = {key.variable: key for key in iterate_keys()}
     given = {name: value for name, value in environ.items() if name.startswith(ENV_PREFIX)}
     _refuse_unknown("environment", given, keys, "")
     for name, value in given.items():
-        if isinstance(keys[name].default, tuple):
-            try:
-                yield keys[name], json.loads(value)
-            except ValueError:
-                raise ConfigInvalid(f'{name} is not JSON: give a list such as [{{"path": "/bundle"}}]') from None
-        else:
-            yield keys[name], value
+        yield keys[name], _parse_text(keys[name], name, value)
+
+
+def _parse_text(key: Key, origin: str, text: str) -> object:
+    """The value of a variable or flag."""
+    if not key.is_json:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        example = '{"name": {"version": 1}}' if isinstance(key.default, dict) else '["/path"] or [{"path": "/bundle"}]'
+        raise ConfigInvalid(f"{origin} is not JSON: {key.name} looks like {example}") from None
 
 
 def _put(document: Document, path: KeyPath, value: object) -> None:
@@ -184,18 +205,24 @@ def _validate(document: Document, origins: Mapping[KeyPath, str]) -> Settings:
         first = error.errors()[0]
         path = tuple(str(part) for part in first["loc"])
         key = next((path[:end] for end in range(len(path), -1, -1) if path[:end] in origins), ())
-        value = first["input"] if isinstance(first["input"], str | int | float) else type(first["input"]).__name__
         where = f"{origins[key]}: " if key in origins else ""
-        raise ConfigInvalid(f"{where}{'.'.join((_SECTION, *path))} = {value!r}: {first['msg']}") from None
+        raise ConfigInvalid(
+            f"{where}{'.'.join((_SECTION, *path))}{_show_input(path, first['input'])}: {first['msg']}"
+        ) from None
+
+
+def _show_input(path: KeyPath, value: object) -> str:
+    """` = 'value'`, and nothing for a secret."""
+    if any(key.is_secret and path[: len(key.path)] == key.path for key in iterate_keys()):
+        return ""
+    return f" = {value if isinstance(value, str | int | float) else type(value).__name__!r}"
 
 
 def _check_models(settings: Settings) -> Settings:
-    """Exactly one bundle is served for now."""
+    """What the sections cannot check alone."""
     available = settings.models.available
     if not available:
         raise ConfigInvalid("no model to serve: give --bundle DIR or [[embedding.models.available]] in config.toml")
-    if len(available) > 1:
-        raise ConfigInvalid(f"embedding.models.available has {len(available)} models: this worker serves one")
     if settings.drain_grace_seconds > settings.drain_seconds:
         raise ConfigInvalid(
             f"embedding.drain_grace_seconds = {settings.drain_grace_seconds} is more than "

@@ -4,10 +4,14 @@ ServingError
 ├── RequestError            the client can mend it (4xx)
 │   ├── InvalidRequest      400  malformed JSON, wrong type, unknown field
 │   ├── InputTooLong        400  more tokens than the model takes, truncation refused
-│   ├── ModelNotFound       404  no such model
+│   ├── InvalidApiKey       401  no key, or none the worker knows
+│   ├── AdminDisabled       403  the worker has no admin token
+│   ├── ModelNotFound       404  no such model or version
 │   ├── RouteNotFound       404  no such path
 │   ├── MethodNotAllowed    405  the path exists, the verb does not
+│   ├── ChangeRefused       409  what is served does not allow the change asked for
 │   ├── BodyTooLarge        413  more bytes than the limit
+│   ├── LoadFailed          422  the bundle named cannot be served; what was served still is
 │   └── Overloaded          429  the queue is full: come back after `retry_after_seconds`
 ├── NotReady                503  still loading, or draining
 ├── EngineFailed            500  the engine raised or returned a non-finite vector
@@ -44,8 +48,16 @@ class InputTooLong(RequestError):
     """More tokens than the model takes, and the client asked not to truncate."""
 
 
+class InvalidApiKey(RequestError):
+    """The request carries no key, or none that the worker knows."""
+
+
+class AdminDisabled(RequestError):
+    """The worker has no admin token, so nobody may administer it."""
+
+
 class ModelNotFound(RequestError):
-    """The worker serves no model of that name."""
+    """The worker serves no model of that name, or no such version of it."""
 
 
 class RouteNotFound(RequestError):
@@ -54,6 +66,14 @@ class RouteNotFound(RequestError):
 
 class MethodNotAllowed(RequestError):
     """The path exists, but not for this method."""
+
+
+class ChangeRefused(RequestError):
+    """What is served does not allow the change asked for."""
+
+
+class LoadFailed(RequestError):
+    """The bundle named cannot be served; what was served before still is."""
 
 
 class BodyTooLarge(RequestError):
@@ -103,9 +123,13 @@ class ClientGone(Exception):
 STATUS: dict[type[ServingError], HTTPStatus] = {
     InvalidRequest: HTTPStatus.BAD_REQUEST,
     InputTooLong: HTTPStatus.BAD_REQUEST,
+    InvalidApiKey: HTTPStatus.UNAUTHORIZED,
+    AdminDisabled: HTTPStatus.FORBIDDEN,
     ModelNotFound: HTTPStatus.NOT_FOUND,
     RouteNotFound: HTTPStatus.NOT_FOUND,
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
+    ChangeRefused: HTTPStatus.CONFLICT,
+    LoadFailed: HTTPStatus.UNPROCESSABLE_ENTITY,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
     NotReady: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -63,6 +63,17 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._weight = self._gauge("akidb_model_traffic_weight", "Weight of a version, relative to the model's others.")
+        self._swaps = Counter(
+            "akidb_model_swaps_total", "Versions that took a model over.", _MODEL_LABELS, registry=self.registry
+        )
+        self._load_failures = Counter(
+            "akidb_model_load_failures_total",
+            "Bundles that could not be served; model: none where the bundle does not even say that.",
+            ("model",),
+            registry=self.registry,
+        )
+
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, help_text, _MODEL_LABELS, buckets=buckets, registry=self.registry)
 
@@ -81,6 +92,14 @@ class Metrics:
     def count_fallback(self, model: str, version: str, engine: str) -> None:
         """Count an engine that did not load."""
         self._fallback.labels(model, version, engine).inc()
+
+    def count_swap(self, model: str, version: str) -> None:
+        """Count a version that took a model over."""
+        self._swaps.labels(model, version).inc()
+
+    def count_load_failure(self, model: str | None) -> None:
+        """Count a bundle that could not be served."""
+        self._load_failures.labels(model or NO_MODEL).inc()
 
     def render(self) -> bytes:
         """The Prometheus text exposition."""
@@ -111,6 +130,19 @@ class ModelMetrics:
     def describe_model(self, digest: str, engine: str, precision: str) -> None:
         """Say what is served."""
         self._metrics._info.labels(*self._labels, digest, engine, precision).set(1)
+
+    def set_weight(self, weight: float) -> None:
+        """Say how much of the model's traffic this version gets, relative to the others."""
+        self._metrics._weight.labels(*self._labels).set(weight)
+
+    def forget_model(self, digest: str, engine: str, precision: str) -> None:
+        """Say no longer that this bundle is served."""
+        self._metrics._info.remove(*self._labels, digest, engine, precision)
+
+    def forget_version(self) -> None:
+        """Show no more gauges of a version that is not served; what was counted stays."""
+        for gauge in (self._metrics._queue_depth, self._metrics._queue_tokens, self._metrics._weight):
+            gauge.remove(*self._labels)
 
     def count_answer(self, seconds: float) -> None:
         """Count a request that was answered with vectors."""

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,9 @@ class EmbeddingService:
         )
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._num_tokenising = 0
+        self._num_accepted = 0  # requests not answered yet, from the moment they come in
+        self._answered = asyncio.Event()
+        self._is_freed = False
         self._waiting: dict[Request, _Waiting] = {}  # in order of arrival, so in order of deadline
         self._patrol_timer: asyncio.TimerHandle | None = None
         metrics.watch_queue(lambda: float(len(self._queue)), lambda: float(self._queue.num_tokens))
@@ -105,6 +109,21 @@ class EmbeddingService:
         """End the threads and free the engine; a stuck engine is left to the end of the process."""
         if self._patrol_timer is not None:
             self._patrol_timer.cancel()
+        self._free()
+
+    async def retire(self) -> None:
+        """Return once every request it was given is answered and the engine is freed; the loop goes on meanwhile."""
+        while self._num_accepted:
+            self._answered.clear()
+            await self._answered.wait()
+        if self._patrol_timer is not None:
+            self._patrol_timer.cancel()
+        await self._loop.run_in_executor(None, self._free)
+
+    def _free(self) -> None:
+        if self._is_freed:
+            return
+        self._is_freed = True
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         if self._runner.stop(_STOP_SECONDS):
             self.model.engine.close()
@@ -112,6 +131,21 @@ class EmbeddingService:
     def is_healthy(self) -> bool:
         """Whether the engine's thread is alive and answers within the request timeout."""
         return self._runner.is_healthy(self._clock(), self._timeout_seconds)
+
+    @property
+    def num_accepted(self) -> int:
+        """Requests that are not answered yet."""
+        return self._num_accepted
+
+    @contextmanager
+    def _accepted(self) -> Iterator[None]:
+        self._num_accepted += 1
+        try:
+            yield
+        finally:
+            self._num_accepted -= 1
+            if not self._num_accepted:
+                self._answered.set()
 
     async def embed(self, request: EmbedRequest, receive: Receive | None = None) -> Embedded:
         """Vectors of the request's texts; `receive` tells of a client that hangs up.
@@ -125,8 +159,9 @@ class EmbeddingService:
             raise NotReady("the engine does not answer: the worker needs a restart")
         arrival = self._clock()
         self._runner.admit(self._num_tokenising)
-        rows = await self._tokenise(request)
-        embedded = await self.embed_ids(rows, arrival, receive)
+        with self._accepted():
+            rows = await self._tokenise(request)
+            embedded = await self.embed_ids(rows, arrival, receive)
         if request.dimensions is not None and request.dimensions < dimension:
             embedded.vectors = shorten(embedded.vectors, request.dimensions)
         return embedded
@@ -155,7 +190,9 @@ class EmbeddingService:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
         golden = self.model.golden
         self._runner.admit(self._num_tokenising)
-        live = (await self.embed_ids(golden.rows, self._clock(), share=_VALIDATION_SHARE)).vectors.astype(np.float64)
+        with self._accepted():
+            embedded = await self.embed_ids(golden.rows, self._clock(), share=_VALIDATION_SHARE)
+        live = embedded.vectors.astype(np.float64)
         scale = np.linalg.norm(live, axis=1) * np.linalg.norm(golden.embeddings.astype(np.float64), axis=1)
         cosines: NDArray[np.float64] = (live * golden.embeddings).sum(axis=1) / np.maximum(scale, np.finfo(float).tiny)
         return cosines

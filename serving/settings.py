@@ -1,11 +1,39 @@
 """What can be set: the sections of `config.toml`, their keys, types, defaults and help. `serving.config` fills them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from registry.manifest import SafeName
+
+
+def _split_secrets(value: object) -> object:
+    """A variable holds its keys on one line."""
+    if not isinstance(value, str):
+        return value
+    secrets = value.replace(",", " ").split()
+    if not secrets:
+        raise ValueError("it is set and holds no key: unset it to go without")
+    return secrets
+
+
+def _check_secrets(secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    """What cannot be sent in a header can never match, so it is a mistake."""
+    for number, secret in enumerate(secrets, start=1):
+        check_secret(secret.get_secret_value(), f"key {number}")
+    return secrets
+
+
+def check_secret(secret: str, place: str) -> str:
+    """Return `secret`. Raises ValueError, which names the `place` alone, for one that no client can send."""
+    if not secret.isascii() or not secret.isprintable() or not secret or " " in secret:
+        raise ValueError(f"{place} is empty or has characters other than printable ASCII without spaces")
+    return secret
+
+
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_secrets), AfterValidator(_check_secrets)]
 
 
 class _Section(BaseModel):
@@ -30,7 +58,9 @@ class BatchingSettings(_Section):
 class ModelSource(_Section):
     """`[[embedding.models.available]]`: a bundle to serve and the engine to run it on."""
 
-    path: Path = Field(description="folder of the bundle")
+    path: Path = Field(
+        description="folder of the bundle, or a file that names it: a channel of a registry, or its path"
+    )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
     engine: Literal["auto", "onnxruntime", "openvino"] = Field(default="auto", description="auto: the first that loads")
     num_threads: int = Field(default=0, ge=0, le=1024, description="threads of the engine; 0: one per core")
@@ -41,6 +71,39 @@ class ModelsSettings(_Section):
 
     default: SafeName | None = Field(default=None, description="model of a request that names none")
     available: tuple[ModelSource, ...] = Field(default=(), description="bundles to serve, a JSON list when a variable")
+    root: Path | None = Field(default=None, description="folder below which the admin API may name further bundles")
+    watch_seconds: float = Field(
+        default=0, ge=0, le=86_400, description="how often to look for a new bundle in `available`; 0: never"
+    )
+
+
+class TrafficSettings(_Section):
+    """`[embedding.traffic]`: how requests are shared out between the versions of a model."""
+
+    key_header: str = Field(
+        default="x-traffic-key",
+        pattern=r"^[a-z0-9-]{1,64}$",
+        description="requests with the same value of this header get the same version",
+    )
+    weights: dict[SafeName, dict[SafeName, Weight]] = Field(
+        default={}, description="weight of each version, by model; versions not named get 0; JSON when a variable"
+    )
+
+
+class SecuritySettings(_Section):
+    """`[embedding.security]`: who may ask. Without API keys everybody may, without admin tokens nobody administers."""
+
+    api_keys: Secrets = Field(default=(), description="API keys, separated by commas; never a flag")
+    api_keys_file: Path | None = Field(
+        default=None, description="file of API keys, one a line, re-read when it changes"
+    )
+    admin_tokens: Secrets = Field(default=(), description="tokens of the admin API, separated by commas; never a flag")
+    admin_tokens_file: Path | None = Field(
+        default=None, description="file of admin tokens, one a line, re-read when it changes"
+    )
+    open_paths: tuple[str, ...] = Field(
+        default=("/healthz", "/readyz", "/metrics"), description="paths that answer without an API key, a JSON list"
+    )
 
 
 class Settings(_Section):
@@ -61,3 +124,5 @@ class Settings(_Section):
     )
     batching: BatchingSettings = BatchingSettings()
     models: ModelsSettings = ModelsSettings()
+    traffic: TrafficSettings = TrafficSettings()
+    security: SecuritySettings = SecuritySettings()

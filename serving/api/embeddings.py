@@ -44,7 +44,7 @@ class EmbeddingsEndpoint:
         try:
             body = await read_body(scope, receive, self._max_body_bytes)
             request = self._parse(body, self._max_texts)
-            service = self._worker.resolve(request.model)
+            service = self._worker.resolve(request.model, scope["headers"])
             embedded = await service.embed(request, receive)
             pieces = await self._render(request, service.model, embedded, started)
         except ClientGone:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+from serving.access import ADMIN_PREFIX
+from serving.api.admin_requests import BundleRequest, TrafficRequest, UnloadRequest
 from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS
 from serving.errors import STATUS
 
@@ -12,7 +14,7 @@ Json = dict[str, Any]
 _NUMBER, _INTEGER, _STRING, _BOOLEAN = ({"type": name} for name in ("number", "integer", "string", "boolean"))
 _VECTOR: Json = {"oneOf": [{"type": "array", "items": _NUMBER}, {**_STRING, "format": "byte"}]}
 
-_EMBED_ERRORS = (400, 404, 413, 429, 500, 503, 504)
+_EMBED_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
 
 
 def _object(properties: Mapping[str, Any], optional: tuple[str, ...] = ()) -> Json:
@@ -79,6 +81,8 @@ SCHEMAS: dict[str, Json] = {
                         "compatibility": _STRING,
                         "cosine_similarity_vs_fp32": _NUMBER,
                         "engine": _STRING,
+                        "weight": _NUMBER,
+                        "state": _STRING,
                         "default": _BOOLEAN,
                         "ready": _BOOLEAN,
                     }
@@ -96,28 +100,52 @@ SCHEMAS: dict[str, Json] = {
             "passed": _BOOLEAN,
         }
     ),
-    "OpenAIModel": _object({"id": _STRING, "object": {"const": "model"}, "created": _INTEGER, "owned_by": _STRING}),
+    "OpenAIModel": _object(
+        {
+            "id": _STRING,
+            "object": {"const": "model"},
+            "created": _INTEGER,
+            "owned_by": _STRING,
+            "versions": _list(_object({"version": _STRING, "weight": _NUMBER, "state": _STRING})),
+        }
+    ),
     "Status": _object({"status": _STRING}),
 }
 SCHEMAS["OpenAIModels"] = _object(
     {"object": {"const": "list"}, "data": _list({"$ref": "#/components/schemas/OpenAIModel"})}
 )
 
+SCHEMAS["AdminModels"] = _object(
+    {**SCHEMAS["Models"]["properties"], "bundles": _list(_STRING)},
+)
+SCHEMAS |= {
+    "Change": _object(
+        {
+            "model": _STRING,
+            "model_version": _STRING,
+            "digest": _STRING,
+            "loaded": _BOOLEAN,
+            "retired": _list(_STRING),
+        }
+    ),
+    "Retired": _object({"model": _STRING, "retired": _list(_STRING)}),
+    "Weights": _object({"model": _STRING, "weights": {"type": "object", "additionalProperties": _NUMBER}}),
+    **{kind.__name__: kind.model_json_schema() for kind in (BundleRequest, UnloadRequest, TrafficRequest)},
+}
+_ROUTING: list[Json] = [
+    {"name": "x-model-version", "in": "header", "schema": _STRING, "description": "the version that answers"},
+    {"name": "x-traffic-key", "in": "header", "schema": _STRING, "description": "equal keys get the same version"},
+]
+_SECURITY: dict[str, Json] = {
+    "api": {"type": "http", "scheme": "bearer", "description": "an API key, where the worker asks for one"},
+    "admin": {"type": "http", "scheme": "bearer", "description": "an admin token"},
+}
+
 
 def build_openapi(model: str) -> Json:
     """The document; `model` is the name the examples use."""
-    native: dict[str, Json] = {
-        "one text": {"text": "The quick brown fox jumps over the lazy dog."},
-        "several texts": {"texts": ["red apples", "green pears"], "model": model, "encoding_format": "float"},
-        "base64, no truncation": {"text": "hello world", "encoding_format": "base64", "truncate": False},
-    }
-    openai: dict[str, Json] = {
-        "one text": {"input": "The quick brown fox jumps over the lazy dog.", "model": model},
-        "several texts": {"input": ["red apples", "green pears"], "model": model, "encoding_format": "base64"},
-    }
     paths = {
-        "/api/v1/embed": _post("Embed texts", "EmbedRequest", "EmbedResponse", native),
-        "/v1/embeddings": _post("Embed texts (OpenAI)", "EmbeddingsRequest", "EmbeddingsResponse", openai),
+        **_embed_paths(model),
         "/api/v1/models": _get("Models served, in full", "Models"),
         "/api/v1/validate": _get(
             "Compare the live engine with the teacher's reference vectors", "Validation", 404, 429, 500, 503, 504,
@@ -129,7 +157,11 @@ def build_openapi(model: str) -> Json:
             parameter={"name": "model", "in": "path", "required": True, "schema": _STRING, "example": model},
         ),
         "/healthz": _get("Whether the process and its engine live", "Status", unwell=True),
-        "/readyz": _get("Whether new requests are welcome", "Status", unwell=True),
+        "/readyz": _get(
+            "Whether new requests are welcome, for one model or for all", "Status", 404, unwell=True,
+            parameter={"name": "model", "in": "query", "schema": _STRING},
+        ),
+        **_admin_paths(),
         "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": _content("text/plain", _STRING)}}},
     }  # fmt: skip
     return {
@@ -139,17 +171,59 @@ def build_openapi(model: str) -> Json:
             "version": "1",
             "description": "Sentence embeddings over HTTP. Every error is the OpenAI error object.",
         },
-        "paths": paths,
-        "components": {"schemas": SCHEMAS},
+        "paths": {path: _secure(path, operations) for path, operations in paths.items()},
+        "components": {"schemas": SCHEMAS, "securitySchemes": _SECURITY},
+    }
+
+
+def _embed_paths(model: str) -> dict[str, Json]:
+    native: dict[str, Json] = {
+        "one text": {"text": "The quick brown fox jumps over the lazy dog."},
+        "several texts": {"texts": ["red apples", "green pears"], "model": model, "encoding_format": "float"},
+        "base64, no truncation": {"text": "hello world", "encoding_format": "base64", "truncate": False},
+    }
+    openai: dict[str, Json] = {
+        "one text": {"input": "The quick brown fox jumps over the lazy dog.", "model": model},
+        "several texts": {"input": ["red apples", "green pears"], "model": model, "encoding_format": "base64"},
+    }
+    return {
+        "/api/v1/embed": _post("Embed texts", "EmbedRequest", "EmbedResponse", native),
+        "/v1/embeddings": _post("Embed texts (OpenAI)", "EmbeddingsRequest", "EmbeddingsResponse", openai),
     }
 
 
 def _post(summary: str, request: str, response: str, examples: Mapping[str, Json]) -> Json:
     body = _content("application/json", _reference(request))
     body["content"]["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
-    return {"post": {"summary": summary, "requestBody": {"required": True, **body}, "responses": {
-        "200": _content("application/json", _reference(response)), **_errors(*_EMBED_ERRORS)
-    }}}  # fmt: skip
+    responses = {"200": _content("application/json", _reference(response)), **_errors(*_EMBED_ERRORS)}
+    required = {"required": True, **body}
+    return {"post": {"summary": summary, "parameters": _ROUTING, "requestBody": required, "responses": responses}}
+
+
+def _admin_paths() -> dict[str, Json]:
+    return {
+        f"{ADMIN_PREFIX}models": _get("Versions served and draining, bundles by name", "AdminModels", 401, 403),
+        f"{ADMIN_PREFIX}models/load": _admin("post", "Serve one more version or model", "BundleRequest", "Change"),
+        f"{ADMIN_PREFIX}models/swap": _admin("post", "Put a version in place of others", "BundleRequest", "Change"),
+        f"{ADMIN_PREFIX}models/unload": _admin("post", "Serve no longer", "UnloadRequest", "Retired"),
+        f"{ADMIN_PREFIX}traffic": _admin("put", "Share requests between versions", "TrafficRequest", "Weights"),
+    }
+
+
+def _secure(path: str, operations: Json) -> Json:
+    """Say of each operation which key it wants: an API key only where the worker has any."""
+    security: list[Json] = [{"admin": []}] if path.startswith(ADMIN_PREFIX) else [{}, {"api": []}]
+    return {verb: {**operation, "security": security} for verb, operation in operations.items()}
+
+
+def _admin(verb: str, summary: str, request: str, response: str) -> Json:
+    return {verb: {
+        "summary": summary,
+        "requestBody": {"required": True, **_content("application/json", _reference(request))},
+        "responses": {
+            "200": _content("application/json", _reference(response)), **_errors(400, 401, 403, 404, 409, 413, 422, 503)
+        },
+    }}  # fmt: skip
 
 
 def _get(summary: str, response: str, *errors: int, parameter: Json | None = None, unwell: bool = False) -> Json:

@@ -17,6 +17,7 @@ from starlette.types import Send
 from serving.errors import (
     STATUS,
     InternalError,
+    InvalidApiKey,
     InvalidRequest,
     MethodNotAllowed,
     Overloaded,
@@ -71,9 +72,11 @@ async def send_json(send: Send, status: int, pieces: Sequence[bytes], headers: H
 
 
 async def send_error(send: Send, error: ServingError, headers: Headers = ()) -> None:
-    """Send the error object; an Overloaded also says when to come back."""
+    """Send the error object; an Overloaded also says when to come back, an InvalidApiKey how to show one."""
     if isinstance(error, Overloaded):
         headers = [*headers, (b"retry-after", b"%d" % error.retry_after_seconds)]
+    elif isinstance(error, InvalidApiKey):
+        headers = [*headers, (b"www-authenticate", b'Bearer realm="thorforge"')]
     await send_json(send, STATUS[type(error)], [orjson.dumps(describe_error(error))], headers)
 
 

@@ -11,7 +11,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from serving.api.openapi import build_openapi
-from serving.models import LoadedModel
+from serving.service import EmbeddingService
+from serving.versions import ModelVersions
 from serving.worker import Worker
 
 # How far below the manifest's figure the live engine's mean cosine may be: other CPUs round differently.
@@ -48,9 +49,10 @@ class SystemEndpoints:
         healthy = self._worker.is_healthy
         return _json({"status": "ok" if healthy else "engine stuck or dead"}, 200 if healthy else 503)
 
-    async def readyz(self, _: Request) -> Response:
-        """200 while new requests are welcome; 503 while loading or draining."""
-        ready = self._worker.is_ready
+    async def readyz(self, request: Request) -> Response:
+        """200 while new requests are welcome, for the `model` asked for or for all; 503 while loading or draining."""
+        model = request.query_params.get("model")
+        ready = self._worker.is_ready if model is None else self._worker.is_model_ready(model)
         return _json({"status": "ready" if ready else self._worker.phase}, 200 if ready else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -59,15 +61,11 @@ class SystemEndpoints:
 
     async def native_models(self, _: Request) -> Response:
         """What is served, in full."""
-        models = [
-            describe_model(service.model, is_default=name == self._worker.default, is_ready=self._worker.is_ready)
-            for name, service in self._worker.services.items()
-        ]
-        return _json({"models": models})
+        return _json({"models": describe_models(self._worker)})
 
     async def validate(self, request: Request) -> Response:
         """Run the reference texts through the live engine and compare with the teacher."""
-        service = self._worker.resolve(request.query_params.get("model"))
+        service = self._worker.resolve(request.query_params.get("model"), request.scope["headers"])
         cosines = await service.validate()
         manifest = service.model.manifest
         threshold = manifest.validation.cosine_similarity_vs_fp32.mean - _COSINE_TOLERANCE
@@ -85,12 +83,11 @@ class SystemEndpoints:
 
     async def openai_models(self, _: Request) -> Response:
         """The OpenAI list of models."""
-        data = [_openai_model(service.model) for service in self._worker.services.values()]
-        return _json({"object": "list", "data": data})
+        return _json({"object": "list", "data": [_openai_model(model) for model in self._worker.models.values()]})
 
     async def openai_model(self, request: Request) -> Response:
         """One model of the OpenAI list."""
-        return _json(_openai_model(self._worker.resolve(request.path_params["model"]).model))
+        return _json(_openai_model(self._worker.find(request.path_params["model"])))
 
     async def openapi(self, _: Request) -> Response:
         """The OpenAPI document."""
@@ -101,9 +98,21 @@ class SystemEndpoints:
         return HTMLResponse(files("serving.api").joinpath("docs.html").read_text(encoding="utf-8"))
 
 
-def describe_model(model: LoadedModel, is_default: bool, is_ready: bool) -> dict[str, Any]:
-    """One entry of `GET /api/v1/models`."""
-    manifest = model.manifest
+def describe_models(worker: Worker) -> list[dict[str, Any]]:
+    """`GET /api/v1/models`: an entry for each version of each model, those that still drain at the end."""
+    served = [
+        describe_version(service, versions.weights[version], "serving", name == worker.default, worker.is_ready)
+        for name, versions in worker.models.items()
+        for version, service in versions.services.items()
+    ]
+    return served + [describe_version(service, 0.0, "draining", False, False) for service in worker.draining]
+
+
+def describe_version(
+    service: EmbeddingService, weight: float, state: str, is_default: bool, is_ready: bool
+) -> dict[str, Any]:
+    """One version of a model. A `weight` is relative to the model's others; a draining version is never ready."""
+    model, manifest = service.model, service.model.manifest
     return {
         "name": model.name,
         "model_id": manifest.model_id,
@@ -119,14 +128,19 @@ def describe_model(model: LoadedModel, is_default: bool, is_ready: bool) -> dict
         "compatibility": manifest.compatibility,
         "cosine_similarity_vs_fp32": manifest.validation.cosine_similarity_vs_fp32.mean,
         "engine": model.engine.runtime,
+        "weight": weight,
+        "state": state,
         "default": is_default,
         "ready": is_ready,
     }
 
 
-def _openai_model(model: LoadedModel) -> dict[str, Any]:
-    created = int(model.manifest.created_at.timestamp())
-    return {"id": model.name, "object": "model", "created": created, "owned_by": "thorforge"}
+def _openai_model(versions: ModelVersions) -> dict[str, Any]:
+    created = int(versions.main.model.manifest.created_at.timestamp())
+    listed = [
+        {"version": version, "weight": versions.weights[version], "state": "serving"} for version in versions.services
+    ]
+    return {"id": versions.name, "object": "model", "created": created, "owned_by": "thorforge", "versions": listed}
 
 
 def _json(document: object, status: int = 200) -> Response:

@@ -1,5 +1,6 @@
 """A tiny bundle, its loaded model, and a real server in a thread."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     make_bundle(folder, dimension=DIMENSION, max_length=MAX_LENGTH)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with three versions of `tiny`, another model, and bundles that cannot be served."""
+    root = tmp_path_factory.mktemp("root")
+    for seed in range(3):
+        make_bundle(root / f"v{seed}", seed=seed)
+    make_bundle(root / "other", name="other", seed=7)
+    make_bundle(root / "wide", dimension=12)
+    make_bundle(root / "long", max_length=600)
+    shutil.copytree(root / "v1", root / "damaged")
+    (root / "damaged" / "model.onnx").write_bytes(b"not a graph")
+    return root
 
 
 @pytest.fixture(scope="session")

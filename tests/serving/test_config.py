@@ -134,11 +134,58 @@ def test_bad_flag_is_refused_with_its_name(argv: list[str], message: str) -> Non
         load_settings([*BUNDLE, *argv], {})
 
 
-def test_no_model_and_several_models_are_refused() -> None:
+def test_no_model_is_refused_and_several_are_not() -> None:
     with pytest.raises(ConfigInvalid, match="no model to serve: give --bundle DIR"):
         load_settings([], {})
-    with pytest.raises(ConfigInvalid, match="has 2 models: this worker serves one"):
-        load_settings([], {"AKIDB_EMBEDDING_MODELS_AVAILABLE": '[{"path": "/a"}, {"path": "/b"}]'})
+    settings = load_settings(["--bundle", "/a", "--bundle", "/b"], {})
+    assert [source.path for source in settings.models.available] == [Path("/a"), Path("/b")]
+
+
+def test_traffic_weights_are_a_table_or_json(tmp_path: Path) -> None:
+    text = '[embedding.traffic.weights.tiny]\n"int8-1" = 9\n"int8-2" = 1\n'
+    expected = {"tiny": {"int8-1": 9.0, "int8-2": 1.0}}
+    assert load_settings([*BUNDLE, *write(tmp_path, text)], {}).traffic.weights == expected
+    given = '{"tiny": {"int8-1": 9, "int8-2": 1}}'
+    assert load_settings([*BUNDLE, "--traffic-weights", given], {}).traffic.weights == expected
+    assert load_settings(BUNDLE, {"AKIDB_EMBEDDING_TRAFFIC_WEIGHTS": given}).traffic.weights == expected
+    for wrong in ("many", '{"tiny": {"int8-1": -1}}', '{"../x": {}}', '{"tiny": {"int8-1": Infinity}}'):
+        with pytest.raises(ConfigInvalid, match=r"^--traffic-weights"):
+            load_settings([*BUNDLE, "--traffic-weights", wrong], {})
+
+
+SECRET = "very-secret-key"
+API_KEYS = "AKIDB_EMBEDDING_SECURITY_API_KEYS"
+
+
+def test_secrets_are_given_by_variable_and_never_shown() -> None:
+    environ = {API_KEYS: f"{SECRET},other-secret", "AKIDB_EMBEDDING_SECURITY_ADMIN_TOKENS": SECRET}
+    settings = load_settings(BUNDLE, environ)
+    assert [key.get_secret_value() for key in settings.security.api_keys] == [SECRET, "other-secret"]
+    line = describe_settings(settings)
+    assert "embedding.security.api_keys=(2 not shown)" in line
+    assert "secret" not in line + repr(settings) + settings.model_dump_json()
+
+
+@pytest.mark.parametrize("flag", [["--security-api-keys", SECRET], [f"--security-admin-tokens={SECRET}"]])
+def test_secret_on_the_command_line_is_refused_and_not_repeated(flag: list[str]) -> None:
+    with pytest.raises(ConfigInvalid, match="every user of the machine sees a command line") as raised:
+        load_settings([*BUNDLE, *flag], {})
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["", " , ", f"{SECRET}\x01", f"{SECRET}é"])
+def test_secret_that_is_empty_or_cannot_be_sent_is_refused_and_not_repeated(value: str) -> None:
+    with pytest.raises(ConfigInvalid, match=f"{API_KEYS}: embedding.security.api_keys: ") as raised:
+        load_settings(BUNDLE, {API_KEYS: value})
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [f'"{SECRET} é"', f'["{SECRET} x"]', f'{{ "{SECRET}" = 1 }}', '[""]', "3"])
+def test_secret_of_the_wrong_type_in_the_file_is_refused_and_not_repeated(tmp_path: Path, value: str) -> None:
+    config = write(tmp_path, f"[embedding.security]\napi_keys = {value}")
+    with pytest.raises(ConfigInvalid, match=r"embedding\.security\.api_keys") as raised:
+        load_settings([*BUNDLE, *config], {})
+    assert SECRET not in str(raised.value)
 
 
 def test_description_names_every_setting_on_one_line() -> None:

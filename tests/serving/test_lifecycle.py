@@ -190,7 +190,10 @@ def test_worker_loads_what_is_configured(bundle: Path) -> None:
     ("changes", "message"),
     [
         ({"models": {"available": [{"path": "/nowhere"}]}}, "manifest.json"),
-        ({"batching": {"max_batch_tokens": 16}, "models": {"default": "other"}}, "the model served is 'tiny'"),
+        (
+            {"batching": {"max_batch_tokens": 16}, "models": {"default": "other"}},
+            "names model other, but the models served are tiny",
+        ),
     ],
 )
 def test_server_ends_when_the_model_cannot_be_served(bundle: Path, changes: dict[str, object], message: str) -> None:

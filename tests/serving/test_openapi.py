@@ -1,13 +1,19 @@
 """The OpenAPI document is what the worker does."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from registry.manifest import read_manifest
+from serving.access import ADMIN_PREFIX
 from serving.api.openapi import build_openapi
 from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS
+from serving.models import load_model
+from serving.settings import ModelSource
+from tests.serving.conftest import make_settings, serve
 
 DOCUMENT = build_openapi("tiny")
 
@@ -31,6 +37,8 @@ def conforms(value: Any, schema: dict[str, Any]) -> bool:
         return sum(conforms(value, option) for option in schema["oneOf"]) == 1
     if schema["type"] == "array":
         return isinstance(value, list) and all(conforms(item, schema["items"]) for item in value)
+    if "additionalProperties" in schema and "properties" not in schema:
+        return all(conforms(item, schema["additionalProperties"]) for item in value.values())
     if schema["type"] == "object":
         return isinstance(value, dict) and object_conforms(value, schema)
     names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
@@ -54,10 +62,35 @@ def test_examples_work_and_are_answered_as_documented(url: str, path: str) -> No
 
 @pytest.mark.parametrize("path", [path for path, verbs in DOCUMENT["paths"].items() if "get" in verbs])
 def test_get_paths_are_answered_as_documented(url: str, path: str) -> None:
+    if path.startswith(ADMIN_PREFIX):
+        refused = httpx.get(url + path)
+        assert (refused.status_code, conforms(refused.json(), schema_of(path, "get", "403"))) == (403, True)
+        return
     answer = httpx.get(url + path.replace("{model}", "tiny"))
     assert answer.status_code == 200
     is_json = answer.headers["content-type"] == "application/json"
     assert conforms(answer.json() if is_json else answer.text, schema_of(path, "get"))
+
+
+def test_admin_answers_are_as_documented(bundles: Path) -> None:
+    models = {"available": [{"path": bundles / "v0"}], "root": bundles}
+    settings = make_settings(bundles, models=models, security={"admin_tokens": ["token"]})
+    version = read_manifest(bundles / "v1").version
+    bodies: list[tuple[str, str, dict[str, Any]]] = [
+        ("post", "models/load", {"bundle": "v1"}),
+        ("put", "traffic", {"model": "tiny", "weights": {version: 1}}),
+        ("get", "models", {}),
+        ("post", "models/swap", {"bundle": "v0"}),
+        ("post", "models/load", {"bundle": "other"}),
+        ("post", "models/unload", {"model": "other"}),
+    ]
+    with serve(settings, load_model(ModelSource(path=bundles / "v0"))) as (url, _):
+        for verb, path, body in bodies:
+            answer = httpx.request(
+                verb, f"{url}{ADMIN_PREFIX}{path}", json=body, headers={"authorization": "bearer token"}
+            )
+            assert answer.status_code == 200, answer.text
+            assert conforms(answer.json(), schema_of(ADMIN_PREFIX + path, verb)), path
 
 
 def test_errors_are_answered_as_documented(url: str) -> None:

@@ -173,6 +173,33 @@ def test_second_worker_on_the_same_machine_is_its_own(bundle: Path) -> None:
         assert [line.rpartition(" ")[2] for line in counts] == ["0.0"]
 
 
+def test_every_model_has_a_ready_line_and_secrets_stay_out_of_the_log(bundles: Path) -> None:
+    key, token = "key-of-a-client", "token-of-an-admin"
+    env = {"AKIDB_EMBEDDING_SECURITY_API_KEYS": key, "AKIDB_EMBEDDING_SECURITY_ADMIN_TOKENS": token}
+    with run_worker(bundles / "v0", "--bundle", str(bundles / "other"), "--log-level", "debug", env=env) as worker:
+        assert worker.process.stdout is not None
+        second = worker.process.stdout.readline()
+        assert second.startswith(f"ready url={worker.base_url} model=other model_version=fp32-onnx-")
+        refused = httpx.post(f"{worker.base_url}/api/v1/embed", json={"text": "red"})
+        wrong = httpx.get(f"{worker.base_url}/docs", headers={"authorization": f"Bearer {token}"})
+        assert (refused.status_code, wrong.status_code) == (401, 401)
+        headers = {"authorization": f"Bearer {key}"}
+        answer = httpx.post(f"{worker.base_url}/api/v1/embed", json={"text": "red", "model": "other"}, headers=headers)
+        assert answer.json()["model"] == "other"
+        said = refused.text + wrong.text + httpx.get(f"{worker.base_url}/metrics").text + worker.log()
+    assert key not in said
+    assert token not in said
+
+
+def test_key_on_the_command_line_and_a_key_file_without_keys_stop_the_worker(bundle: Path, tmp_path: Path) -> None:
+    line = error_line(start("--bundle", str(bundle), "--security-api-keys", "very-secret"))
+    assert "every user of the machine" in line
+    assert "very-secret" not in line
+    (tmp_path / "keys").touch()
+    line = error_line(start("--bundle", str(bundle), "--port", "0", "--security-api-keys-file", str(tmp_path / "keys")))
+    assert f"the key file {tmp_path / 'keys'} holds no key" in line
+
+
 def test_main_returns_1_for_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--prot", "1"], {}) == 1
     assert capsys.readouterr().err.startswith("error: command line: unrecognized arguments")
