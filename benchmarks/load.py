@@ -14,7 +14,7 @@ import re
 import selectors
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 LOST, REFUSED = -1, -2
 _BUFFER_BYTES = 1 << 18
 _MAX_HEAD_BYTES = 1 << 16
+_CONNECT_AT_ONCE = 64
 # After the last request was sent, the time its answer may take.
 _GRACE_SECONDS = 60.0
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
@@ -101,6 +102,12 @@ class LoadResult:
         """Requests answered with 200 within the run, a second."""
         return float(((self.statuses == 200) & (self.done <= self.seconds)).sum() / self.seconds)
 
+    def between(self, start: float, stop: float) -> "LoadResult":
+        """The requests that were due from `start` until before `stop`, as a run of its own."""
+        chosen = (self.due >= start) & (self.due < stop)
+        times = {name: getattr(self, name)[chosen] - start for name in ("due", "sent", "done")}
+        return replace(self, statuses=self.statuses[chosen], seconds=stop - start, **times)
+
     def latencies_ms(self, status: int = 200) -> Times:
         """From due to answered, of the requests with this status."""
         chosen = self.statuses == status
@@ -112,6 +119,22 @@ class LoadResult:
         """From due to sent: the generator's own delay, or its lack of connections."""
         lateness: Times = (self.sent - self.due) * 1e3
         return lateness
+
+
+def join_results(parts: Sequence[LoadResult]) -> LoadResult:
+    """Several runs as if they had followed one another without a pause."""
+    starts = np.cumsum([0.0, *(part.seconds for part in parts)])
+    times = {
+        name: np.concatenate([getattr(part, name) + start for part, start in zip(parts, starts, strict=False)])
+        for name in ("due", "sent", "done")
+    }
+    return LoadResult(
+        **times,
+        statuses=np.concatenate([part.statuses for part in parts]),
+        num_unguided=sum(part.num_unguided for part in parts),
+        seconds=float(starts[-1]),
+        cpu_seconds=sum(part.cpu_seconds for part in parts),
+    )
 
 
 async def run_closed(
@@ -192,7 +215,10 @@ class _Run:
 
     async def drive(self, next_due: Schedule, clients: int, seconds: float) -> LoadResult:
         """Open the connections, then let each client follow the schedule until that ends."""
-        connections = await asyncio.gather(*(self._connect() for _ in range(clients)))
+        connections: list[_Connection | None] = []
+        while len(connections) < clients:  # by and by: a listen queue that overflows costs a second
+            count = min(_CONNECT_AT_ONCE, clients - len(connections))
+            connections += await asyncio.gather(*(self._connect() for _ in range(count)))
         cpu_started, self._started = time.process_time(), self._clock()
         tasks = [asyncio.create_task(self._follow(next_due, connection)) for connection in connections]
         timeout = None if math.isinf(seconds) else seconds + _GRACE_SECONDS
