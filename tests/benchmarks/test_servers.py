@@ -19,7 +19,6 @@ from benchmarks.cases import (
     measure_overload,
     measure_soak,
     read_batches,
-    read_runtime,
     render_requests,
 )
 from benchmarks.footprint import installed_mb
@@ -136,9 +135,7 @@ def test_worker_is_measured_held_still_and_ended(bundle: Path) -> None:
         soak = measure_soak(server, TEXTS, 100)
         assert soak.load.count(200) == 100
         assert len(soak.resident_mb) == 10
-        runtime = read_runtime(server)
     assert server.process.poll() is not None
-    assert runtime == "onnxruntime"
-    report = measure_bare_engine(bundle, runtime, 8, list(GOLDEN_TEXTS), 0.1)
+    report = measure_bare_engine(bundle, 8, list(GOLDEN_TEXTS), 0.1)
     assert report["texts_per_s"] > 0
     assert 0 < report["p50_ms"] <= report["p99_ms"]
