@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e ui check fix bench lock
+.PHONY: help demo test e2e ui check fix peers bench lock
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-6s %s\n", $$1, $$2}'
@@ -40,8 +41,16 @@ fix: $(STAMP) ## Let the linter and the formatter mend what they can
 	$(BIN)/ruff format .
 	$(BIN)/python -m tests.reference
 
-bench: $(STAMP) ## Measure; rows are appended to benchmarks/results
+$(PEERS)/.installed: benchmarks/requirements-peers.lock
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+peers: $(PEERS)/.installed ## The servers the benchmarks compare with, in an environment of their own
+
+bench: $(STAMP) peers ## Measure, alone on the machine; rows are appended to benchmarks/results
 	$(BIN)/python -m benchmarks.bench_variants
+	$(BIN)/python -m benchmarks.bench_serving --peer infinity
 
 lock: ## Write requirements.lock anew from the extras in pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts import library_versions
 from tasks.hardware import describe_hardware
 
 RESULTS = Path(__file__).parent / "results"
@@ -15,6 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extra: Any) -> dict[str, Any]:
     """A row with hardware, versions, commit and date; `extra` may hold system, p50, p95, p99, baseline, config."""
+    from tasks.artifacts import library_versions  # noqa: PLC0415  Prefect reads the environment at import
+
     baseline = extra.get("baseline_value")
     return {
         "bench": bench,
@@ -38,8 +39,13 @@ def append_rows(bench: str, rows: list[dict[str, Any]], out: Path | None = None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-    print(json.dumps(rows, sort_keys=True))
+    print_rows(rows)
     return path
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """One JSON document, on one line of stdout."""
+    print(json.dumps(rows, sort_keys=True))
 
 
 @cache
