@@ -3,25 +3,25 @@
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.api.embeddings import native_endpoint, openai_endpoint
-from serving.api.responses import CLOSE, send_error, to_serving_error
+from serving.api.embeddings import DIALECTS, EmbeddingsEndpoint, Observers
+from serving.api.responses import CLOSE, openai_error, send_error, to_serving_error
 from serving.api.system import system_routes
+from serving.api.tei import EMBED_PATH, INFO_PATH, tei_error
 from serving.worker import Worker
 
 
-def create_app(worker: Worker) -> ASGIApp:
+def create_app(worker: Worker, observers: Observers | None = None) -> ASGIApp:
     """The application over `worker`, which the caller loads (`worker.load()` or `worker.add(model)`) and closes."""
-    return _Application(worker)
+    return _Application(worker, observers or Observers())
 
 
 class _Application:
     """Dispatches the hot paths itself, which saves the 10 µs a router takes, and leaves the rest to the router."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, observers: Observers) -> None:
         self._worker = worker
         self._hot: dict[str, ASGIApp] = {
-            "/api/v1/embed": native_endpoint(worker),
-            "/v1/embeddings": openai_endpoint(worker),
+            dialect.path: EmbeddingsEndpoint(worker, dialect, observers) for dialect in DIALECTS
         }
         hot_routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._hot.items()]
         self._router = Router([*hot_routes, *system_routes(worker)], redirect_slashes=False)
@@ -40,7 +40,8 @@ class _Application:
             await self._router(scope, receive, send)
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             headers = [(name.lower().encode(), value.encode()) for name, value in _headers(error).items()]
-            await send_error(send, to_serving_error(error), headers)
+            style = tei_error if scope["path"] in (EMBED_PATH, INFO_PATH) else openai_error
+            await send_error(send, to_serving_error(error), headers, style)
 
 
 def _closing(send: Send) -> Send:

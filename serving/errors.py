@@ -7,9 +7,12 @@ ServingError
 │   ├── ModelNotFound       404  no such model
 │   ├── RouteNotFound       404  no such path
 │   ├── MethodNotAllowed    405  the path exists, the verb does not
+│   ├── RequestTooSlow      408  the headers or the body did not arrive in time
 │   ├── BodyTooLarge        413  more bytes than the limit
+│   ├── HeadersTooLarge     431  a longer request line, more headers or longer ones than the limit
 │   └── Overloaded          429  the queue is full: come back after `retry_after_seconds`
 ├── NotReady                503  still loading, or draining
+├── TooManyConnections      503  the limit of open connections is reached
 ├── EngineFailed            500  the engine raised or returned a non-finite vector
 ├── DeadlineExceeded        504  the engine did not answer in time
 ├── InternalError           500  a defect of the worker itself
@@ -56,8 +59,16 @@ class MethodNotAllowed(RequestError):
     """The path exists, but not for this method."""
 
 
+class RequestTooSlow(RequestError):
+    """The headers or the body did not arrive in time."""
+
+
 class BodyTooLarge(RequestError):
     """The body has more bytes than the limit."""
+
+
+class HeadersTooLarge(RequestError):
+    """The request line and the headers are more, or longer, than the limits."""
 
 
 class Overloaded(RequestError):
@@ -70,6 +81,10 @@ class Overloaded(RequestError):
 
 class NotReady(ServingError):
     """The worker is still loading or is draining."""
+
+
+class TooManyConnections(ServingError):
+    """As many connections are open as the limit allows."""
 
 
 class EngineFailed(ServingError):
@@ -106,9 +121,12 @@ STATUS: dict[type[ServingError], HTTPStatus] = {
     ModelNotFound: HTTPStatus.NOT_FOUND,
     RouteNotFound: HTTPStatus.NOT_FOUND,
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
+    RequestTooSlow: HTTPStatus.REQUEST_TIMEOUT,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
     NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
+    TooManyConnections: HTTPStatus.SERVICE_UNAVAILABLE,
     EngineFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
     DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
     InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -56,6 +56,12 @@ class Metrics:
             (*_MODEL_LABELS, "engine"),
             registry=self.registry,
         )
+        self._request_log = Counter(
+            "akidb_request_log_texts_total",
+            "Sampled texts by what became of them: written, dropped (queue full) or failed (disk).",
+            ("outcome",),
+            registry=self.registry,
+        )
         self._info = Gauge(
             "akidb_model_info",
             "1 for each model served.",
@@ -81,6 +87,10 @@ class Metrics:
     def count_fallback(self, model: str, version: str, engine: str) -> None:
         """Count an engine that did not load."""
         self._fallback.labels(model, version, engine).inc()
+
+    def count_logged(self, outcome: str) -> None:
+        """Count a text the request log sampled."""
+        self._request_log.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The Prometheus text exposition."""
