@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS
-from serving.errors import STATUS
+from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS, TEI_FIELDS
+from serving.api.tei import ERROR_TYPES, tei_error
+from serving.errors import STATUS, Overloaded
 
 Json = dict[str, Any]
 
 _NUMBER, _INTEGER, _STRING, _BOOLEAN = ({"type": name} for name in ("number", "integer", "string", "boolean"))
 _VECTOR: Json = {"oneOf": [{"type": "array", "items": _NUMBER}, {**_STRING, "format": "byte"}]}
 
-_EMBED_ERRORS = (400, 404, 413, 429, 500, 503, 504)
+_EMBED_ERRORS = (400, 404, 408, 413, 429, 431, 500, 503, 504)
+_TEI_ERRORS = (408, 413, 422, 424, 429, 431, 503)
+_CONNECTION_ERRORS = (400, 408, 431, 503)  # what any path may answer before it is looked at
 
 
 def _object(properties: Mapping[str, Any], optional: tuple[str, ...] = ()) -> Json:
@@ -30,6 +33,7 @@ def _list(items: Json) -> Json:
     return {"type": "array", "items": items}
 
 
+_NULL = {"type": "null"}
 _USAGE = _object({"prompt_tokens": _INTEGER, "total_tokens": _INTEGER})
 _NULLABLE = {"type": ["string", "null"]}
 
@@ -57,6 +61,27 @@ SCHEMAS: dict[str, Json] = {
             "data": _list(_object({"object": {"const": "embedding"}, "index": _INTEGER, "embedding": _VECTOR})),
             "model": _STRING,
             "usage": _USAGE,
+        }
+    ),
+    "TeiEmbedRequest": _object(TEI_FIELDS, optional=tuple(name for name in TEI_FIELDS if name != "inputs")),
+    "TeiEmbedResponse": _list(_list(_NUMBER)),
+    "TeiError": _object({"error": _STRING, "error_type": {"type": "string", "enum": list(ERROR_TYPES)}}),
+    "TeiInfo": _object(
+        {
+            "model_id": _STRING,
+            "model_sha": _STRING,
+            "model_dtype": _STRING,
+            "model_type": _object({"embedding": _object({"pooling": _STRING})}),
+            "max_concurrent_requests": _INTEGER,
+            "max_input_length": _INTEGER,
+            "max_batch_tokens": _INTEGER,
+            "max_batch_requests": _INTEGER,
+            "max_client_batch_size": _INTEGER,
+            "auto_truncate": _BOOLEAN,
+            "tokenization_workers": _INTEGER,
+            "version": _STRING,
+            "sha": _NULL,
+            "docker_label": _NULL,
         }
     ),
     "Error": _object({"error": _object({"message": _STRING, "type": _STRING, "param": _NULLABLE, "code": _NULLABLE})}),
@@ -106,6 +131,20 @@ SCHEMAS["OpenAIModels"] = _object(
 
 def build_openapi(model: str) -> Json:
     """The document; `model` is the name the examples use."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "thorforge worker",
+            "version": "1",
+            "description": "Sentence embeddings over HTTP. Every error is the OpenAI error object; that of "
+            "text-embeddings-inference on its own paths.",
+        },
+        "paths": _embedding_paths(model) | _system_paths(model),
+        "components": {"schemas": SCHEMAS},
+    }
+
+
+def _embedding_paths(model: str) -> Json:
     native: dict[str, Json] = {
         "one text": {"text": "The quick brown fox jumps over the lazy dog."},
         "several texts": {"texts": ["red apples", "green pears"], "model": model, "encoding_format": "float"},
@@ -115,48 +154,64 @@ def build_openapi(model: str) -> Json:
         "one text": {"input": "The quick brown fox jumps over the lazy dog.", "model": model},
         "several texts": {"input": ["red apples", "green pears"], "model": model, "encoding_format": "base64"},
     }
-    paths = {
+    tei: dict[str, Json] = {
+        "one text": {"inputs": "The quick brown fox jumps over the lazy dog."},
+        "several texts": {"inputs": ["red apples", "green pears"], "truncate": True, "truncation_direction": "Left"},
+    }
+    return {
         "/api/v1/embed": _post("Embed texts", "EmbedRequest", "EmbedResponse", native),
         "/v1/embeddings": _post("Embed texts (OpenAI)", "EmbeddingsRequest", "EmbeddingsResponse", openai),
-        "/api/v1/models": _get("Models served, in full", "Models"),
-        "/api/v1/validate": _get(
-            "Compare the live engine with the teacher's reference vectors", "Validation", 404, 429, 500, 503, 504,
-            parameter={"name": "model", "in": "query", "schema": _STRING},
-        ),
-        "/v1/models": _get("Models served (OpenAI)", "OpenAIModels"),
-        "/v1/models/{model}": _get(
-            "One model served (OpenAI)", "OpenAIModel", 404, 503,
-            parameter={"name": "model", "in": "path", "required": True, "schema": _STRING, "example": model},
-        ),
-        "/healthz": _get("Whether the process and its engine live", "Status", unwell=True),
-        "/readyz": _get("Whether new requests are welcome", "Status", unwell=True),
-        "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": _content("text/plain", _STRING)}}},
-    }  # fmt: skip
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "thorforge worker",
-            "version": "1",
-            "description": "Sentence embeddings over HTTP. Every error is the OpenAI error object.",
-        },
-        "paths": paths,
-        "components": {"schemas": SCHEMAS},
+        "/embed": _post("Embed texts (text-embeddings-inference)", "TeiEmbedRequest", "TeiEmbedResponse", tei, True),
     }
 
 
-def _post(summary: str, request: str, response: str, examples: Mapping[str, Json]) -> Json:
+def _system_paths(model: str) -> Json:
+    return {
+        "/api/v1/models": _get("Models served, in full", "Models"),
+        "/api/v1/validate": _get(
+            "Compare the live engine with the teacher's reference vectors", "Validation", 404, 429, 500, 504,
+            parameter={"name": "model", "in": "query", "schema": _STRING, "example": model},
+        ),
+        "/v1/models": _get("Models served (OpenAI)", "OpenAIModels"),
+        "/v1/models/{model}": _get(
+            "One model served (OpenAI)", "OpenAIModel", 404,
+            parameter={"name": "model", "in": "path", "required": True, "schema": _STRING, "example": model},
+        ),
+        "/info": _get("What is served (text-embeddings-inference)", "TeiInfo"),
+        "/healthz": _get("Whether the process and its engine live", "Status"),
+        "/readyz": _get("Whether new requests are welcome", "Status"),
+        "/metrics": {
+            "get": {
+                "summary": "Prometheus metrics",
+                "responses": {"200": _content("text/plain", _STRING), **_errors(*_CONNECTION_ERRORS)},
+            }
+        },
+    }  # fmt: skip
+
+
+def _post(summary: str, request: str, response: str, examples: Mapping[str, Json], is_tei: bool = False) -> Json:
     body = _content("application/json", _reference(request))
     body["content"]["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
-    return {"post": {"summary": summary, "requestBody": {"required": True, **body}, "responses": {
-        "200": _content("application/json", _reference(response)), **_errors(*_EMBED_ERRORS)
-    }}}  # fmt: skip
-
-
-def _get(summary: str, response: str, *errors: int, parameter: Json | None = None, unwell: bool = False) -> Json:
     answer = _content("application/json", _reference(response))
-    responses = {"200": answer, **_errors(*errors)}
-    if unwell:
-        responses["503"] = answer | {"description": "not now"}
+    answer["headers"] = {"server-timing": {"schema": _STRING, "description": "tokenize, queue, engine and total, ms"}}
+    errors = _tei_errors() if is_tei else _errors(*_EMBED_ERRORS)
+    parameter = {"name": "traceparent", "in": "header", "schema": _STRING, "description": "W3C trace context"}
+    return {
+        "post": {
+            "summary": summary,
+            "parameters": [parameter],
+            "requestBody": {"required": True, **body},
+            "responses": {"200": answer, **errors},
+        }
+    }
+
+
+def _get(summary: str, response: str, *errors: int, parameter: Json | None = None) -> Json:
+    answer = _content("application/json", _reference(response))
+    responses = {"200": answer, **_errors(*sorted({*errors, *_CONNECTION_ERRORS}))}
+    if response == "Status":
+        either = {"oneOf": [_reference("Status"), _reference("Error")]}
+        responses["503"] = _content("application/json", either) | {"description": "not now"}
     operation: Json = {"summary": summary, "responses": responses}
     if parameter is not None:
         operation["parameters"] = [parameter]
@@ -177,3 +232,17 @@ def _errors(*statuses: int) -> dict[str, Json]:
         kinds = [kind.__name__ for kind, answered in STATUS.items() if answered == HTTPStatus(status)]
         answers[str(status)] = _content("application/json", _reference("Error")) | {"description": ", ".join(kinds)}
     return answers
+
+
+def _tei_errors() -> dict[str, Json]:
+    """What the path itself answers has the shape of text-embeddings-inference; what the connection answers, ours."""
+    kinds: dict[int, list[str]] = {status: [] for status in _TEI_ERRORS}
+    for kind in STATUS:
+        status, _ = tei_error(kind("", 0) if issubclass(kind, Overloaded) else kind(""))
+        kinds.setdefault(status, []).append(kind.__name__)
+    either = {"oneOf": [_reference("TeiError"), _reference("Error")]}
+    return {
+        str(status): _content("application/json", either) | {"description": ", ".join(names)}
+        for status, names in sorted(kinds.items())
+        if names and status in (400, *_TEI_ERRORS)
+    }

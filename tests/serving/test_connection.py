@@ -11,6 +11,7 @@ import pytest
 
 from serving.models import load_model
 from serving.settings import ModelSource
+from tests.fuzz import send_bytes, spoil, statuses
 from tests.serving.conftest import make_settings, serve
 
 GET = b"GET /healthz HTTP/1.1\r\nhost: a\r\n"
@@ -178,3 +179,18 @@ def test_text_over_the_limit_of_characters_is_refused(bundle: Path) -> None:
         refused = httpx.post(f"{url}/api/v1/embed", json={"texts": ["a", "a" * 11]})
     assert refused.json()["error"]["code"] == "input_too_long"
     assert refused.json()["error"]["message"] == "text 1 has 11 characters, limit 10"
+
+
+def test_spoilt_bytes_are_answered_or_refused_and_leave_nothing_behind(bundle: Path) -> None:
+    limits = LIMITS | {"max_connections": 100}
+    seen: set[int] = set()
+    with serve(make_settings(bundle, limits=limits), load_model(ModelSource(path=bundle))) as (url, server):
+        for start in range(0, 300, 60):
+            for answer in send_bytes(url, [spoil(seed) for seed in range(start, start + 60)]):
+                seen.update(statuses(answer))
+        assert httpx.post(f"{url}/api/v1/embed", json={"text": "red"}).status_code == 200
+        while server.server_state.connections:  # the last one's close is still on its way
+            pass
+        assert not server.server_state.tasks
+    assert {200, 400, 404, 408} <= seen
+    assert not {500, 502, 503, 504} & seen

@@ -6,8 +6,13 @@ from typing import Any
 import httpx
 import pytest
 
+from serving.api.embeddings import DIALECTS
 from serving.api.openapi import build_openapi
-from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS
+from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS, TEI_FIELDS
+from serving.api.system import system_routes
+from serving.settings import Settings
+from serving.worker import Worker
+from tests.fuzz import run_schemathesis
 
 DOCUMENT = build_openapi("tiny")
 
@@ -42,7 +47,7 @@ def object_conforms(value: dict[str, Any], schema: dict[str, Any]) -> bool:
     return required <= value.keys() <= known.keys() and all(conforms(value[name], known[name]) for name in value)
 
 
-@pytest.mark.parametrize("path", ["/api/v1/embed", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/api/v1/embed", "/v1/embeddings", "/embed"])
 def test_examples_work_and_are_answered_as_documented(url: str, path: str) -> None:
     content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     for name, example in content["examples"].items():
@@ -61,8 +66,21 @@ def test_get_paths_are_answered_as_documented(url: str, path: str) -> None:
 
 
 def test_errors_are_answered_as_documented(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/embeddings", json={})
-    assert conforms(answer.json(), schema_of("/v1/embeddings", "post", "400"))
+    for path, status in (("/v1/embeddings", 400), ("/embed", 422)):
+        answer = httpx.post(url + path, json={})
+        assert answer.status_code == status
+        assert conforms(answer.json(), schema_of(path, "post", str(status)))
+
+
+def test_every_path_that_is_served_is_documented_or_a_page(url: str) -> None:
+    known = {*DOCUMENT["paths"], "/", "/docs", "/openapi.json"}
+    worker = Worker(Settings())
+    assert {route.path for route in system_routes(worker)} | {dialect.path for dialect in DIALECTS} == known
+
+
+@pytest.mark.filterwarnings("default")
+def test_requests_made_from_the_document_are_answered_as_documented(url: str) -> None:
+    assert run_schemathesis(url, cases_per_operation=60) >= 200
 
 
 @pytest.mark.parametrize(
@@ -70,6 +88,7 @@ def test_errors_are_answered_as_documented(url: str) -> None:
     [
         ("/api/v1/embed", NATIVE_FIELDS, {"text": "red"}),
         ("/v1/embeddings", OPENAI_FIELDS, {"input": "red", "model": "tiny"}),
+        ("/embed", TEI_FIELDS, {"inputs": "red"}),
     ],
 )
 def test_parser_accepts_the_documented_fields_and_requires_the_required(
@@ -85,13 +104,19 @@ def test_parser_accepts_the_documented_fields_and_requires_the_required(
         body = {name: given} if name == "texts" else {**least, name: given or least.get(name)}
         assert httpx.post(url + path, json=body).status_code == 200, name
     for name in documented["required"]:
-        assert httpx.post(url + path, json={key: least[key] for key in least if key != name}).status_code == 400
+        assert httpx.post(url + path, json={key: least[key] for key in least if key != name}).is_client_error
 
 
 def test_document_and_page_are_served(url: str) -> None:
     assert httpx.get(f"{url}/openapi.json").json() == DOCUMENT
-    page = httpx.get(f"{url}/docs")
+    assert "openapi.json" in httpx.get(f"{url}/docs").text
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_load_nothing_from_elsewhere(url: str, path: str) -> None:
+    page = httpx.get(url + path)
     assert page.headers["content-type"].startswith("text/html")
-    assert "openapi.json" in page.text
-    # Nothing is loaded from elsewhere: no address with a host, no import, no style sheet.
-    assert not re.search(r"https?://|src=|@import|rel=.stylesheet", page.text)
+    assert page.headers["content-security-policy"].startswith("default-src 'none';")
+    # No address with a host but the name of SVG, no import, no style sheet.
+    text = page.text.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|src=|@import|rel=.stylesheet", text)
