@@ -129,8 +129,55 @@ SCHEMAS["OpenAIModels"] = _object(
 )
 
 
+_VERSION, _VALUES = "int8-openvino-3f9c2a71d0b4", [0.0364, -0.0121, 0.0857]
+_TOKENS = {"prompt_tokens": 11, "total_tokens": 11}
+
+
+def _examples(model: str) -> dict[str, Json | list[Any]]:
+    """An answer for each schema that is one, vectors shortened."""
+    entry = {"id": model, "object": "model", "created": 1795132800, "owned_by": "thorforge"}
+    served = {
+        "name": model, "model_id": f"sentence-transformers/{model}", "version": _VERSION, "variant": "int8-openvino",
+        "digest": "3f9c2a71d0b4", "dimension": 384, "max_seq_length": 256, "pooling": "mean", "normalize": True,
+        "precision": "int8", "prompts": [], "compatibility": "drop-in", "cosine_similarity_vs_fp32": 0.9978,
+        "engine": "openvino 2026.4.1", "default": True, "ready": True,
+    }  # fmt: skip
+    return {
+        "EmbedResponse": {
+            "embedding": _VALUES, "model": model, "model_version": _VERSION, "dimension": 384, "latency_ms": 1.498,
+            "usage": _TOKENS,
+        },
+        "EmbeddingsResponse": {
+            "object": "list", "data": [{"object": "embedding", "index": 0, "embedding": _VALUES}], "model": model,
+            "usage": _TOKENS,
+        },
+        "TeiEmbedResponse": [_VALUES],
+        "TeiInfo": {
+            "model_id": f"sentence-transformers/{model}", "model_sha": "3f9c2a71d0b4", "model_dtype": "int8",
+            "model_type": {"embedding": {"pooling": "mean"}}, "max_concurrent_requests": 4096, "max_input_length": 256,
+            "max_batch_tokens": 8192, "max_batch_requests": 64, "max_client_batch_size": 2048, "auto_truncate": True,
+            "tokenization_workers": 1, "version": "0.1.0", "sha": None, "docker_label": None,
+        },
+        "Models": {"models": [served]},
+        "Validation": {
+            "model": model, "model_version": _VERSION, "cosine_similarity": {"mean": 0.9978, "min": 0.9941},
+            "count": 64, "threshold": 0.9928, "passed": True,
+        },
+        "OpenAIModels": {"object": "list", "data": [entry]},
+        "OpenAIModel": entry,
+        "Status": {"status": "ok"},
+    }  # fmt: skip
+
+
 def build_openapi(model: str) -> Json:
     """The document; `model` is the name the examples use."""
+    paths = _embedding_paths(model) | _system_paths(model)
+    examples = _examples(model)
+    for verbs in paths.values():
+        for operation in verbs.values():
+            for content in operation["responses"]["200"]["content"].values():
+                name = content["schema"].get("$ref", "").rpartition("/")[2]
+                content["example"] = examples.get(name, 'akidb_queue_depth{model="a",model_version="b"} 0.0')
     return {
         "openapi": "3.1.0",
         "info": {
@@ -139,7 +186,7 @@ def build_openapi(model: str) -> Json:
             "description": "Sentence embeddings over HTTP. Every error is the OpenAI error object; that of "
             "text-embeddings-inference on its own paths.",
         },
-        "paths": _embedding_paths(model) | _system_paths(model),
+        "paths": paths,
         "components": {"schemas": SCHEMAS},
     }
 

@@ -95,7 +95,19 @@ def test_body_that_is_no_json_object_is_refused(url: str, path: str, body: bytes
     check(httpx.post(url + path, content=body), 400, "invalid_request")
 
 
-@pytest.mark.parametrize("path", ["/nope", "/v1/embeddings/", "/v1", "/api/v1/embed/x", "/%00", "/%F0%9F%99%82"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nope",
+        "/..%2f..%2fetc/passwd",
+        "/docs/..%2fopenapi.py",
+        "/v1/embeddings/",
+        "/v1",
+        "/api/v1/embed/x",
+        "/%00",
+        "/%F0%9F%99%82",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_unknown_path_is_not_found(url: str, path: str, method: str) -> None:
     check(httpx.request(method, url + path), 404, "route_not_found")

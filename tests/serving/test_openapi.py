@@ -65,6 +65,17 @@ def test_get_paths_are_answered_as_documented(url: str, path: str) -> None:
     assert conforms(answer.json() if is_json else answer.text, schema_of(path, "get"))
 
 
+def test_example_answers_fit_their_schemas() -> None:
+    contents = [
+        content
+        for verbs in DOCUMENT["paths"].values()
+        for operation in verbs.values()
+        for content in operation["responses"]["200"]["content"].values()
+    ]
+    assert len(contents) == len(DOCUMENT["paths"])
+    assert all(conforms(content["example"], content["schema"]) for content in contents)
+
+
 def test_errors_are_answered_as_documented(url: str) -> None:
     for path, status in (("/v1/embeddings", 400), ("/embed", 422)):
         answer = httpx.post(url + path, json={})
