@@ -8,7 +8,7 @@ from typing import Any
 
 import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from serving.api.responses import describe_error
 from serving.errors import (
@@ -42,6 +42,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of the head while it is incomplete
         self._body_bytes = self._framing_bytes = 0
         self._writing_since: float | None = None
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Take the connection, or refuse it when there are too many."""
@@ -50,6 +51,15 @@ class Connection(HttpToolsProtocol):
         self._enter(_Stage.HEADERS, self._limits.header_timeout_seconds)
         if is_full:
             self._refuse(TooManyConnections(f"{self._limits.max_connections} connections are open, the limit"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone, or was sent away."""
+        self._give_up()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; what it cannot parse, or what is over a limit, is refused."""
@@ -122,16 +132,10 @@ class Connection(HttpToolsProtocol):
             self._expire()
 
     def _expire(self) -> None:
+        part, limit = "body", self._limits.body_timeout_seconds
         if self._stage is _Stage.HEADERS:
             part, limit = "headers", self._limits.header_timeout_seconds
-            can_answer = self.cycle is None or self.cycle.response_complete
-        else:
-            part, limit = "body", self._limits.body_timeout_seconds
-            can_answer = not self.pipeline and not self.cycle.response_started
-        if can_answer:
-            self._refuse(RequestTooSlow(f"the request's {part} did not arrive within {limit:g} s"))
-        else:
-            self.transport.close()  # another answer is under way or was given: a second one would confuse
+        self._refuse(RequestTooSlow(f"the request's {part} did not arrive within {limit:g} s"))
 
     def _enter(self, stage: _Stage, timeout_seconds: float) -> None:
         self._stage = stage
@@ -152,10 +156,25 @@ class Connection(HttpToolsProtocol):
             raise HeadersTooLarge(f"chunk sizes and trailers have {self._framing_bytes} bytes, limit {limit}")
 
     def _refuse(self, error: ServingError) -> None:
-        """Answer with the error object and close the connection."""
+        """Answer with the error object and close the connection.
+
+        Without an answer where one to an earlier request is under way: the client would take this one for it.
+        """
         if self.transport.is_closing():
             return
-        body = orjson.dumps(describe_error(error))
-        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[STATUS[type(error)]] + head + body)
+        if self._stage is _Stage.BODY:
+            can_answer = not self.pipeline and not self.cycle.response_started
+        else:
+            can_answer = self.cycle is None or self.cycle.response_complete
+        if can_answer:
+            body = orjson.dumps(describe_error(error))
+            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[STATUS[type(error)]] + head + body)
+        self._give_up()
         self.transport.close()
+
+    def _give_up(self) -> None:
+        """Tell the request that is being answered that nobody waits; uvicorn tells only the newest of a pipeline."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()

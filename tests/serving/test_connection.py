@@ -92,6 +92,18 @@ def test_body_that_does_not_arrive_in_time_is_refused(strict: str) -> None:
     assert b"body did not arrive within 0.3 s" in answer
 
 
+@pytest.mark.parametrize("tail", [b"no http at all\r\n\r\n", GET + b"a: " + b"x" * 3000 + b"\r\n\r\n"])
+def test_refusal_of_a_later_request_is_not_taken_for_the_answer_of_an_earlier(
+    strict: str, tail: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = json.dumps({"texts": ["red cat"] * 500}).encode()
+    with connect(strict) as connection:
+        connection.sendall(POST + b"content-length: %d\r\n\r\n%b" % (len(body), body) + tail)
+        assert statuses(read_to_end(connection))[:1] in ([], [200])
+    assert httpx.get(f"{strict}/healthz").status_code == 200
+    assert "Exception" not in caplog.text
+
+
 def test_rest_of_a_refused_body_does_not_hold_the_connection(strict: str) -> None:
     with connect(strict) as connection:
         connection.sendall(b"POST /nope HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n")
