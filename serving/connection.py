@@ -31,13 +31,16 @@ class _Stage(Enum):
     BODY = auto()
 
 
+_OURS, _HEADERS, _BODY = _Stage  # a member looked up on its class costs as much as all comparisons together
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol, bounded. Not on the hot path: each limit costs a request a comparison."""
 
     def __init__(self, *, limits: LimitsSettings, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._limits = limits
-        self._stage = _Stage.OURS
+        self._stage = _OURS
         self._deadline = 0.0  # of the stage, on the loop's clock
         self._head_bytes = 0  # of the head while it is incomplete
         self._body_bytes = self._framing_bytes = 0
@@ -48,7 +51,7 @@ class Connection(HttpToolsProtocol):
         """Take the connection, or refuse it when there are too many."""
         is_full = len(self.connections) >= self._limits.max_connections
         super().connection_made(transport)
-        self._enter(_Stage.HEADERS, self._limits.header_timeout_seconds)
+        self._enter(_HEADERS, self._limits.header_timeout_seconds)
         if is_full:
             self._refuse(TooManyConnections(f"{self._limits.max_connections} connections are open, the limit"))
 
@@ -64,15 +67,15 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Feed the parser; what it cannot parse, or what is over a limit, is refused."""
         self._unset_keepalive_if_required()
-        if self._stage is _Stage.OURS and (self.cycle is None or self.cycle.response_complete):
-            self._enter(_Stage.HEADERS, self._limits.header_timeout_seconds)  # even when it is but an empty line
+        if self._stage is _OURS and (self.cycle is None or self.cycle.response_complete):
+            self._enter(_HEADERS, self._limits.header_timeout_seconds)  # even when it is but an empty line
         stage, body_bytes = self._stage, self._body_bytes
         try:
             self.parser.feed_data(data)
-            if stage is self._stage is _Stage.HEADERS:
+            if stage is self._stage is _HEADERS:
                 self._head_bytes += len(data)
                 self._check_head(self._head_bytes, 0)
-            elif stage is self._stage is _Stage.BODY:
+            elif stage is self._stage is _BODY:
                 self._framing_bytes += len(data) - (self._body_bytes - body_bytes)
                 self._check_framing()
         except httptools.HttpParserUpgrade:
@@ -87,17 +90,18 @@ class Connection(HttpToolsProtocol):
         """A request begins: its headers must be complete in time."""
         super().on_message_begin()
         self._head_bytes = self._body_bytes = self._framing_bytes = 0
-        self._enter(_Stage.HEADERS, self._limits.header_timeout_seconds)
+        if self._stage is not _HEADERS:
+            self._enter(_HEADERS, self._limits.header_timeout_seconds)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; trailers, which come after the body, are dropped."""
-        if self._stage is _Stage.HEADERS:
+        if self._stage is _HEADERS:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Start to answer unless there is too much of the head."""
         self._check_head(len(self.url) + sum(len(name) + len(value) for name, value in self.headers), len(self.headers))
-        self._enter(_Stage.BODY, self._limits.body_timeout_seconds)
+        self._enter(_BODY, self._limits.body_timeout_seconds)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -107,7 +111,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is here: from now on it is the worker that takes time."""
-        self._stage = _Stage.OURS
+        self._stage = _OURS
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -124,16 +128,16 @@ class Connection(HttpToolsProtocol):
         elif now - self._writing_since > self._limits.answer_timeout_seconds:
             self.transport.abort()
             return
-        if self._stage is _Stage.OURS or self.transport.is_closing():
+        if self._stage is _OURS or self.transport.is_closing():
             return
         if self.flow.read_paused:  # it is we who do not read
-            self._enter(_Stage.BODY, self._limits.body_timeout_seconds)
+            self._enter(_BODY, self._limits.body_timeout_seconds)
         elif now > self._deadline:
             self._expire()
 
     def _expire(self) -> None:
         part, limit = "body", self._limits.body_timeout_seconds
-        if self._stage is _Stage.HEADERS:
+        if self._stage is _HEADERS:
             part, limit = "headers", self._limits.header_timeout_seconds
         self._refuse(RequestTooSlow(f"the request's {part} did not arrive within {limit:g} s"))
 
@@ -162,7 +166,7 @@ class Connection(HttpToolsProtocol):
         """
         if self.transport.is_closing():
             return
-        if self._stage is _Stage.BODY:
+        if self._stage is _BODY:
             can_answer = not self.pipeline and not self.cycle.response_started
         else:
             can_answer = self.cycle is None or self.cycle.response_complete
