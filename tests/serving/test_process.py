@@ -99,7 +99,7 @@ def test_signal_under_load_answers_every_accepted_request_and_exits_0(bundle: Pa
 
     stop, begun = threading.Event(), threading.Semaphore(0)
     with (
-        run_worker(bundle, "--drain-grace-seconds", "0.3", "--drain-seconds", "20") as worker,
+        run_worker(bundle, "--drain-grace-seconds", "2", "--drain-seconds", "20") as worker,
         ThreadPoolExecutor(4) as clients,
     ):
         loads = [clients.submit(ask, worker.base_url, stop, begun) for _ in range(4)]
