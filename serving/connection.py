@@ -35,7 +35,7 @@ _OURS, _HEADERS, _BODY = _Stage  # a member looked up on its class costs as much
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol, bounded. Not on the hot path: each limit costs a request a comparison."""
+    """uvicorn's protocol, bounded; all limits together cost a request a few microseconds."""
 
     def __init__(self, *, limits: LimitsSettings, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)

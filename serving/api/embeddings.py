@@ -82,6 +82,7 @@ class EmbeddingsEndpoint:
             return
         except asyncio.CancelledError:  # the drain ran out of time; uncaught, the server would answer in plain text
             stopped = NotReady("the worker was stopped before the engine answered")
+            self._count_failure(service, trace, self._dialect.style(stopped)[0], error_code(NotReady))
             await send_error(send, stopped, [*headers, CLOSE], self._dialect.style)
             return
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
