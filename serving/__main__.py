@@ -30,7 +30,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         _log.info("settings %s", describe_settings(settings))
         warn_if_open(settings)
         listener = bind(settings)
-        _log.info("listening url=%s", base_url(listener))
+        url = base_url(listener, is_tls=settings.tls.certificate is not None)
+        _log.info("listening url=%s", url)
         disable_created_metrics()  # type: ignore[no-untyped-call]  # when a series began nobody asks
         worker = Worker(settings)
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             for service in worker.services:
                 model = service.model
                 print(
-                    f"ready url={base_url(listener)} model={model.name} model_version={model.manifest.version} "
+                    f"ready url={url} model={model.name} model_version={model.manifest.version} "
                     f"engine={model.engine.runtime.replace(' ', '-')}",
                     flush=True,
                 )

@@ -5,30 +5,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import Access
 from serving.api.admin import admin_routes
-from serving.api.embeddings import native_endpoint, openai_endpoint
-from serving.api.responses import CLOSE, error_code, send_error, to_serving_error
+from serving.api.embeddings import DIALECTS, EmbeddingsEndpoint, Observers
+from serving.api.responses import CLOSE, error_code, openai_error, send_error, to_serving_error
 from serving.api.system import system_routes
+from serving.api.tei import EMBED_PATH, INFO_PATH, tei_error
 from serving.errors import STATUS, ClientGone
 from serving.worker import Worker
 
 
-def create_app(worker: Worker) -> ASGIApp:
+def create_app(worker: Worker, observers: Observers | None = None) -> ASGIApp:
     """The application over `worker`, which the caller loads (`worker.load()` or `worker.add(model)`) and closes.
 
     Raises ConfigInvalid for key files that cannot be used.
     """
-    return _Application(worker)
+    return _Application(worker, observers or Observers())
 
 
 class _Application:
     """Dispatches the hot paths itself, which saves the 10 µs a router takes, and leaves the rest to the router."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, observers: Observers) -> None:
         self._worker = worker
         self._access = Access(worker.settings.security)
         self._hot: dict[str, ASGIApp] = {
-            "/api/v1/embed": native_endpoint(worker),
-            "/v1/embeddings": openai_endpoint(worker),
+            dialect.path: EmbeddingsEndpoint(worker, dialect, observers) for dialect in DIALECTS
         }
         hot_routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._hot.items()]
         self._router = Router([*hot_routes, *system_routes(worker), *admin_routes(worker)], redirect_slashes=False)
@@ -38,6 +38,7 @@ class _Application:
             raise NotImplementedError(f"the worker speaks HTTP, not {scope['type']}")
         endpoint = self._hot.get(scope["path"])
         refused = self._access.refusal(scope)
+        style = tei_error if scope["path"] in (EMBED_PATH, INFO_PATH) else openai_error
         if endpoint is not None and scope["method"] == "POST" and refused is None:
             await endpoint(scope, receive, send)
             return
@@ -46,7 +47,7 @@ class _Application:
         if refused is not None:
             if endpoint is not None:
                 self._worker.metrics.count_refusal(STATUS[type(refused)], error_code(type(refused)))
-            await send_error(send, refused)
+            await send_error(send, refused, style=style)
             return
         scope["app"] = self  # makes the router raise 404 and 405 instead of answering them itself
         try:
@@ -55,7 +56,7 @@ class _Application:
             return
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             headers = [(name.lower().encode(), value.encode()) for name, value in _headers(error).items()]
-            await send_error(send, to_serving_error(error), headers)
+            await send_error(send, to_serving_error(error), headers, style)
 
 
 def _closing(send: Send) -> Send:

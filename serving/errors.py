@@ -9,11 +9,14 @@ ServingError
 │   ├── ModelNotFound       404  no such model or version
 │   ├── RouteNotFound       404  no such path
 │   ├── MethodNotAllowed    405  the path exists, the verb does not
+│   ├── RequestTooSlow      408  the headers or the body did not arrive in time
 │   ├── ChangeRefused       409  what is served does not allow the change asked for
 │   ├── BodyTooLarge        413  more bytes than the limit
 │   ├── LoadFailed          422  the bundle named cannot be served; what was served still is
+│   ├── HeadersTooLarge     431  a longer request line, more headers or longer ones than the limit
 │   └── Overloaded          429  the queue is full: come back after `retry_after_seconds`
 ├── NotReady                503  still loading, or draining
+├── TooManyConnections      503  the limit of open connections is reached
 ├── EngineFailed            500  the engine raised or returned a non-finite vector
 ├── DeadlineExceeded        504  the engine did not answer in time
 ├── InternalError           500  a defect of the worker itself
@@ -68,6 +71,10 @@ class MethodNotAllowed(RequestError):
     """The path exists, but not for this method."""
 
 
+class RequestTooSlow(RequestError):
+    """The headers or the body did not arrive in time."""
+
+
 class ChangeRefused(RequestError):
     """What is served does not allow the change asked for."""
 
@@ -80,6 +87,10 @@ class BodyTooLarge(RequestError):
     """The body has more bytes than the limit."""
 
 
+class HeadersTooLarge(RequestError):
+    """The request line and the headers are more, or longer, than the limits."""
+
+
 class Overloaded(RequestError):
     """Admission refused the request; try again after `retry_after_seconds`."""
 
@@ -90,6 +101,10 @@ class Overloaded(RequestError):
 
 class NotReady(ServingError):
     """The worker is still loading or is draining."""
+
+
+class TooManyConnections(ServingError):
+    """As many connections are open as the limit allows."""
 
 
 class EngineFailed(ServingError):
@@ -128,11 +143,14 @@ STATUS: dict[type[ServingError], HTTPStatus] = {
     ModelNotFound: HTTPStatus.NOT_FOUND,
     RouteNotFound: HTTPStatus.NOT_FOUND,
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
+    RequestTooSlow: HTTPStatus.REQUEST_TIMEOUT,
     ChangeRefused: HTTPStatus.CONFLICT,
     LoadFailed: HTTPStatus.UNPROCESSABLE_ENTITY,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
     NotReady: HTTPStatus.SERVICE_UNAVAILABLE,
+    TooManyConnections: HTTPStatus.SERVICE_UNAVAILABLE,
     EngineFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
     DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
     InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -56,6 +56,12 @@ class Metrics:
             (*_MODEL_LABELS, "engine"),
             registry=self.registry,
         )
+        self._request_log = Counter(
+            "akidb_request_log_texts_total",
+            "Sampled texts by what became of them: written, dropped (queue full) or failed (disk).",
+            ("outcome",),
+            registry=self.registry,
+        )
         self._info = Gauge(
             "akidb_model_info",
             "1 for each model served.",
@@ -100,6 +106,10 @@ class Metrics:
     def count_load_failure(self, model: str | None) -> None:
         """Count a bundle that could not be served."""
         self._load_failures.labels(model or NO_MODEL).inc()
+
+    def count_logged(self, outcome: str) -> None:
+        """Count a text the request log sampled."""
+        self._request_log.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The Prometheus text exposition."""

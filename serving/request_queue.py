@@ -43,12 +43,13 @@ class Waiter(Protocol):
 class Request:
     """A client's texts on their way through the engine; `vectors` [N, D] fills up, in the client's order."""
 
-    __slots__ = ("arrival", "missing", "vectors", "waiter")
+    __slots__ = ("arrival", "engine_seconds", "missing", "vectors", "waiter")
 
     def __init__(self, count: int, dimension: int, arrival: float, waiter: Waiter) -> None:
         self.vectors: NDArray[np.float32] = np.empty((count, dimension), dtype=np.float32)
         self.missing = count
         self.arrival = arrival
+        self.engine_seconds = 0.0  # of the runs its texts took part in
         self.waiter = waiter
 
     @property

@@ -7,36 +7,29 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
+from typing import Any
 
-import orjson
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.api.responses import describe_error
+from serving.api.embeddings import Observers
 from serving.app import create_app
-from serving.errors import ConfigInvalid, InternalError, InvalidRequest, ServingError
-from serving.settings import Settings
+from serving.connection import Connection
+from serving.errors import ConfigInvalid, InternalError, ServingError
+from serving.request_log import open_request_log
+from serving.settings import Settings, TlsSettings
+from serving.tracing import open_tracer
 from serving.worker import Worker
 
-# Longer than clients keep idle connections, so that it is they who close them.
-_KEEP_ALIVE_SECONDS = 75
 _BACKLOG = 2048
+# The server's clock ticks ten times a second; slow clients are looked for on every fifth tick.
+_TICKS_PER_PATROL = 5
 
 _log = logging.getLogger(__name__)
-
-
-class _Protocol(HttpToolsProtocol):
-    """HTTP that cannot be parsed is answered with an error object, too."""
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer and close the connection."""
-        body = orjson.dumps(describe_error(InvalidRequest("the request is not HTTP/1.1")))
-        head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self.transport.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-        self.transport.close()
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -59,10 +52,41 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
-def base_url(listener: socket.socket) -> str:
-    """`http://host:port` of a listening socket."""
+def base_url(listener: socket.socket, is_tls: bool = False) -> str:
+    """`http://host:port` of a listening socket, `https://` with TLS."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def load_tls(settings: TlsSettings) -> ssl.SSLContext | None:
+    """TLS 1.2 or later with the configured certificate; None when there is none.
+
+    Raises ConfigInvalid, which names the setting and the file at fault.
+    """
+    certificate, key = settings.certificate, settings.key
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        given, missing = ("key", "certificate") if certificate is None else ("certificate", "key")
+        raise ConfigInvalid(f"embedding.tls.{given} needs embedding.tls.{missing} beside it")
+    for name, path in (("certificate", certificate), ("key", key)):
+        try:
+            content = path.read_text(encoding="ascii")
+        except OSError as error:
+            raise ConfigInvalid(f"embedding.tls.{name}: cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            content = ""
+        if "-----BEGIN " not in content:
+            raise ConfigInvalid(f"embedding.tls.{name}: {path} is no PEM file")
+        if "ENCRYPTED" in content:
+            raise ConfigInvalid(f"embedding.tls.{name}: {path} has a passphrase: nobody is there to type it")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise ConfigInvalid(f"embedding.tls: {certificate} and {key} are no pair: {error.reason}") from None
+    return context
 
 
 class WorkerServer(uvicorn.Server):
@@ -72,12 +96,17 @@ class WorkerServer(uvicorn.Server):
     """
 
     def __init__(self, worker: Worker, on_ready: Callable[[], None] = lambda: None) -> None:
-        settings = worker.settings
+        settings, tls = worker.settings, load_tls(worker.settings.tls)
+        self._observers = Observers(
+            request_log=open_request_log(settings.request_log, worker.metrics.count_logged),
+            tracer=open_tracer(settings.tracing),
+        )
+        protocol: Any = partial(Connection, limits=settings.limits)
         super().__init__(
             uvicorn.Config(
-                create_app(worker),
+                create_app(worker, self._observers),
                 interface="asgi3",
-                http=_Protocol,
+                http=protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -85,7 +114,8 @@ class WorkerServer(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 backlog=_BACKLOG,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=settings.limits.keep_alive_seconds,
+                ssl_context_factory=None if tls is None else lambda *_: tls,
                 timeout_graceful_shutdown=max(1, int(settings.drain_seconds - settings.drain_grace_seconds)),
             )
         )
@@ -112,6 +142,15 @@ class WorkerServer(uvicorn.Server):
             return
         self._on_ready()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Close the connections of clients that are too slow."""
+        if counter % _TICKS_PER_PATROL == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.enforce(now)
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Turn unready the moment the signal arrives; a second Ctrl-C ends at once."""
         self.worker.begin_drain()
@@ -129,6 +168,9 @@ class WorkerServer(uvicorn.Server):
         if self._loading is not None:
             self._loading.cancel()
         self.worker.close()
+        for observer in (self._observers.request_log, self._observers.tracer):
+            if observer is not None:
+                observer.close()
         _log.info("drained requests=%d", self.server_state.total_requests)
 
     @contextlib.contextmanager

@@ -36,7 +36,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class EmbedRequest:
-    """What every dialect asks for. `param` is the field the texts came in, for error messages."""
+    """What every dialect asks for. `param` is the field the texts came in, for error messages.
+
+    `truncate_left` drops the beginning of a text that is too long; `normalize` is None where the model decides.
+    """
 
     texts: list[str]
     is_single: bool
@@ -45,15 +48,20 @@ class EmbedRequest:
     dimensions: int | None = None
     as_base64: bool = False
     truncate: bool = True
+    truncate_left: bool = False
+    normalize: bool | None = None
     prompt: str | None = None
 
 
 @dataclass(slots=True)
 class Embedded:
-    """Vectors in the order of the texts, float32 [N, D], contiguous, and the tokens they took."""
+    """Vectors in the order of the texts, float32 [N, D], contiguous, the tokens they took and where the time went."""
 
     vectors: NDArray[np.float32]
     num_tokens: int
+    tokenize_seconds: float
+    queue_seconds: float
+    engine_seconds: float
 
 
 @dataclass(slots=True, eq=False)
@@ -155,6 +163,9 @@ class EmbeddingService:
         dimension = self.model.manifest.dimension
         if request.dimensions is not None and not 1 <= request.dimensions <= dimension:
             raise InvalidRequest(f"dimensions is {request.dimensions}, limits 1 and {dimension}", "dimensions")
+        is_normal = self.model.manifest.normalize
+        if request.normalize is False and is_normal:
+            raise InvalidRequest("normalize must be true: this model's engine normalises its vectors", "normalize")
         if not self.is_healthy():
             raise NotReady("the engine does not answer: the worker needs a restart")
         arrival = self._clock()
@@ -162,14 +173,15 @@ class EmbeddingService:
         with self._accepted():
             rows = await self._tokenise(request)
             embedded = await self.embed_ids(rows, arrival, receive)
-        if request.dimensions is not None and request.dimensions < dimension:
-            embedded.vectors = shorten(embedded.vectors, request.dimensions)
+        if (request.dimensions or dimension) < dimension or (request.normalize and not is_normal):
+            embedded.vectors = shorten(embedded.vectors, request.dimensions or dimension)
         return embedded
 
     async def embed_ids(
         self, rows: Sequence[Ids], arrival: float, receive: Receive | None = None, share: float = FAIR_SHARE
     ) -> Embedded:
         """Vectors of tokenised texts. Raises as `embed` does."""
+        submitted = self._clock()
         waiter: asyncio.Future[None] = self._loop.create_future()
         pending = Request(len(rows), self.model.manifest.dimension, arrival, waiter)
         waiting = self._waiting[pending] = _Waiting(pending, waiter, receive)
@@ -184,7 +196,10 @@ class EmbeddingService:
             waiter.cancel()  # when we were cancelled ourselves, the queue must see that nobody waits
             if waiting.watcher is not None:
                 waiting.watcher.cancel()
-        return Embedded(pending.vectors, sum(map(len, rows)))
+        wait_seconds = self._clock() - submitted
+        engine_seconds = min(pending.engine_seconds, wait_seconds)
+        num_tokens = sum(map(len, rows))
+        return Embedded(pending.vectors, num_tokens, submitted - arrival, wait_seconds - engine_seconds, engine_seconds)
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
@@ -205,11 +220,16 @@ class EmbeddingService:
             texts = [prefix + text for text in texts]
         tokenizer = self.model.tokenizer
         if len(texts) <= _INLINE_TEXTS and sum(map(len, texts)) <= _INLINE_CHARS:
-            return tokenizer.encode(texts, request.truncate, request.param)
+            return tokenizer.encode(texts, request.truncate, request.param, request.truncate_left)
         self._num_tokenising += len(texts)
         try:
             rows = await self._loop.run_in_executor(
-                self._tokenizer_thread, tokenizer.encode, texts, request.truncate, request.param
+                self._tokenizer_thread,
+                tokenizer.encode,
+                texts,
+                request.truncate,
+                request.param,
+                request.truncate_left,
             )
         finally:
             self._num_tokenising -= len(texts)
@@ -233,6 +253,8 @@ class EmbeddingService:
         self._runner.prefetch()
         batch, vectors, failures = outcome.batch, outcome.vectors, outcome.failures
         oldest = batch.formed_at
+        for request in {item.request for item in batch.items}:
+            request.engine_seconds += outcome.engine_seconds
         for row, item in enumerate(batch.items):
             oldest = min(oldest, item.request.arrival)
             if row in failures:

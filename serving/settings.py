@@ -55,6 +55,57 @@ class BatchingSettings(_Section):
     max_texts_per_request: int = Field(default=2048, ge=1, description="texts one request may hold")
 
 
+class LimitsSettings(_Section):
+    """`[embedding.limits]`: what a client may send, how slowly, and how many clients there may be."""
+
+    max_connections: int = Field(default=1024, ge=1, description="open connections; one more gets 503 and is closed")
+    max_header_bytes: int = Field(
+        default=16_384, ge=1024, le=1_048_576, description="request line and headers; more get 431"
+    )
+    max_headers: int = Field(default=64, ge=8, description="header lines of a request; more get 431")
+    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="larger request bodies get 413")
+    max_text_chars: int = Field(default=1_000_000, ge=1, description="characters of one text; a longer one gets 400")
+    header_timeout_seconds: float = Field(default=10, gt=0, description="time a request's headers have to arrive")
+    body_timeout_seconds: float = Field(default=30, gt=0, description="time a request's body has to arrive")
+    answer_timeout_seconds: float = Field(default=60, gt=0, description="time a client has to take its answer")
+    keep_alive_seconds: int = Field(
+        default=75, ge=1, description="an idle connection is closed after this; longer than clients keep theirs"
+    )
+
+
+class TlsSettings(_Section):
+    """`[embedding.tls]`: HTTPS; off without a certificate."""
+
+    certificate: Path | None = Field(default=None, description="PEM file of the certificate and its chain; none: HTTP")
+    key: Path | None = Field(default=None, description="PEM file of its private key, without a passphrase")
+
+
+class RequestLogSettings(_Section):
+    """`[embedding.request_log]`: a sample of the traffic, for drift and calibration; off without a folder."""
+
+    folder: Path | None = Field(default=None, description="folder of this worker's request log; none: no log")
+    sample_ratio: float = Field(default=0.01, gt=0, le=1, description="part of the texts that is logged")
+    text: Literal["none", "hash", "full"] = Field(
+        default="none", description="what is kept of a text beside its length: nothing, a keyed hash, or all of it"
+    )
+    embedding: bool = Field(default=True, description="whether the embedding is kept")
+    max_file_bytes: int = Field(default=64 * 1024 * 1024, ge=4096, description="a file is closed at this size")
+    max_total_bytes: int = Field(
+        default=1024 * 1024 * 1024, ge=4096, description="the oldest files go when all of them exceed this"
+    )
+
+
+class TracingSettings(_Section):
+    """`[embedding.tracing]`: spans for an OpenTelemetry collector; off without an endpoint."""
+
+    endpoint: str | None = Field(
+        default=None, description="OTLP/HTTP address such as http://127.0.0.1:4318/v1/traces; none: no spans"
+    )
+    sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="part of the requests without a traceparent of their own that is traced"
+    )
+
+
 class ModelSource(_Section):
     """`[[embedding.models.available]]`: a bundle to serve and the engine to run it on."""
 
@@ -118,11 +169,14 @@ class Settings(_Section):
         default=1, ge=0, description="part of it in which new requests are still answered"
     )
     request_timeout_seconds: float = Field(default=30, gt=0, description="a request older than this gets 504")
-    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="larger request bodies get 413")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe line to log"
     )
     batching: BatchingSettings = BatchingSettings()
+    limits: LimitsSettings = LimitsSettings()
+    tls: TlsSettings = TlsSettings()
+    request_log: RequestLogSettings = RequestLogSettings()
+    tracing: TracingSettings = TracingSettings()
     models: ModelsSettings = ModelsSettings()
     traffic: TrafficSettings = TrafficSettings()
     security: SecuritySettings = SecuritySettings()

@@ -45,20 +45,22 @@ class TextTokenizer:
         """Number of ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, texts: Sequence[str], truncate: bool = True, param: str = "input") -> list[Ids]:
+    def encode(
+        self, texts: Sequence[str], truncate: bool = True, param: str = "input", keep_end: bool = False
+    ) -> list[Ids]:
         """Ids of each text, special tokens included, at most `max_length` long.
 
         With `truncate=False` a text that does not fit raises InputTooLong, which names its place and length and
-        reports `param` as the request field at fault.
+        reports `param` as the request field at fault. With `keep_end` a text loses its beginning, not its end.
         """
-        cut = [text[: self._max_chars] for text in texts]
+        cut = [text[-self._max_chars :] if keep_end else text[: self._max_chars] for text in texts]
         encodings = self._tokenizer.encode_batch_fast(cut)
         if not truncate:
             for index, encoding in enumerate(encodings):
                 dropped = len(texts[index]) > self._max_chars
                 if encoding.overflowing or dropped:
                     raise InputTooLong(self._describe_too_long(index, len(texts[index]), dropped, encoding), param)
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [np.asarray(_ids_of_end(each) if keep_end else each.ids, dtype=np.int64) for each in encodings]
 
     def _describe_too_long(self, index: int, chars: int, dropped: bool, encoding: Encoding) -> str:
         if dropped:
@@ -66,6 +68,21 @@ class TextTokenizer:
         special = sum(encoding.special_tokens_mask)
         tokens = self.max_length + sum(len(part) - special for part in encoding.overflowing)
         return f"text {index} has {tokens} tokens, limit {self.max_length}"
+
+
+def _ids_of_end(encoding: Encoding) -> list[int]:
+    """As many ids as `encoding` has, but of the end of the text, in the same frame of special tokens."""
+    mask = encoding.special_tokens_mask
+    content = [id_ for part in (encoding, *encoding.overflowing) for id_ in _content_ids(part)]
+    keep = len(mask) - sum(mask)
+    if keep == 0:
+        return list(encoding.ids)
+    first = mask.index(0)
+    return [*encoding.ids[:first], *content[len(content) - keep :], *encoding.ids[first + keep :]]
+
+
+def _content_ids(encoding: Encoding) -> list[int]:
+    return [id_ for id_, is_special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not is_special]
 
 
 def pad_batch(batch: Sequence[Ids]) -> tuple[Ids, Ids]:

@@ -3,69 +3,136 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.api.requests import parse_native, parse_openai
+from serving.api import tei
+from serving.api.requests import TextLimits, parse_native, parse_openai, parse_tei
 from serving.api.responses import (
     CLOSE,
+    ErrorStyle,
     error_code,
+    openai_error,
     render_vector,
     render_vectors,
     send_error,
     send_json,
     to_serving_error,
 )
-from serving.errors import STATUS, BodyTooLarge, ClientGone, NotReady
+from serving.errors import BodyTooLarge, ClientGone, NotReady
 from serving.models import LoadedModel
+from serving.request_log import Origin, RequestLog
 from serving.service import Embedded, EmbeddingService, EmbedRequest
+from serving.tracing import TRACEPARENT, RequestTrace, Tracer, find_traceparent, parse_traceparent
 from serving.worker import Worker
 
-Parse = Callable[[bytes, int], EmbedRequest]
+Parse = Callable[[bytes, TextLimits], EmbedRequest]
 # The answer's pieces; the last argument is when the request began, on `time.perf_counter`.
 Render = Callable[[EmbedRequest, LoadedModel, Embedded, float], Awaitable[list[bytes]]]
 
 _CLIENT_GONE_STATUS = 499
 
 
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """Who hears of a request beside the metrics; both are off by default."""
+
+    request_log: RequestLog | None = None
+    tracer: Tracer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one API spells requests, answers and errors."""
+
+    path: str
+    parse: Parse
+    render: Render
+    style: ErrorStyle = openai_error
+
+
 class EmbeddingsEndpoint:
     """A plain ASGI endpoint: body in, vectors out, nothing between that a request can do without."""
 
-    def __init__(self, worker: Worker, parse: Parse, render: Render) -> None:
-        self._worker, self._parse, self._render = worker, parse, render
-        self._max_body_bytes = worker.settings.max_body_bytes
-        self._max_texts = worker.settings.batching.max_texts_per_request
+    def __init__(self, worker: Worker, dialect: Dialect, observers: Observers) -> None:
+        self._worker, self._dialect, self._observers = worker, dialect, observers
+        limits = worker.settings.limits
+        self._max_body_bytes = limits.max_body_bytes
+        self._limits = TextLimits(worker.settings.batching.max_texts_per_request, limits.max_text_chars)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         started = time.perf_counter()
         service: EmbeddingService | None = None
+        headers, trace = self._begin_trace(scope)
+        if self._worker.is_leaving:
+            headers.append(CLOSE)
         try:
             body = await read_body(scope, receive, self._max_body_bytes)
-            request = self._parse(body, self._max_texts)
+            request = self._dialect.parse(body, self._limits)
             service = self._worker.resolve(request.model, scope["headers"])
             embedded = await service.embed(request, receive)
-            pieces = await self._render(request, service.model, embedded, started)
+            if trace is not None:
+                trace.add_answer(request, service.model, embedded)
+            pieces = await self._dialect.render(request, service.model, embedded, started)
         except ClientGone:
-            self._count_failure(service, _CLIENT_GONE_STATUS, error_code(ClientGone))
+            self._count_failure(service, trace, _CLIENT_GONE_STATUS, error_code(ClientGone))
             return
         except asyncio.CancelledError:  # the drain ran out of time; uncaught, the server would answer in plain text
-            await send_error(send, NotReady("the worker was stopped before the engine answered"), [CLOSE])
+            stopped = NotReady("the worker was stopped before the engine answered")
+            self._count_failure(service, trace, self._dialect.style(stopped)[0], error_code(NotReady))
+            await send_error(send, stopped, [*headers, CLOSE], self._dialect.style)
             return
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             failed = to_serving_error(error)
-            self._count_failure(service, STATUS[type(failed)], error_code(type(failed)))
-            await send_error(send, failed, [CLOSE] if self._worker.is_leaving else ())
+            self._count_failure(service, trace, self._dialect.style(failed)[0], error_code(type(failed)))
+            await send_error(send, failed, headers, self._dialect.style)
             return
-        service.metrics.count_answer(time.perf_counter() - started)
-        await send_json(send, 200, pieces, [CLOSE] if self._worker.is_leaving else ())
+        seconds = time.perf_counter() - started
+        service.metrics.count_answer(seconds)
+        headers.append(_server_timing(embedded, seconds))
+        await send_json(send, 200, pieces, headers)
+        self._observe(request, service.model, embedded, trace)
 
-    def _count_failure(self, service: EmbeddingService | None, status: int, code: str) -> None:
+    def _begin_trace(self, scope: Scope) -> tuple[list[tuple[bytes, bytes]], RequestTrace | None]:
+        """The span, and the answer's `traceparent`: the span's; without spans, the one that came."""
+        value = find_traceparent(scope["headers"])
+        parent = None if value is None else parse_traceparent(value)
+        tracer = self._observers.tracer
+        if tracer is not None:
+            trace = tracer.begin(parent, self._dialect.path)
+            return [(TRACEPARENT, trace.traceparent)], trace
+        return ([] if value is None or parent is None else [(TRACEPARENT, value)]), None
+
+    def _count_failure(
+        self, service: EmbeddingService | None, trace: RequestTrace | None, status: int, code: str
+    ) -> None:
         if service is None:
             self._worker.metrics.count_refusal(status, code)
         else:
             service.metrics.count_failure(status, code)
+        if trace is not None:
+            trace.end(status, code)
+
+    def _observe(
+        self, request: EmbedRequest, model: LoadedModel, embedded: Embedded, trace: RequestTrace | None
+    ) -> None:
+        if trace is not None:
+            trace.end(200)
+        if self._observers.request_log is not None:
+            origin = Origin(model.name, model.manifest.version, request.prompt)
+            self._observers.request_log.offer(origin, request.texts, embedded.vectors)
+
+
+def _server_timing(embedded: Embedded, seconds: float) -> tuple[bytes, bytes]:
+    """https://www.w3.org/TR/server-timing/, in milliseconds; the total ends where the rendered answer is sent."""
+    phases = (embedded.tokenize_seconds, embedded.queue_seconds, embedded.engine_seconds, seconds)
+    value = b"tokenize;dur=%.3f, queue;dur=%.3f, engine;dur=%.3f, total;dur=%.3f" % tuple(
+        1000 * phase for phase in phases
+    )
+    return b"server-timing", value
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
@@ -106,7 +173,7 @@ async def render_native(request: EmbedRequest, model: LoadedModel, embedded: Emb
     if request.is_single:
         pieces = [b'{"embedding":', render_vector(vectors[0], request.as_base64)]
     else:
-        pieces = [b'{"embeddings":[', *await render_vectors(vectors, request.as_base64, lambda _, row: row), b"]"]
+        pieces = [b'{"embeddings":[', *await render_vectors(vectors, request.as_base64), b"]"]
     tail = {
         "model": model.name,
         "model_version": model.manifest.version,
@@ -139,11 +206,8 @@ def _join(pieces: list[bytes]) -> list[bytes]:
     return [b"".join(pieces)] if len(pieces) < 8 else pieces
 
 
-def native_endpoint(worker: Worker) -> EmbeddingsEndpoint:
-    """`POST /api/v1/embed`."""
-    return EmbeddingsEndpoint(worker, parse_native, render_native)
-
-
-def openai_endpoint(worker: Worker) -> EmbeddingsEndpoint:
-    """`POST /v1/embeddings`."""
-    return EmbeddingsEndpoint(worker, parse_openai, render_openai)
+DIALECTS = (
+    Dialect("/api/v1/embed", parse_native, render_native),
+    Dialect("/v1/embeddings", parse_openai, render_openai),
+    Dialect(tei.EMBED_PATH, parse_tei, tei.render_tei, tei.tei_error),
+)

@@ -6,15 +6,18 @@ from typing import Any
 
 from serving.access import ADMIN_PREFIX
 from serving.api.admin_requests import BundleRequest, TrafficRequest, UnloadRequest
-from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS
-from serving.errors import STATUS
+from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS, TEI_FIELDS
+from serving.api.tei import ERROR_TYPES, tei_error
+from serving.errors import STATUS, Overloaded
 
 Json = dict[str, Any]
 
 _NUMBER, _INTEGER, _STRING, _BOOLEAN = ({"type": name} for name in ("number", "integer", "string", "boolean"))
 _VECTOR: Json = {"oneOf": [{"type": "array", "items": _NUMBER}, {**_STRING, "format": "byte"}]}
 
-_EMBED_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
+_EMBED_ERRORS = (400, 401, 404, 408, 413, 429, 431, 500, 503, 504)
+_TEI_ERRORS = (401, 404, 408, 413, 422, 424, 429, 431, 503)
+_CONNECTION_ERRORS = (400, 408, 431, 503)  # what any path may answer before it is looked at
 
 
 def _object(properties: Mapping[str, Any], optional: tuple[str, ...] = ()) -> Json:
@@ -32,6 +35,7 @@ def _list(items: Json) -> Json:
     return {"type": "array", "items": items}
 
 
+_NULL = {"type": "null"}
 _USAGE = _object({"prompt_tokens": _INTEGER, "total_tokens": _INTEGER})
 _NULLABLE = {"type": ["string", "null"]}
 
@@ -59,6 +63,27 @@ SCHEMAS: dict[str, Json] = {
             "data": _list(_object({"object": {"const": "embedding"}, "index": _INTEGER, "embedding": _VECTOR})),
             "model": _STRING,
             "usage": _USAGE,
+        }
+    ),
+    "TeiEmbedRequest": _object(TEI_FIELDS, optional=tuple(name for name in TEI_FIELDS if name != "inputs")),
+    "TeiEmbedResponse": _list(_list(_NUMBER)),
+    "TeiError": _object({"error": _STRING, "error_type": {"type": "string", "enum": list(ERROR_TYPES)}}),
+    "TeiInfo": _object(
+        {
+            "model_id": _STRING,
+            "model_sha": _STRING,
+            "model_dtype": _STRING,
+            "model_type": _object({"embedding": _object({"pooling": _STRING})}),
+            "max_concurrent_requests": _INTEGER,
+            "max_input_length": _INTEGER,
+            "max_batch_tokens": _INTEGER,
+            "max_batch_requests": _INTEGER,
+            "max_client_batch_size": _INTEGER,
+            "auto_truncate": _BOOLEAN,
+            "tokenization_workers": _INTEGER,
+            "version": _STRING,
+            "sha": _NULL,
+            "docker_label": _NULL,
         }
     ),
     "Error": _object({"error": _object({"message": _STRING, "type": _STRING, "param": _NULLABLE, "code": _NULLABLE})}),
@@ -115,6 +140,7 @@ SCHEMAS["OpenAIModels"] = _object(
     {"object": {"const": "list"}, "data": _list({"$ref": "#/components/schemas/OpenAIModel"})}
 )
 
+
 SCHEMAS["AdminModels"] = _object(
     {**SCHEMAS["Models"]["properties"], "bundles": _list(_STRING)},
 )
@@ -132,7 +158,8 @@ SCHEMAS |= {
     "Weights": _object({"model": _STRING, "weights": {"type": "object", "additionalProperties": _NUMBER}}),
     **{kind.__name__: kind.model_json_schema() for kind in (BundleRequest, UnloadRequest, TrafficRequest)},
 }
-_ROUTING: list[Json] = [
+_HEADERS: list[Json] = [
+    {"name": "traceparent", "in": "header", "schema": _STRING, "description": "W3C trace context"},
     {"name": "x-model-version", "in": "header", "schema": _STRING, "description": "the version that answers"},
     {"name": "x-traffic-key", "in": "header", "schema": _STRING, "description": "equal keys get the same version"},
 ]
@@ -141,42 +168,75 @@ _SECURITY: dict[str, Json] = {
     "admin": {"type": "http", "scheme": "bearer", "description": "an admin token"},
 }
 
+_VERSION, _VALUES = "int8-openvino-3f9c2a71d0b4", [0.0364, -0.0121, 0.0857]
+_TOKENS = {"prompt_tokens": 11, "total_tokens": 11}
+
+
+def _examples(model: str) -> dict[str, Json | list[Any]]:
+    """An answer for each schema that is one, vectors shortened."""
+    entry = {"id": model, "object": "model", "created": 1795132800, "owned_by": "thorforge",
+             "versions": [{"version": _VERSION, "weight": 1.0, "state": "serving"}]}  # fmt: skip
+    served = {
+        "name": model, "model_id": f"sentence-transformers/{model}", "version": _VERSION, "variant": "int8-openvino",
+        "digest": "3f9c2a71d0b4", "dimension": 384, "max_seq_length": 256, "pooling": "mean", "normalize": True,
+        "precision": "int8", "prompts": [], "compatibility": "drop-in", "weight": 1.0, "state": "serving",
+        "cosine_similarity_vs_fp32": 0.9978,
+        "engine": "openvino 2026.4.1", "default": True, "ready": True,
+    }  # fmt: skip
+    return {
+        "EmbedResponse": {
+            "embedding": _VALUES, "model": model, "model_version": _VERSION, "dimension": 384, "latency_ms": 1.498,
+            "usage": _TOKENS,
+        },
+        "EmbeddingsResponse": {
+            "object": "list", "data": [{"object": "embedding", "index": 0, "embedding": _VALUES}], "model": model,
+            "usage": _TOKENS,
+        },
+        "TeiEmbedResponse": [_VALUES],
+        "TeiInfo": {
+            "model_id": f"sentence-transformers/{model}", "model_sha": "3f9c2a71d0b4", "model_dtype": "int8",
+            "model_type": {"embedding": {"pooling": "mean"}}, "max_concurrent_requests": 4096, "max_input_length": 256,
+            "max_batch_tokens": 8192, "max_batch_requests": 64, "max_client_batch_size": 2048, "auto_truncate": True,
+            "tokenization_workers": 1, "version": "0.1.0", "sha": None, "docker_label": None,
+        },
+        "Models": {"models": [served]},
+        "Validation": {
+            "model": model, "model_version": _VERSION, "cosine_similarity": {"mean": 0.9978, "min": 0.9941},
+            "count": 64, "threshold": 0.9928, "passed": True,
+        },
+        "OpenAIModels": {"object": "list", "data": [entry]},
+        "OpenAIModel": entry,
+        "AdminModels": {"models": [served], "bundles": ["minilm-int8"]},
+        "Change": {"model": model, "model_version": _VERSION, "digest": "3f9c2a71d0b4", "loaded": True, "retired": []},
+        "Retired": {"model": model, "retired": [_VERSION]},
+        "Weights": {"model": model, "weights": {_VERSION: 1.0}},
+        "Status": {"status": "ok"},
+    }  # fmt: skip
+
 
 def build_openapi(model: str) -> Json:
     """The document; `model` is the name the examples use."""
-    paths = {
-        **_embed_paths(model),
-        "/api/v1/models": _get("Models served, in full", "Models"),
-        "/api/v1/validate": _get(
-            "Compare the live engine with the teacher's reference vectors", "Validation", 404, 429, 500, 503, 504,
-            parameter={"name": "model", "in": "query", "schema": _STRING},
-        ),
-        "/v1/models": _get("Models served (OpenAI)", "OpenAIModels"),
-        "/v1/models/{model}": _get(
-            "One model served (OpenAI)", "OpenAIModel", 404, 503,
-            parameter={"name": "model", "in": "path", "required": True, "schema": _STRING, "example": model},
-        ),
-        "/healthz": _get("Whether the process and its engine live", "Status", unwell=True),
-        "/readyz": _get(
-            "Whether new requests are welcome, for one model or for all", "Status", 404, unwell=True,
-            parameter={"name": "model", "in": "query", "schema": _STRING},
-        ),
-        **_admin_paths(),
-        "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": _content("text/plain", _STRING)}}},
-    }  # fmt: skip
+    paths = _embedding_paths(model) | _system_paths(model) | _admin_paths()
+    examples = _examples(model)
+    for verbs in paths.values():
+        for operation in verbs.values():
+            for content in operation["responses"]["200"]["content"].values():
+                name = content["schema"].get("$ref", "").rpartition("/")[2]
+                content["example"] = examples.get(name, 'akidb_queue_depth{model="a",model_version="b"} 0.0')
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "thorforge worker",
             "version": "1",
-            "description": "Sentence embeddings over HTTP. Every error is the OpenAI error object.",
+            "description": "Sentence embeddings over HTTP. Every error is the OpenAI error object; that of "
+            "text-embeddings-inference on its own paths.",
         },
         "paths": {path: _secure(path, operations) for path, operations in paths.items()},
         "components": {"schemas": SCHEMAS, "securitySchemes": _SECURITY},
     }
 
 
-def _embed_paths(model: str) -> dict[str, Json]:
+def _embedding_paths(model: str) -> Json:
     native: dict[str, Json] = {
         "one text": {"text": "The quick brown fox jumps over the lazy dog."},
         "several texts": {"texts": ["red apples", "green pears"], "model": model, "encoding_format": "float"},
@@ -186,21 +246,45 @@ def _embed_paths(model: str) -> dict[str, Json]:
         "one text": {"input": "The quick brown fox jumps over the lazy dog.", "model": model},
         "several texts": {"input": ["red apples", "green pears"], "model": model, "encoding_format": "base64"},
     }
+    tei: dict[str, Json] = {
+        "one text": {"inputs": "The quick brown fox jumps over the lazy dog."},
+        "several texts": {"inputs": ["red apples", "green pears"], "truncate": True, "truncation_direction": "Left"},
+    }
     return {
         "/api/v1/embed": _post("Embed texts", "EmbedRequest", "EmbedResponse", native),
         "/v1/embeddings": _post("Embed texts (OpenAI)", "EmbeddingsRequest", "EmbeddingsResponse", openai),
+        "/embed": _post("Embed texts (text-embeddings-inference)", "TeiEmbedRequest", "TeiEmbedResponse", tei, True),
     }
 
 
-def _post(summary: str, request: str, response: str, examples: Mapping[str, Json]) -> Json:
-    body = _content("application/json", _reference(request))
-    body["content"]["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
-    responses = {"200": _content("application/json", _reference(response)), **_errors(*_EMBED_ERRORS)}
-    required = {"required": True, **body}
-    return {"post": {"summary": summary, "parameters": _ROUTING, "requestBody": required, "responses": responses}}
+def _system_paths(model: str) -> Json:
+    return {
+        "/api/v1/models": _get("Models served, in full", "Models"),
+        "/api/v1/validate": _get(
+            "Compare the live engine with the teacher's reference vectors", "Validation", 404, 429, 500, 504,
+            parameter={"name": "model", "in": "query", "schema": _STRING, "example": model},
+        ),
+        "/v1/models": _get("Models served (OpenAI)", "OpenAIModels"),
+        "/v1/models/{model}": _get(
+            "One model served (OpenAI)", "OpenAIModel", 404,
+            parameter={"name": "model", "in": "path", "required": True, "schema": _STRING, "example": model},
+        ),
+        "/info": _get("What is served (text-embeddings-inference)", "TeiInfo"),
+        "/healthz": _get("Whether the process and its engine live", "Status"),
+        "/readyz": _get(
+            "Whether new requests are welcome, for one model or for all", "Status", 404,
+            parameter={"name": "model", "in": "query", "schema": _STRING, "example": model},
+        ),
+        "/metrics": {
+            "get": {
+                "summary": "Prometheus metrics",
+                "responses": {"200": _content("text/plain", _STRING), **_errors(*_CONNECTION_ERRORS)},
+            }
+        },
+    }  # fmt: skip
 
 
-def _admin_paths() -> dict[str, Json]:
+def _admin_paths() -> Json:
     return {
         f"{ADMIN_PREFIX}models": _get("Versions served and draining, bundles by name", "AdminModels", 401, 403),
         f"{ADMIN_PREFIX}models/load": _admin("post", "Serve one more version or model", "BundleRequest", "Change"),
@@ -217,20 +301,34 @@ def _secure(path: str, operations: Json) -> Json:
 
 
 def _admin(verb: str, summary: str, request: str, response: str) -> Json:
-    return {verb: {
-        "summary": summary,
-        "requestBody": {"required": True, **_content("application/json", _reference(request))},
-        "responses": {
-            "200": _content("application/json", _reference(response)), **_errors(400, 401, 403, 404, 409, 413, 422, 503)
-        },
-    }}  # fmt: skip
-
-
-def _get(summary: str, response: str, *errors: int, parameter: Json | None = None, unwell: bool = False) -> Json:
+    errors = _errors(*sorted({400, 401, 403, 404, 409, 413, 422, *_CONNECTION_ERRORS}))
+    body = {"required": True, **_content("application/json", _reference(request))}
     answer = _content("application/json", _reference(response))
-    responses = {"200": answer, **_errors(*errors)}
-    if unwell:
-        responses["503"] = answer | {"description": "not now"}
+    return {verb: {"summary": summary, "requestBody": body, "responses": {"200": answer, **errors}}}
+
+
+def _post(summary: str, request: str, response: str, examples: Mapping[str, Json], is_tei: bool = False) -> Json:
+    body = _content("application/json", _reference(request))
+    body["content"]["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
+    answer = _content("application/json", _reference(response))
+    answer["headers"] = {"server-timing": {"schema": _STRING, "description": "tokenize, queue, engine and total, ms"}}
+    errors = _tei_errors() if is_tei else _errors(*_EMBED_ERRORS)
+    return {
+        "post": {
+            "summary": summary,
+            "parameters": _HEADERS,
+            "requestBody": {"required": True, **body},
+            "responses": {"200": answer, **errors},
+        }
+    }
+
+
+def _get(summary: str, response: str, *errors: int, parameter: Json | None = None) -> Json:
+    answer = _content("application/json", _reference(response))
+    responses = {"200": answer, **_errors(*sorted({*errors, *_CONNECTION_ERRORS}))}
+    if response == "Status":
+        either = {"oneOf": [_reference("Status"), _reference("Error")]}
+        responses["503"] = _content("application/json", either) | {"description": "not now"}
     operation: Json = {"summary": summary, "responses": responses}
     if parameter is not None:
         operation["parameters"] = [parameter]
@@ -251,3 +349,17 @@ def _errors(*statuses: int) -> dict[str, Json]:
         kinds = [kind.__name__ for kind, answered in STATUS.items() if answered == HTTPStatus(status)]
         answers[str(status)] = _content("application/json", _reference("Error")) | {"description": ", ".join(kinds)}
     return answers
+
+
+def _tei_errors() -> dict[str, Json]:
+    """What the path itself answers has the shape of text-embeddings-inference; what the connection answers, ours."""
+    kinds: dict[int, list[str]] = {status: [] for status in _TEI_ERRORS}
+    for kind in STATUS:
+        status, _ = tei_error(kind("", 0) if issubclass(kind, Overloaded) else kind(""))
+        kinds.setdefault(status, []).append(kind.__name__)
+    either = {"oneOf": [_reference("TeiError"), _reference("Error")]}
+    return {
+        str(status): _content("application/json", either) | {"description": ", ".join(names)}
+        for status, names in sorted(kinds.items())
+        if names and status in (400, *_TEI_ERRORS)
+    }

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from serving.errors import InvalidRequest
+from serving.errors import InputTooLong, InvalidRequest
 from serving.service import EmbedRequest
 
 Fields = Mapping[str, dict[str, Any]]
@@ -43,10 +44,37 @@ OPENAI_FIELDS: Fields = {
     "user": {"type": "string", "description": "accepted and not used"},
 }
 
+TEI_FIELDS: Fields = {
+    "inputs": {"oneOf": [_TEXT, _TEXTS], "description": "one text or several; token ids are refused"},
+    "normalize": {"type": "boolean", "default": True, "description": "false only where the model does not normalise"},
+    "truncate": {"type": "boolean", "default": True, "description": "false: a text that is too long is an error"},
+    "truncation_direction": {
+        "type": "string",
+        "enum": ["Right", "Left", "right", "left"],
+        "default": "Right",
+        "description": "which end of a text that is too long is dropped",
+    },
+    "prompt_name": {"type": "string", "description": "name of a prompt of the model, put before each text"},
+    "dimensions": _DIMENSIONS,
+}
+
+# What to do about ids instead of text: LangChain's OpenAIEmbeddings sends those of OpenAI's own vocabulary.
+_IDS_REFUSED = (
+    "{} holds token ids, which belong to another model's vocabulary: send the text itself "
+    "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 
 
-def parse_native(body: bytes, max_texts: int) -> EmbedRequest:
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """How many texts a request may hold, and how many characters each."""
+
+    max_texts: int
+    max_chars: int
+
+
+def parse_native(body: bytes, limits: TextLimits) -> EmbedRequest:
     """A body of `POST /api/v1/embed`. Raises InvalidRequest, which names the field at fault."""
     document = _load(body, NATIVE_FIELDS)
     text: Any = document.get("text")
@@ -59,7 +87,7 @@ def parse_native(body: bytes, max_texts: int) -> EmbedRequest:
         texts, param = [text], "text"
     else:
         param = "texts"
-    _check_texts(texts, param, max_texts)
+    _check_texts(texts, param, limits)
     return EmbedRequest(
         texts,
         is_single=text is not None,
@@ -72,7 +100,7 @@ def parse_native(body: bytes, max_texts: int) -> EmbedRequest:
     )
 
 
-def parse_openai(body: bytes, max_texts: int) -> EmbedRequest:
+def parse_openai(body: bytes, limits: TextLimits) -> EmbedRequest:
     """A body of `POST /v1/embeddings`. Raises InvalidRequest, which names the field at fault."""
     document = _load(body, OPENAI_FIELDS)
     texts = document.get("input")
@@ -82,14 +110,7 @@ def parse_openai(body: bytes, max_texts: int) -> EmbedRequest:
     if not model:
         raise InvalidRequest("model is missing: GET /v1/models lists what is served", "model")
     _optional(document, "user", str, "a string")
-    is_single = type(texts) is str
-    if is_single:
-        texts = [texts]
-    elif type(texts) is list and texts and type(texts[0]) in (int, list):
-        raise InvalidRequest(
-            "input holds token ids, which belong to another model's vocabulary: send the text itself", "input"
-        )
-    _check_texts(texts, "input", max_texts)
+    texts, is_single = _one_or_several(texts, "input", limits)
     return EmbedRequest(
         texts,
         is_single=is_single,
@@ -97,6 +118,28 @@ def parse_openai(body: bytes, max_texts: int) -> EmbedRequest:
         model=model,
         dimensions=_dimensions(document),
         as_base64=_is_base64(document),
+    )
+
+
+def parse_tei(body: bytes, limits: TextLimits) -> EmbedRequest:
+    """A body of `POST /embed`. Raises InvalidRequest, which names the field at fault."""
+    document = _load(body, TEI_FIELDS)
+    inputs = document.get("inputs")
+    if inputs is None:
+        raise InvalidRequest("inputs is missing: give a string or a list of strings", "inputs")
+    texts, is_single = _one_or_several(inputs, "inputs", limits)
+    direction = _optional(document, "truncation_direction", str, "a string")
+    if direction not in (None, "Right", "Left", "right", "left"):
+        raise InvalidRequest("truncation_direction must be 'Right' or 'Left'", "truncation_direction")
+    return EmbedRequest(
+        texts,
+        is_single=is_single,
+        param="inputs",
+        dimensions=_dimensions(document),
+        truncate=_optional(document, "truncate", bool, "true or false") is not False,
+        truncate_left=direction in ("Left", "left"),
+        normalize=_optional(document, "normalize", bool, "true or false") is not False,
+        prompt=_optional(document, "prompt_name", str, "a string"),
     )
 
 
@@ -117,16 +160,28 @@ def _load(body: bytes, fields: Fields) -> dict[str, Any]:
     return document
 
 
-def _check_texts(texts: object, param: str, max_texts: int) -> None:
+def _one_or_several(texts: object, param: str, limits: TextLimits) -> tuple[list[str], bool]:
+    """The texts, and whether they came as a single string."""
+    is_single = type(texts) is str
+    if type(texts) is list and texts and type(texts[0]) in (int, list):
+        raise InvalidRequest(_IDS_REFUSED.format(param), param)
+    several: Any = [texts] if is_single else texts
+    _check_texts(several, param, limits)
+    return several, is_single
+
+
+def _check_texts(texts: object, param: str, limits: TextLimits) -> None:
     if type(texts) is not list:
-        raise InvalidRequest(f"{param} must be a {'string or a ' if param == 'input' else ''}list of strings", param)
-    if not 1 <= len(texts) <= max_texts:
-        raise InvalidRequest(f"{param} has {len(texts)} texts, limits 1 and {max_texts}", param)
+        raise InvalidRequest(f"{param} must be a {'' if param == 'texts' else 'string or a '}list of strings", param)
+    if not 1 <= len(texts) <= limits.max_texts:
+        raise InvalidRequest(f"{param} has {len(texts)} texts, limits 1 and {limits.max_texts}", param)
     for index, text in enumerate(texts):
         if type(text) is not str:
             raise InvalidRequest(f"text {index} of {param} is not a string", param)
         if not text:
             raise InvalidRequest(f"text {index} of {param} is empty", param)
+        if len(text) > limits.max_chars:
+            raise InputTooLong(f"text {index} has {len(text)} characters, limit {limits.max_chars}", param)
 
 
 def _optional(document: dict[str, Any], name: str, kind: type, wanted: str) -> Any:

@@ -27,6 +27,8 @@ from serving.errors import (
 
 Vectors = NDArray[np.float32]
 Headers = Sequence[tuple[bytes, bytes]]
+# The status and the JSON object a dialect answers an error with.
+ErrorStyle = Callable[[ServingError], tuple[int, dict[str, Any]]]
 
 JSON_TYPE = (b"content-type", b"application/json")
 CLOSE = (b"connection", b"close")
@@ -43,7 +45,9 @@ def render_vector(vector: Vectors, as_base64: bool) -> bytes:
     return orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-async def render_vectors(vectors: Vectors, as_base64: bool, wrap: Callable[[int, bytes], bytes]) -> list[bytes]:
+async def render_vectors(
+    vectors: Vectors, as_base64: bool, wrap: Callable[[int, bytes], bytes] | None = None
+) -> list[bytes]:
     """Vectors as pieces of a JSON list, `wrap(index, vector)` each, without blocking the loop for long."""
     step = max(1, _SLICE_VALUES // vectors.shape[1])
     pieces: list[bytes] = []
@@ -52,7 +56,11 @@ async def render_vectors(vectors: Vectors, as_base64: bool, wrap: Callable[[int,
             pieces.append(b",")
             await asyncio.sleep(0)
         rows = vectors[start : start + step]
-        pieces.append(b",".join(wrap(start + row, render_vector(rows[row], as_base64)) for row in range(len(rows))))
+        if wrap is None and not as_base64:  # one call for all rows: an eighth less time than one for each
+            pieces.append(orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
+        else:
+            rendered = [render_vector(row, as_base64) for row in rows]
+            pieces.append(b",".join(map(wrap, range(start, start + len(rows)), rendered) if wrap else rendered))
     return pieces
 
 
@@ -71,13 +79,19 @@ async def send_json(send: Send, status: int, pieces: Sequence[bytes], headers: H
     await send({"type": "http.response.body", "body": pieces[-1]})
 
 
-async def send_error(send: Send, error: ServingError, headers: Headers = ()) -> None:
+def openai_error(error: ServingError) -> tuple[int, dict[str, Any]]:
+    """The status of the table and the OpenAI error object."""
+    return STATUS[type(error)], describe_error(error)
+
+
+async def send_error(send: Send, error: ServingError, headers: Headers = (), style: ErrorStyle = openai_error) -> None:
     """Send the error object; an Overloaded also says when to come back, an InvalidApiKey how to show one."""
     if isinstance(error, Overloaded):
         headers = [*headers, (b"retry-after", b"%d" % error.retry_after_seconds)]
     elif isinstance(error, InvalidApiKey):
         headers = [*headers, (b"www-authenticate", b'Bearer realm="thorforge"')]
-    await send_json(send, STATUS[type(error)], [orjson.dumps(describe_error(error))], headers)
+    status, document = style(error)
+    await send_json(send, status, [orjson.dumps(document)], headers)
 
 
 def describe_error(error: ServingError) -> dict[str, dict[str, Any]]:

@@ -11,12 +11,19 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from serving.api.openapi import build_openapi
+from serving.api.tei import INFO_PATH, describe_info
 from serving.service import EmbeddingService
 from serving.versions import ModelVersions
 from serving.worker import Worker
 
 # How far below the manifest's figure the live engine's mean cosine may be: other CPUs round differently.
 _COSINE_TOLERANCE = 0.005
+
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -32,8 +39,10 @@ def system_routes(worker: Worker) -> list[Route]:
         "/api/v1/validate": endpoints.validate,
         "/v1/models": endpoints.openai_models,
         "/v1/models/{model}": endpoints.openai_model,
+        INFO_PATH: endpoints.tei_info,
         "/openapi.json": endpoints.openapi,
         "/docs": endpoints.docs,
+        "/": endpoints.status,
     }
     return [Route(path, handler, methods=["GET"]) for path, handler in handlers.items()]
 
@@ -89,13 +98,21 @@ class SystemEndpoints:
         """One model of the OpenAI list."""
         return _json(_openai_model(self._worker.find(request.path_params["model"])))
 
+    async def tei_info(self, _: Request) -> Response:
+        """What text-embeddings-inference says of itself."""
+        return _json(describe_info(self._worker.resolve(None).model, self._worker.settings))
+
     async def openapi(self, _: Request) -> Response:
         """The OpenAPI document."""
         return _json(build_openapi(self._worker.default or "model"))
 
     async def docs(self, _: Request) -> Response:
-        """The page that shows the OpenAPI document and sends requests; it loads nothing from elsewhere."""
-        return HTMLResponse(files("serving.api").joinpath("docs.html").read_text(encoding="utf-8"))
+        """The page that shows the OpenAPI document and sends requests."""
+        return _page("docs.html")
+
+    async def status(self, _: Request) -> Response:
+        """The page that shows what is served and how it is doing."""
+        return _page("status.html")
 
 
 def describe_models(worker: Worker) -> list[dict[str, Any]]:
@@ -141,6 +158,11 @@ def _openai_model(versions: ModelVersions) -> dict[str, Any]:
         {"version": version, "weight": versions.weights[version], "state": "serving"} for version in versions.services
     ]
     return {"id": versions.name, "object": "model", "created": created, "owned_by": "thorforge", "versions": listed}
+
+
+def _page(name: str) -> Response:
+    """A page that loads nothing from elsewhere, which the browser enforces."""
+    return HTMLResponse(files("serving.api").joinpath(name).read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
 
 
 def _json(document: object, status: int = 200) -> Response:

@@ -75,7 +75,7 @@ def serve(settings: Settings, prepared: LoadedModel) -> Iterator[tuple[str, Work
     thread.start()
     try:
         assert ready.wait(10)
-        yield base_url(listener), server
+        yield base_url(listener, is_tls=settings.tls.certificate is not None), server
     finally:
         server.should_exit = True
         thread.join(20)

@@ -95,7 +95,19 @@ def test_body_that_is_no_json_object_is_refused(url: str, path: str, body: bytes
     check(httpx.post(url + path, content=body), 400, "invalid_request")
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/v1/embeddings/", "/v1", "/api/v1/embed/x", "/%00", "/%F0%9F%99%82"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nope",
+        "/..%2f..%2fetc/passwd",
+        "/docs/..%2fopenapi.py",
+        "/v1/embeddings/",
+        "/v1",
+        "/api/v1/embed/x",
+        "/%00",
+        "/%F0%9F%99%82",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_unknown_path_is_not_found(url: str, path: str, method: str) -> None:
     check(httpx.request(method, url + path), 404, "route_not_found")
@@ -171,7 +183,7 @@ def test_limit_of_the_body_is_a_setting(bundle: Path) -> None:
     from serving.settings import ModelSource
     from tests.serving.conftest import make_settings, serve
 
-    settings = make_settings(bundle, max_body_bytes=1024)
+    settings = make_settings(bundle, limits={"max_body_bytes": 1024})
     with serve(settings, load_model(ModelSource(path=bundle))) as (url, _):
         assert httpx.post(f"{url}/api/v1/embed", json={"text": "a" * 1000}).status_code == 200
         check(httpx.post(f"{url}/api/v1/embed", json={"text": "a" * 1024}), 413, "body_too_large")

@@ -9,10 +9,14 @@ import pytest
 
 from registry.manifest import read_manifest
 from serving.access import ADMIN_PREFIX
+from serving.api.embeddings import DIALECTS
 from serving.api.openapi import build_openapi
-from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS
+from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS, TEI_FIELDS
+from serving.api.system import system_routes
 from serving.models import load_model
-from serving.settings import ModelSource
+from serving.settings import ModelSource, Settings
+from serving.worker import Worker
+from tests.fuzz import run_schemathesis
 from tests.serving.conftest import make_settings, serve
 
 DOCUMENT = build_openapi("tiny")
@@ -50,7 +54,7 @@ def object_conforms(value: dict[str, Any], schema: dict[str, Any]) -> bool:
     return required <= value.keys() <= known.keys() and all(conforms(value[name], known[name]) for name in value)
 
 
-@pytest.mark.parametrize("path", ["/api/v1/embed", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/api/v1/embed", "/v1/embeddings", "/embed"])
 def test_examples_work_and_are_answered_as_documented(url: str, path: str) -> None:
     content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
     for name, example in content["examples"].items():
@@ -93,9 +97,34 @@ def test_admin_answers_are_as_documented(bundles: Path) -> None:
             assert conforms(answer.json(), schema_of(ADMIN_PREFIX + path, verb)), path
 
 
+def test_example_answers_fit_their_schemas() -> None:
+    contents = [
+        content
+        for verbs in DOCUMENT["paths"].values()
+        for operation in verbs.values()
+        for content in operation["responses"]["200"]["content"].values()
+    ]
+    assert len(contents) == len(DOCUMENT["paths"])
+    assert all(conforms(content["example"], content["schema"]) for content in contents)
+
+
 def test_errors_are_answered_as_documented(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/embeddings", json={})
-    assert conforms(answer.json(), schema_of("/v1/embeddings", "post", "400"))
+    for path, status in (("/v1/embeddings", 400), ("/embed", 422)):
+        answer = httpx.post(url + path, json={})
+        assert answer.status_code == status
+        assert conforms(answer.json(), schema_of(path, "post", str(status)))
+
+
+def test_every_path_that_is_served_is_documented_or_a_page(url: str) -> None:
+    known = {*DOCUMENT["paths"], "/", "/docs", "/openapi.json"}
+    worker = Worker(Settings())
+    routed = {route.path for route in (*system_routes(worker), *admin_routes(worker))}
+    assert routed | {dialect.path for dialect in DIALECTS} == known
+
+
+@pytest.mark.filterwarnings("default")
+def test_requests_made_from_the_document_are_answered_as_documented(url: str) -> None:
+    assert run_schemathesis(url, cases_per_operation=60) >= 200
 
 
 @pytest.mark.parametrize(
@@ -103,6 +132,7 @@ def test_errors_are_answered_as_documented(url: str) -> None:
     [
         ("/api/v1/embed", NATIVE_FIELDS, {"text": "red"}),
         ("/v1/embeddings", OPENAI_FIELDS, {"input": "red", "model": "tiny"}),
+        ("/embed", TEI_FIELDS, {"inputs": "red"}),
     ],
 )
 def test_parser_accepts_the_documented_fields_and_requires_the_required(
@@ -118,13 +148,19 @@ def test_parser_accepts_the_documented_fields_and_requires_the_required(
         body = {name: given} if name == "texts" else {**least, name: given or least.get(name)}
         assert httpx.post(url + path, json=body).status_code == 200, name
     for name in documented["required"]:
-        assert httpx.post(url + path, json={key: least[key] for key in least if key != name}).status_code == 400
+        assert httpx.post(url + path, json={key: least[key] for key in least if key != name}).is_client_error
 
 
 def test_document_and_page_are_served(url: str) -> None:
     assert httpx.get(f"{url}/openapi.json").json() == DOCUMENT
-    page = httpx.get(f"{url}/docs")
+    assert "openapi.json" in httpx.get(f"{url}/docs").text
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_load_nothing_from_elsewhere(url: str, path: str) -> None:
+    page = httpx.get(url + path)
     assert page.headers["content-type"].startswith("text/html")
-    assert "openapi.json" in page.text
-    # Nothing is loaded from elsewhere: no address with a host, no import, no style sheet.
-    assert not re.search(r"https?://|src=|@import|rel=.stylesheet", page.text)
+    assert page.headers["content-security-policy"].startswith("default-src 'none';")
+    # No address with a host but the name of SVG, no import, no style sheet.
+    text = page.text.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|src=|@import|rel=.stylesheet", text)

@@ -29,6 +29,7 @@ HEAVY = (
     "typer",
     "rich",
     "boto3",
+    "opentelemetry",
 )
 
 
@@ -98,7 +99,7 @@ def test_signal_under_load_answers_every_accepted_request_and_exits_0(bundle: Pa
 
     stop, begun = threading.Event(), threading.Semaphore(0)
     with (
-        run_worker(bundle, "--drain-grace-seconds", "0.3", "--drain-seconds", "20") as worker,
+        run_worker(bundle, "--drain-grace-seconds", "2", "--drain-seconds", "20") as worker,
         ThreadPoolExecutor(4) as clients,
     ):
         loads = [clients.submit(ask, worker.base_url, stop, begun) for _ in range(4)]
@@ -146,6 +147,7 @@ def test_input_text_stays_out_of_logs_errors_and_metrics(bundle: Path) -> None:
         {"texts": [marker, 3]},
         {"texts": [marker, ""]},
         {"input": marker},
+        {"inputs": marker, "prompt_name": marker},
         [marker],
         marker,
     ]
@@ -153,14 +155,14 @@ def test_input_text_stays_out_of_logs_errors_and_metrics(bundle: Path) -> None:
     with run_worker(bundle, "--log-level", "debug") as worker:
         said = []
         for content in [json.dumps(body).encode() for body in bodies] + raw:
-            for path in ("/api/v1/embed", "/v1/embeddings", f"/{marker}"):
-                said.append(httpx.post(worker.base_url + path, content=content))
+            for path in ("/api/v1/embed", "/v1/embeddings", "/embed", f"/{marker}"):
+                said.append(httpx.post(worker.base_url + path, content=content, headers={"traceparent": marker}))
         assert all(400 <= answer.status_code < 500 for answer in said)
         answered = httpx.post(f"{worker.base_url}/api/v1/embed", json={"text": marker})
         assert answered.status_code == 200
         metrics = httpx.get(f"{worker.base_url}/metrics").text
         log = worker.log()
-    everything = "\n".join([*(answer.text for answer in said), answered.text, metrics, log])
+    everything = "\n".join([*(f"{answer.text} {answer.headers}" for answer in said), answered.text, metrics, log])
     assert marker not in everything
 
 

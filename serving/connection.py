@@ -1,0 +1,184 @@
+"""One client's connection: HTTP/1.1 within limits of size and time, every refusal an error object.
+
+No timer per request: the server calls `enforce` on every connection twice a second.
+"""
+
+from enum import Enum, auto
+from typing import Any
+
+import httptools
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from serving.api.responses import describe_error
+from serving.errors import (
+    STATUS,
+    HeadersTooLarge,
+    InvalidRequest,
+    RequestTooSlow,
+    ServingError,
+    TooManyConnections,
+)
+from serving.settings import LimitsSettings
+
+# Chunk sizes and extensions may take this many times the bytes of the body they frame.
+_FRAMING_RATIO = 8
+
+
+class _Stage(Enum):
+    OURS = auto()  # idle, or the worker's turn
+    HEADERS = auto()
+    BODY = auto()
+
+
+_OURS, _HEADERS, _BODY = _Stage  # a member looked up on its class costs as much as all comparisons together
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol, bounded; all limits together cost a request a few microseconds."""
+
+    def __init__(self, *, limits: LimitsSettings, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._limits = limits
+        self._stage = _OURS
+        self._deadline = 0.0  # of the stage, on the loop's clock
+        self._head_bytes = 0  # of the head while it is incomplete
+        self._body_bytes = self._framing_bytes = 0
+        self._writing_since: float | None = None
+        self._running: RequestResponseCycle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Take the connection, or refuse it when there are too many."""
+        is_full = len(self.connections) >= self._limits.max_connections
+        super().connection_made(transport)
+        self._enter(_HEADERS, self._limits.header_timeout_seconds)
+        if is_full:
+            self._refuse(TooManyConnections(f"{self._limits.max_connections} connections are open, the limit"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone, or was sent away."""
+        self._give_up()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser; what it cannot parse, or what is over a limit, is refused."""
+        self._unset_keepalive_if_required()
+        if self._stage is _OURS and (self.cycle is None or self.cycle.response_complete):
+            self._enter(_HEADERS, self._limits.header_timeout_seconds)  # even when it is but an empty line
+        stage, body_bytes = self._stage, self._body_bytes
+        try:
+            self.parser.feed_data(data)
+            if stage is self._stage is _HEADERS:
+                self._head_bytes += len(data)
+                self._check_head(self._head_bytes, 0)
+            elif stage is self._stage is _BODY:
+                self._framing_bytes += len(data) - (self._body_bytes - body_bytes)
+                self._check_framing()
+        except httptools.HttpParserUpgrade:
+            pass  # to whatever else the client would like to speak: it is answered in HTTP
+        except ServingError as error:
+            self._refuse(error)
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self._refuse(cause if isinstance(cause, ServingError) else InvalidRequest("the request is not HTTP/1.1"))
+
+    def on_message_begin(self) -> None:
+        """A request begins: its headers must be complete in time."""
+        super().on_message_begin()
+        self._head_bytes = self._body_bytes = self._framing_bytes = 0
+        if self._stage is not _HEADERS:
+            self._enter(_HEADERS, self._limits.header_timeout_seconds)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; trailers, which come after the body, are dropped."""
+        if self._stage is _HEADERS:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Start to answer unless there is too much of the head."""
+        self._check_head(len(self.url) + sum(len(name) + len(value) for name, value in self.headers), len(self.headers))
+        self._enter(_BODY, self._limits.body_timeout_seconds)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Hand a part of the body to the request."""
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is here: from now on it is the worker that takes time."""
+        self._stage = _OURS
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is written, though perhaps not taken yet."""
+        self._writing_since = None
+        super().on_response_complete()
+
+    def enforce(self, now: float) -> None:
+        """Close the connection of a client that is too slow to send its request or to take its answer."""
+        if self.transport.get_write_buffer_size() == 0:
+            self._writing_since = None
+        elif self._writing_since is None:
+            self._writing_since = now
+        elif now - self._writing_since > self._limits.answer_timeout_seconds:
+            self.transport.abort()
+            return
+        if self._stage is _OURS or self.transport.is_closing():
+            return
+        if self.flow.read_paused:  # it is we who do not read
+            self._enter(_BODY, self._limits.body_timeout_seconds)
+        elif now > self._deadline:
+            self._expire()
+
+    def _expire(self) -> None:
+        part, limit = "body", self._limits.body_timeout_seconds
+        if self._stage is _HEADERS:
+            part, limit = "headers", self._limits.header_timeout_seconds
+        self._refuse(RequestTooSlow(f"the request's {part} did not arrive within {limit:g} s"))
+
+    def _enter(self, stage: _Stage, timeout_seconds: float) -> None:
+        self._stage = stage
+        self._deadline = self.loop.time() + timeout_seconds
+
+    def _check_head(self, size: int, count: int) -> None:
+        limits = self._limits
+        if count > limits.max_headers:
+            raise HeadersTooLarge(f"the request has {count} headers, limit {limits.max_headers}")
+        if size > limits.max_header_bytes:
+            raise HeadersTooLarge(
+                f"request line and headers have {size} bytes or more, limit {limits.max_header_bytes}"
+            )
+
+    def _check_framing(self) -> None:
+        limit = self._limits.max_header_bytes + _FRAMING_RATIO * self._body_bytes
+        if self._framing_bytes > limit:
+            raise HeadersTooLarge(f"chunk sizes and trailers have {self._framing_bytes} bytes, limit {limit}")
+
+    def _refuse(self, error: ServingError) -> None:
+        """Answer with the error object and close the connection.
+
+        Without an answer where one to an earlier request is under way: the client would take this one for it.
+        """
+        if self.transport.is_closing():
+            return
+        if self._stage is _BODY:
+            can_answer = not self.pipeline and not self.cycle.response_started
+        else:
+            can_answer = self.cycle is None or self.cycle.response_complete
+        if can_answer:
+            body = orjson.dumps(describe_error(error))
+            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            self.transport.write(STATUS_LINE[STATUS[type(error)]] + head + body)
+        self._give_up()
+        self.transport.close()
+
+    def _give_up(self) -> None:
+        """Tell the request that is being answered that nobody waits; uvicorn tells only the newest of a pipeline."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
