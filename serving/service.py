@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.admission import Admission
 from serving.batcher import Batcher, Limits
+from serving.containment import GuardedEngine
 from serving.errors import ClientGone, DeadlineExceeded, EngineFailed, InvalidRequest, NotReady
+from serving.latency_model import LatencyModel
 from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
 from serving.request_queue import FAIR_SHARE, Request, RequestQueue
 from serving.runner import EngineRunner, Outcome
-from serving.settings import Settings
+from serving.settings import BatchingSettings, Settings
 from serving.tokenizer import Ids
+from serving.vector_cache import VectorCache
 
 # Tokenising this much takes under 1 ms; more goes to a thread, so that the loop stays free.
 _INLINE_CHARS = 4096
@@ -26,6 +31,8 @@ _INLINE_TEXTS = 16
 # Requests are looked at this often for a missed deadline or a client that hung up.
 _PATROL_SECONDS = 0.05
 _STOP_SECONDS = 1.0
+# Part of the latency objective that one engine run may take: a newcomer waits for a run it missed, then for its own.
+_RUN_SHARE = 0.125
 _VALIDATION_SHARE = 0.01  # of the engine's rate, against FAIR_SHARE of a client's request
 
 Receive = Callable[[], Awaitable[Any]]
@@ -79,18 +86,23 @@ class EmbeddingService:
         self._loop = asyncio.get_running_loop()
         limits = settings.batching
         self._queue = RequestQueue(limits.max_queue_tokens, limits.max_queue_size)
-        self._runner = EngineRunner(
+        self._admission = Admission(limits.latency_objective_ms / 1000)
+        self._engine = GuardedEngine(
             model.engine,
             model.manifest.dimension,
-            Batcher(
-                self._queue,
-                Limits(limits.max_batch_size, limits.max_batch_tokens, limits.max_wait_time_ms / 1000),
-                model.cost.overhead_tokens,
-            ),
+            model.golden.rows[0],
+            reopen=model.reopen,
+            open_spare=model.open_spare,
+            on_event=metrics.count_engine_event,
+        )
+        self._runner = EngineRunner(
+            self._engine,
+            Batcher(self._queue, _batch_limits(limits), LatencyModel(model.cost.runs)),
             self._deliver_threadsafe,
-            tokens_per_second=model.cost.tokens_per_second,
+            num_threads=model.setup.num_instances,
             clock=clock,
         )
+        self._cache = VectorCache(settings.cache_bytes)
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._num_tokenising = 0
         self._waiting: dict[Request, _Waiting] = {}  # in order of arrival, so in order of deadline
@@ -98,7 +110,7 @@ class EmbeddingService:
         metrics.watch_queue(lambda: float(len(self._queue)), lambda: float(self._queue.num_tokens))
 
     def start(self) -> None:
-        """Start the engine's thread."""
+        """Start the engine's threads."""
         self._runner.start()
 
     def close(self) -> None:
@@ -107,11 +119,11 @@ class EmbeddingService:
             self._patrol_timer.cancel()
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         if self._runner.stop(_STOP_SECONDS):
-            self.model.engine.close()
+            self._engine.close()
 
     def is_healthy(self) -> bool:
-        """Whether the engine's thread is alive and answers within the request timeout."""
-        return self._runner.is_healthy(self._clock(), self._timeout_seconds)
+        """Whether there is an engine, its threads are alive and every run ends within the request timeout."""
+        return self._runner.is_healthy(self._timeout_seconds)
 
     async def embed(self, request: EmbedRequest, receive: Receive | None = None) -> Embedded:
         """Vectors of the request's texts; `receive` tells of a client that hangs up.
@@ -121,26 +133,52 @@ class EmbeddingService:
         dimension = self.model.manifest.dimension
         if request.dimensions is not None and not 1 <= request.dimensions <= dimension:
             raise InvalidRequest(f"dimensions is {request.dimensions}, limits 1 and {dimension}", "dimensions")
-        if not self.is_healthy():
-            raise NotReady("the engine does not answer: the worker needs a restart")
+        if not self._runner.can_answer(self._timeout_seconds):
+            raise NotReady("the engine does not answer and cannot be opened anew: the worker needs a restart")
         arrival = self._clock()
-        self._runner.admit(self._num_tokenising)
+        predicted_seconds = self._admit()
         rows = await self._tokenise(request)
-        embedded = await self.embed_ids(rows, arrival, receive)
+        embedded = await self.embed_ids(rows, arrival, receive, use_cache=True)
+        if len(rows) == 1:
+            self._admission.observe(predicted_seconds, self._clock() - arrival)
         if request.dimensions is not None and request.dimensions < dimension:
             embedded.vectors = shorten(embedded.vectors, request.dimensions)
         return embedded
 
     async def embed_ids(
-        self, rows: Sequence[Ids], arrival: float, receive: Receive | None = None, share: float = FAIR_SHARE
+        self,
+        rows: Sequence[Ids],
+        arrival: float,
+        receive: Receive | None = None,
+        share: float = FAIR_SHARE,
+        use_cache: bool = False,
     ) -> Embedded:
-        """Vectors of tokenised texts. Raises as `embed` does."""
+        """Vectors of tokenised texts; those that the cache has are asked of the engine unless `use_cache`.
+
+        Raises as `embed` does.
+        """
         waiter: asyncio.Future[None] = self._loop.create_future()
         pending = Request(len(rows), self.model.manifest.dimension, arrival, waiter)
+        recalled = self._recall(pending, rows) if use_cache else ()
+        if len(recalled) < len(rows):
+            await self._wait(pending, waiter, rows, receive, share, recalled)
+        return Embedded(pending.vectors, sum(map(len, rows)))
+
+    async def _wait(
+        self,
+        pending: Request,
+        waiter: "asyncio.Future[None]",
+        rows: Sequence[Ids],
+        receive: Receive | None,
+        share: float,
+        recalled: Collection[int],
+    ) -> None:
         waiting = self._waiting[pending] = _Waiting(pending, waiter, receive)
         if self._patrol_timer is None:
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
-        self._runner.submit(pending, rows, share)
+        num_shared = self._runner.submit(pending, rows, share, recalled)
+        if num_shared:
+            self.metrics.count_shared(num_shared)
         self._runner.prefetch()
         try:
             await waiter
@@ -149,12 +187,30 @@ class EmbeddingService:
             waiter.cancel()  # when we were cancelled ourselves, the queue must see that nobody waits
             if waiting.watcher is not None:
                 waiting.watcher.cancel()
-        return Embedded(pending.vectors, sum(map(len, rows)))
+
+    def _recall(self, pending: Request, rows: Sequence[Ids]) -> Collection[int]:
+        """Put the vectors that the cache has in their places; returns which."""
+        if not self._cache.max_bytes:
+            return ()
+        recalled = set()
+        for index, ids in enumerate(rows):
+            vector = self._cache.get(ids)
+            if vector is not None:
+                pending.put(index, vector)
+                recalled.add(index)
+        self.metrics.count_cache(len(recalled), len(rows) - len(recalled))
+        return recalled
+
+    def _admit(self) -> float:
+        """Seconds until a text that arrives now is predicted to be answered. Raises Overloaded."""
+        backlog = self._runner.backlog(self._admission.max_wait_seconds, self._num_tokenising)
+        self._admission.check(backlog)
+        return backlog.seconds
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
         golden = self.model.golden
-        self._runner.admit(self._num_tokenising)
+        self._admit()
         live = (await self.embed_ids(golden.rows, self._clock(), share=_VALIDATION_SHARE)).vectors.astype(np.float64)
         scale = np.linalg.norm(live, axis=1) * np.linalg.norm(golden.embeddings.astype(np.float64), axis=1)
         cosines: NDArray[np.float64] = (live * golden.embeddings).sum(axis=1) / np.maximum(scale, np.finfo(float).tiny)
@@ -176,7 +232,7 @@ class EmbeddingService:
             )
         finally:
             self._num_tokenising -= len(texts)
-        self._runner.admit(self._num_tokenising)  # others may have filled the queue meanwhile
+        self._admit()  # others may have filled the queue meanwhile
         return rows
 
     def _prompt(self, name: str) -> str:
@@ -196,16 +252,20 @@ class EmbeddingService:
         self._runner.prefetch()
         batch, vectors, failures = outcome.batch, outcome.vectors, outcome.failures
         oldest = batch.formed_at
+        self._runner.forget(batch.items)
         for row, item in enumerate(batch.items):
-            oldest = min(oldest, item.request.arrival)
+            oldest = min(oldest, item.arrival)
             if row in failures:
-                item.request.fail(EngineFailed(f"text {item.index}: {failures[row]}"))
+                item.fail(EngineFailed, str(failures[row]))
             else:
-                item.request.put(item.index, vectors[row])
+                item.put(vectors[row])
+                self._cache.put(item.ids, vectors[row])
         self.metrics.count_batch(
             batch.reason, len(batch.items), batch.num_tokens, batch.padded_tokens, batch.formed_at - oldest
         )
         self.metrics.count_engine_run(outcome.engine_seconds)
+        if failures:
+            self.metrics.count_failed_texts(len(failures))
 
     def _patrol(self) -> None:
         """Fail requests past their deadline; watch the clients of those that have waited a while.
@@ -214,6 +274,8 @@ class EmbeddingService:
         """
         self._patrol_timer = None
         now = self._clock()
+        for item in self._runner.replace_stuck(self._timeout_seconds):
+            item.fail(DeadlineExceeded, f"the engine did not answer within {self._timeout_seconds:g} s")
         for waiting in self._waiting.values():
             age = now - waiting.request.arrival
             if age >= self._timeout_seconds:
@@ -222,8 +284,17 @@ class EmbeddingService:
                 break  # those behind it are younger still
             elif waiting.watcher is None and waiting.receive is not None:
                 waiting.watcher = self._loop.create_task(_watch(waiting.receive, waiting.request))
-        if self._waiting:
+        if self._waiting or self._runner.is_busy:  # a run that hangs may have no client left
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
+
+
+def _batch_limits(settings: BatchingSettings) -> Limits:
+    return Limits(
+        settings.max_batch_size,
+        settings.max_batch_tokens,
+        settings.max_wait_time_ms / 1000,
+        max_run_seconds=_RUN_SHARE * settings.latency_objective_ms / 1000 if settings.adaptive else math.inf,
+    )
 
 
 async def _watch(receive: Receive, request: Request) -> None:

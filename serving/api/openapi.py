@@ -79,6 +79,7 @@ SCHEMAS: dict[str, Json] = {
                         "compatibility": _STRING,
                         "cosine_similarity_vs_fp32": _NUMBER,
                         "engine": _STRING,
+                        "engine_setup": _STRING,
                         "default": _BOOLEAN,
                         "ready": _BOOLEAN,
                     }

@@ -119,6 +119,7 @@ def describe_model(model: LoadedModel, is_default: bool, is_ready: bool) -> dict
         "compatibility": manifest.compatibility,
         "cosine_similarity_vs_fp32": manifest.validation.cosine_similarity_vs_fp32.mean,
         "engine": model.engine.runtime,
+        "engine_setup": str(model.setup),
         "default": is_default,
         "ready": is_ready,
     }

@@ -30,15 +30,17 @@ class WrappedEngine:
 
 
 class HeldEngine(WrappedEngine):
-    """Computes only while `gate` is set; `entered` says that a run has begun."""
+    """Computes only while `gate` is set, unless `is_free(input_ids)`; `entered` says that a held run has begun."""
 
-    def __init__(self, inner: Engine) -> None:
+    def __init__(self, inner: Engine, is_free: Callable[[Ids], bool] = lambda _: False) -> None:
         super().__init__(inner)
         self.gate, self.entered = threading.Event(), threading.Event()
+        self._is_free = is_free
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
-        self.entered.set()
-        assert self.gate.wait(20), "the test never opened the gate"
+        if not self._is_free(input_ids):
+            self.entered.set()
+            assert self.gate.wait(20), "the test never opened the gate"
         return super().embed(input_ids, attention_mask)
 
 
@@ -73,3 +75,8 @@ def nan_on(token: int) -> Callable[[Ids, Embeddings], Embeddings]:
         return spoiled
 
     return fault
+
+
+def die(input_ids: Ids, embeddings: Embeddings) -> Embeddings:
+    """A fault of the whole engine."""
+    raise RuntimeError("dead")
