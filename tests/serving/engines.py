@@ -21,6 +21,10 @@ class WrappedEngine:
     def runtime(self) -> str:
         return self.inner.runtime
 
+    @property
+    def compiles_shapes(self) -> bool:
+        return self.inner.compiles_shapes
+
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         self.shapes.append((input_ids.shape[0], input_ids.shape[1]))
         return self.inner.embed(input_ids, attention_mask)

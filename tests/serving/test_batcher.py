@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from serving.batcher import Batch, Batcher, Limits, choose_run
 from serving.request_queue import Item, Request, RequestQueue
+from serving.shapes import EXACT, ShapeGrid
 from tests.serving.latency import make_latency_model
 
 RATE = 1000.0
@@ -17,8 +18,8 @@ LIMITS = Limits(max_batch_size=8, max_batch_tokens=64)
 requests = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=12)
 
 
-def make_batcher(limits: Limits = LIMITS, overhead_tokens: float = 4.0) -> Batcher:
-    return Batcher(RequestQueue(10**9, 10**9), limits, make_latency_model(overhead_tokens, RATE))
+def make_batcher(limits: Limits = LIMITS, overhead_tokens: float = 4.0, grid: ShapeGrid = EXACT) -> Batcher:
+    return Batcher(RequestQueue(10**9, 10**9), limits, make_latency_model(overhead_tokens, RATE), grid)
 
 
 numbers = count(1)
@@ -50,12 +51,12 @@ def owner(item: Item) -> Request:
     return request
 
 
-@given(requests, st.floats(0, 1000), st.booleans())
+@given(requests, st.floats(0, 1000), st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_batcher_loses_nothing_and_answers_each_text_once_in_its_place(
-    lengths: list[list[int]], overhead: float, is_late: bool
+    lengths: list[list[int]], overhead: float, is_late: bool, is_coarse: bool
 ) -> None:
-    batcher = make_batcher(overhead_tokens=overhead)
+    batcher = make_batcher(overhead_tokens=overhead, grid=ShapeGrid(40, is_coarse))
     pushed = [push(batcher, each, arrival=0.01 * place) for place, each in enumerate(lengths)]
     seen: list[int] = []
     while (batch := batcher.take(100.0 if is_late else 0.2)) is not None:
@@ -205,3 +206,15 @@ def test_batch_leaves_their_parts_to_others_that_are_free() -> None:
         assert batch is not None
         sizes.append(len(batch.items))
     assert sizes == [4, 3]
+
+
+def test_batch_keeps_to_the_grid_and_the_text_due_first() -> None:
+    batcher = make_batcher(Limits(64, 10_000), overhead_tokens=1000, grid=ShapeGrid(256, is_coarse=True))
+    first = push(batcher, [30]).request
+    push(batcher, [13] * 10, arrival=0.001)
+    batch = batcher.take(0.01)
+    assert batch is not None
+    assert batch.pad()[0].shape == (10, 32)
+    assert (batch.padded_tokens, batch.num_tokens) == (320, 30 + 9 * 13)
+    assert first in [owner(item) for item in batch.items]
+    assert len(batcher.queue) == 1
