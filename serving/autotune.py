@@ -19,10 +19,10 @@ from registry.manifest import EngineEntry
 from serving.engines import Engine
 from serving.tokenizer import Ids, pad_batch
 
-BATCH_SIZE = 16
-# Each setup runs single texts, then batches, for this long: long enough for some twenty runs of a small model.
+_BATCH_SIZE = 8
+# Each setup runs single texts, then batches, for this long at least, and so many times.
 _SECONDS = 0.03
-_MIN_RUNS = 3
+_MIN_RUNS = 6
 _MAX_INSTANCES = 4
 # Another engine for small batches has to be this much faster there to be worth its memory.
 _SWITCH_GAIN = 1.25
@@ -91,31 +91,33 @@ def choose(measured: Sequence[Measured]) -> Choice:
 
 
 def measure(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measured:
-    """Run `rows`, alone and in batches of similar length, after a round that does not count."""
+    """Run the text of median length alone, and batches from the shorter and the longer half; all once uncounted."""
     ordered = sorted(rows, key=len)
-    batches = [pad_batch(ordered[i : i + BATCH_SIZE]) for i in range(0, len(ordered), BATCH_SIZE)]
     single = [pad_batch([ordered[len(ordered) // 2]])]
-    _repeat(engine, single, 0.0)
-    single_seconds, _ = _repeat(engine, single, _SECONDS)
+    batches = [pad_batch(ordered[start : start + _BATCH_SIZE]) for start in (len(rows) // 4, 3 * len(rows) // 4)]
+    _repeat(engine, single, num_runs=1)
+    single_seconds, _ = _repeat(engine, single, _MIN_RUNS, _SECONDS)
     with ThreadPoolExecutor(setup.num_instances) as pool:
-        list(pool.map(lambda _: _repeat(engine, batches, 0.0), range(setup.num_instances)))
+        list(pool.map(lambda _: _repeat(engine, batches, num_runs=2), range(setup.num_instances)))
         started = time.perf_counter()
-        runs = list(pool.map(lambda _: _repeat(engine, batches, _SECONDS)[1], range(setup.num_instances)))
+        runs = list(pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _SECONDS), range(setup.num_instances)))
         seconds = time.perf_counter() - started
-    return Measured(setup, single_seconds, seconds / sum(runs))
+    return Measured(setup, single_seconds, seconds / sum(texts for _, texts in runs))
 
 
-def _repeat(engine: Engine, batches: Sequence[tuple[Ids, Ids]], seconds: float) -> tuple[float, int]:
-    """Go round `batches` until the time is over, at least once; returns the fastest run and the texts of all."""
+def _repeat(
+    engine: Engine, batches: Sequence[tuple[Ids, Ids]], num_runs: int, seconds: float = 0.0
+) -> tuple[float, int]:
+    """Go round `batches`, `num_runs` times at least and for the time; returns the fastest run and the texts of all."""
     fastest, texts, end = float("inf"), 0, time.perf_counter() + seconds
-    rounds = 0
-    while rounds < len(batches) or time.perf_counter() < end:
-        input_ids, mask = batches[rounds % len(batches)]
+    runs = 0
+    while runs < num_runs or time.perf_counter() < end:
+        input_ids, mask = batches[runs % len(batches)]
         started = time.perf_counter()
         engine.embed(input_ids, mask)
         fastest = min(fastest, time.perf_counter() - started)
         texts += len(input_ids)
-        rounds += 1
+        runs += 1
     return fastest, texts
 
 
