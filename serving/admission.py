@@ -13,6 +13,8 @@ from serving.latency_model import Quantile
 
 # A request predicted to take less than this part of the objective says little about a long queue.
 _LEARN_SHARE = 0.2
+# What is learned swings around its value: aim below the objective, so as to stay within it.
+_HEADROOM = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Admission:
     @property
     def max_wait_seconds(self) -> float:
         """The longest predicted wait that is still let in."""
-        return self._objective_seconds / self._tail.value
+        return _HEADROOM * self._objective_seconds / self._tail.value
 
     def check(self, backlog: Backlog) -> None:
         """Let a request in, however many texts it has itself. Raises Overloaded, which says when to come back.

@@ -121,7 +121,9 @@ class RequestQueue:
         return self.num_tokens >= self._max_tokens or len(self._items) + num_coming >= self._max_size
 
     def count_due_tokens(self, now: float, stop_at: float) -> int:
-        """Tokens a text that arrives now cannot overtake; counting ends where they exceed `stop_at`."""
+        """Tokens a text that arrives now cannot overtake; counting may end where they exceed `stop_at`."""
+        if not self._items or self._items[-1].due <= now:
+            return self.num_tokens  # requests of one text only, however many: a refusal must cost nothing
         tokens = 0
         for item in self._items:
             if item.due > now or tokens > stop_at:
