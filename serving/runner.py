@@ -200,7 +200,9 @@ class EngineRunner:
     def _run(self, lane: _Lane) -> None:
         while self._revive() and (padded := self._next(lane)) is not None:
             outcome = self._compute(lane, padded)
-            if lane.is_abandoned:
+            if lane.is_abandoned:  # it came back after all: its requests are answered, its successor works
+                with self._lock:
+                    self._num_abandoned -= 1
                 return
             self._deliver(outcome)
 
