@@ -3,12 +3,16 @@
 The text that is due first is always in. Around it, in order of length, the batch grows while that raises the tokens per
 second the engine is predicted to reach: a longer text pads all others, a run of its own costs the engine's overhead.
 Once the first text is older than the age bound, only texts as old as that are taken, so that nothing younger passes.
+No batch grows past what is predicted to run within the time bound, except that one text always goes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serving.latency_model import LatencyModel
 from serving.request_queue import Item, RequestQueue
+from serving.shapes import EXACT, ShapeGrid
 from serving.tokenizer import Ids, pad_batch
 
 # Texts considered for one batch, as a multiple of the largest batch.
@@ -18,36 +22,49 @@ MAX_AGE_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one engine run may hold, and how long an idle engine waits for more."""
+    """What one engine run may hold and take, and how long an idle engine waits for more."""
 
     max_batch_size: int
     max_batch_tokens: int
     max_wait_seconds: float = 0.0
     max_age_seconds: float = MAX_AGE_SECONDS
+    max_run_seconds: float = math.inf
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Texts that share an engine run. `reason` says why it is not larger: queue, size, tokens or length."""
+    """Texts that share an engine run. `reason` says why it is not larger: queue, size, tokens, latency or length."""
 
     items: list[Item]
     reason: str
     formed_at: float
     num_tokens: int
-    padded_tokens: int
+    padded_length: int
+
+    @property
+    def padded_tokens(self) -> int:
+        """What the engine computes."""
+        return self.padded_length * len(self.items)
 
     def pad(self) -> tuple[Ids, Ids]:
         """(input_ids, attention_mask), int64 [B, T]."""
-        return pad_batch([item.ids for item in self.items])
+        return pad_batch([item.ids for item in self.items], self.padded_length)
 
 
 class Batcher:
-    """Forms batches from a queue. `overhead_tokens` is what starting an engine run costs, in tokens computed."""
+    """Forms batches from a queue; `model` says what an engine run takes."""
 
-    def __init__(self, queue: RequestQueue, limits: Limits, overhead_tokens: float = 0.0) -> None:
-        self.queue = queue
-        self._limits = limits
-        self._overhead_tokens = overhead_tokens
+    def __init__(self, queue: RequestQueue, limits: Limits, model: LatencyModel, grid: ShapeGrid = EXACT) -> None:
+        self.queue, self.model = queue, model
+        self._limits, self._grid = limits, grid
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the largest batch, padding included: within the budget and the time a run may take."""
+        limits = self._limits
+        if math.isinf(limits.max_run_seconds):
+            return limits.max_batch_tokens
+        return min(limits.max_batch_tokens, self.model.max_tokens(limits.max_run_seconds))
 
     def wait_seconds(self, now: float) -> float | None:
         """How long an idle engine should wait before taking a batch; None while nothing is queued."""
@@ -60,11 +77,13 @@ class Batcher:
 
     def is_full(self) -> bool:
         """Whether the queue fills a batch, so that waiting for more cannot improve it."""
-        limits = self._limits
-        return len(self.queue) >= limits.max_batch_size or self.queue.num_tokens >= limits.max_batch_tokens
+        return len(self.queue) >= self._limits.max_batch_size or self.queue.num_tokens >= self.max_tokens
 
-    def take(self, now: float) -> Batch | None:
-        """Remove the next batch from the queue, shortest text first; None when no client waits."""
+    def take(self, now: float, num_takers: int = 1) -> Batch | None:
+        """Remove the next batch from the queue, shortest text first; None when no client waits.
+
+        Leaves their parts to the other `num_takers` that are free as well.
+        """
         window = self.queue.peek(_WINDOW_BATCHES * self._limits.max_batch_size)
         if not window:
             return None
@@ -73,22 +92,35 @@ class Batcher:
         if window[0].due < oldest_allowed:
             candidates = [item for item in window if item.due < oldest_allowed]
         candidates = sorted(candidates, key=_length)
+        head, max_tokens = candidates.index(window[0]), self.max_tokens
         start, stop, reason = choose_run(
-            [item.length for item in candidates], candidates.index(window[0]), self._limits, self._overhead_tokens
+            [self._grid.round_length(item.length) for item in candidates],
+            head,
+            min(self._limits.max_batch_size, -(-len(self.queue) // num_takers)),
+            max_tokens,
+            self.model.overhead_tokens,
         )
-        items = candidates[start:stop]
+        if reason == "tokens" and max_tokens < self._limits.max_batch_tokens:
+            reason = "latency"
+        size = self._grid.round_size(stop - start)
+        start = max(start, head - size + 1)
+        items = candidates[start : start + size]
+        if reason == "size" and size < self._limits.max_batch_size:
+            reason = "queue"  # all that waits was divided
         self.queue.remove(window, items)
         num_tokens = sum(item.length for item in items)
-        return Batch(items, reason, now, num_tokens, padded_tokens=items[-1].length * len(items))
+        return Batch(items, reason, now, num_tokens, self._grid.round_length(items[-1].length))
 
 
-def choose_run(lengths: Sequence[int], head: int, limits: Limits, overhead_tokens: float) -> tuple[int, int, str]:
+def choose_run(
+    lengths: Sequence[int], head: int, max_size: int, max_tokens: int, overhead_tokens: float
+) -> tuple[int, int, str]:
     """Grow `lengths[start:stop]` (ascending) from `head`; returns (start, stop, why it ended).
 
-    A single text longer than the token budget still goes, alone.
+    A single text longer than `max_tokens` still goes, alone.
     """
     start, stop, tokens = head, head + 1, lengths[head]
-    while stop - start < limits.max_batch_size:
+    while stop - start < max_size:
         count, padded = stop - start, lengths[stop - 1] * (stop - start)
         best, best_tokens, grown = tokens / (overhead_tokens + padded), 0, (start, stop)
         fits = False
@@ -96,7 +128,7 @@ def choose_run(lengths: Sequence[int], head: int, limits: Limits, overhead_token
             if not 0 <= edge < len(lengths):
                 continue
             cost = lengths[candidate[1] - 1] * (count + 1)
-            if cost > limits.max_batch_tokens:
+            if cost > max_tokens:
                 continue
             fits = True
             rate = (tokens + lengths[edge]) / (overhead_tokens + cost)

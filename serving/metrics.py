@@ -5,6 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 NO_MODEL = "none"  # label of requests refused before their model was known
+FLUSH_REASONS = ("queue", "size", "tokens", "latency", "length")
 _MODEL_LABELS = ("model", "model_version")
 _LATENCY_BUCKETS = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075,
@@ -37,7 +38,7 @@ class Metrics:
         )
         self._flush = Counter(
             "akidb_batch_flush_total",
-            "Engine runs by what ended the batch: queue, size, tokens or length.",
+            "Engine runs by what ended the batch: queue, size, tokens, latency or length.",
             (*_MODEL_LABELS, "reason"),
             registry=self.registry,
         )
@@ -60,6 +61,30 @@ class Metrics:
             "akidb_request_log_texts_total",
             "Sampled texts by what became of them: written, dropped (queue full) or failed (disk).",
             ("outcome",),
+            registry=self.registry,
+        )
+        self._engine_events = Counter(
+            "akidb_engine_events_total",
+            "Engines rebuilt, rebuild_failed or abandoned (it hung), and texts retried on another one with success.",
+            (*_MODEL_LABELS, "event"),
+            registry=self.registry,
+        )
+        self._failed_texts = Counter(
+            "akidb_engine_failed_texts_total",
+            "Texts no engine answered: it raised, or a value was not finite.",
+            _MODEL_LABELS,
+            registry=self.registry,
+        )
+        self._shared = Counter(
+            "akidb_shared_texts_total",
+            "Texts answered with the row of an identical text that was in flight.",
+            _MODEL_LABELS,
+            registry=self.registry,
+        )
+        self._cache = Counter(
+            "akidb_cache_lookups_total",
+            "Texts looked up in the vector cache: hit or miss.",
+            (*_MODEL_LABELS, "result"),
             registry=self.registry,
         )
         self._info = Gauge(
@@ -125,12 +150,13 @@ class ModelMetrics:
         self._ok = metrics.requests.labels(model, version, "200")
         self._batch_size = metrics._batch_size.labels(model, version)
         self._batch_wait = metrics._batch_wait.labels(model, version)
-        self._flush = {
-            reason: metrics._flush.labels(model, version, reason) for reason in ("queue", "size", "tokens", "length")
-        }
+        self._flush = {reason: metrics._flush.labels(model, version, reason) for reason in FLUSH_REASONS}
         self._padding = metrics._padding.labels(model, version)
         self._engine = metrics._engine.labels(model, version)
         self._tokens = metrics._tokens.labels(model, version)
+        self._shared = metrics._shared.labels(model, version)
+        self._failed_texts = metrics._failed_texts.labels(model, version)
+        self._hits, self._misses = (metrics._cache.labels(model, version, result) for result in ("hit", "miss"))
 
     def watch_queue(self, depth: Callable[[], float], tokens: Callable[[], float]) -> None:
         """Read both gauges from the queue whenever they are scraped."""
@@ -175,3 +201,20 @@ class ModelMetrics:
     def count_engine_run(self, seconds: float) -> None:
         """Count one call of the engine."""
         self._engine.observe(seconds)
+
+    def count_engine_event(self, event: str) -> None:
+        """Count an engine that was replaced, or a text that another engine answered."""
+        self._metrics._engine_events.labels(*self._labels, event).inc()
+
+    def count_failed_texts(self, count: int) -> None:
+        """Count texts that no engine answered."""
+        self._failed_texts.inc(count)
+
+    def count_shared(self, count: int) -> None:
+        """Count texts that share the row of another."""
+        self._shared.inc(count)
+
+    def count_cache(self, hits: int, misses: int) -> None:
+        """Count texts looked up in the cache."""
+        self._hits.inc(hits)
+        self._misses.inc(misses)

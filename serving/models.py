@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -10,17 +11,23 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.manifest import EngineEntry, Manifest, RegistryError, digest_of, verify_bundle
-from serving.engines import Embeddings, Engine, open_engine
-from serving.errors import BundleRejected, EngineUnavailable
+from registry.manifest import Manifest, RegistryError, digest_of, verify_bundle
+from serving.autotune import Setup
+from serving.containment import OpenEngine
+from serving.engines import Embeddings, Engine
+from serving.errors import BundleRejected
+from serving.latency_model import LatencyModel, Run
+from serving.opening import Opened, Opener
 from serving.settings import ModelSource
+from serving.shapes import ShapeGrid
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 
 GOLDEN_NAME = "golden.npz"
 _WARM_UP_BATCH = 8
 _WARM_UP_RUNS = 5
-# What forming, padding and delivering a batch takes beside the engine, measured on one core.
-_HANDLING_SECONDS = 150e-6
+# An engine that compiles shapes meets those of these sizes before it counts as loaded, within this time.
+_MEET_SIZES = (1, 2, 4)
+_MEET_SECONDS = 0.25
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +42,20 @@ class Golden:
 
 @dataclass(frozen=True, slots=True)
 class EngineCost:
-    """What an engine run takes: an overhead, counted in tokens, and so many tokens a second."""
+    """What engine runs of the warm-up took; `overhead_tokens` could be computed in the time a run takes to start."""
 
-    overhead_tokens: float
-    tokens_per_second: float
+    runs: tuple[Run, ...]
+
+    @property
+    def overhead_tokens(self) -> float:
+        """A run's fixed cost, in tokens."""
+        return LatencyModel(self.runs).overhead_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the largest run."""
+        largest = max(self.runs, key=lambda run: run.padded_tokens)
+        return largest.padded_tokens / largest.seconds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +69,14 @@ class LoadedModel:
     engine: Engine
     golden: Golden
     cost: EngineCost
+    setup: Setup
+    reopen: OpenEngine | None  # opens the same engine anew
+    open_spare: OpenEngine | None  # opens another engine of the bundle
+
+    @property
+    def grid(self) -> ShapeGrid:
+        """The shapes its engine is asked for."""
+        return ShapeGrid(self.manifest.max_seq_length, self.engine.compiles_shapes)
 
 
 def load_model(source: ModelSource, on_fallback: Callable[[Manifest, str], None] = lambda *_: None) -> LoadedModel:
@@ -68,13 +93,26 @@ def load_model(source: ModelSource, on_fallback: Callable[[Manifest, str], None]
     tokenizer = TextTokenizer.from_folder(source.path, manifest.max_seq_length)
     golden = _read_golden(source.path / GOLDEN_NAME, manifest)
     _check_tokenizer(tokenizer, golden)
-    engine = _open_engine(source, manifest, on_fallback)
+    opened = Opener(source, manifest, on_fallback).open_best(digest, golden.rows)
     try:
-        cost = warm_up(engine, golden.rows, manifest)
+        cost = warm_up(opened.engine, golden.rows, manifest)
+        if opened.engine.compiles_shapes:
+            _meet_shapes(opened, golden.rows, ShapeGrid(manifest.max_seq_length, is_coarse=True))
     except BaseException:
-        engine.close()
+        opened.engine.close()
         raise
-    return LoadedModel(source.name or manifest.model_name, digest, manifest, tokenizer, engine, golden, cost)
+    return LoadedModel(
+        source.name or manifest.model_name,
+        digest,
+        manifest,
+        tokenizer,
+        opened.engine,
+        golden,
+        cost,
+        opened.setup,
+        opened.reopen,
+        opened.open_spare,
+    )
 
 
 def warm_up(engine: Engine, rows: Sequence[Ids], manifest: Manifest) -> EngineCost:
@@ -85,11 +123,28 @@ def warm_up(engine: Engine, rows: Sequence[Ids], manifest: Manifest) -> EngineCo
     longest = np.resize(max(rows, key=len), manifest.max_seq_length)
     _run_checked(engine, [longest], manifest)
     single, batch = [rows[0]], [rows[0]] * _WARM_UP_BATCH
-    single_seconds = min(_run_checked(engine, single, manifest) for _ in range(_WARM_UP_RUNS))
-    batch_seconds = min(_run_checked(engine, batch, manifest) for _ in range(_WARM_UP_RUNS))
-    token_seconds = max(batch_seconds - single_seconds, 0.01 * batch_seconds) / (len(rows[0]) * (_WARM_UP_BATCH - 1))
-    overhead_seconds = _HANDLING_SECONDS + max(0.0, single_seconds - len(rows[0]) * token_seconds)
-    return EngineCost(overhead_seconds / token_seconds, len(rows[0]) * _WARM_UP_BATCH / batch_seconds)
+    return EngineCost(
+        tuple(
+            Run(len(texts) * len(rows[0]), min(_run_checked(engine, texts, manifest) for _ in range(_WARM_UP_RUNS)))
+            for texts in (single, batch)
+        )
+    )
+
+
+def _meet_shapes(opened: Opened, rows: Sequence[Ids], grid: ShapeGrid) -> None:
+    """Run the shapes that traffic like the reference texts will ask for first, as many as the time allows."""
+    lengths = sorted({grid.round_length(len(row)) for row in rows})
+    batches = [pad_batch([rows[0][:1]] * size, length) for size in _MEET_SIZES for length in lengths]
+    deadline = time.perf_counter() + _MEET_SECONDS
+
+    def meet(_: int) -> None:
+        for batch in batches:
+            if time.perf_counter() > deadline:
+                return
+            opened.engine.embed(*batch)
+
+    with ThreadPoolExecutor(opened.setup.num_instances) as pool:
+        list(pool.map(meet, range(opened.setup.num_instances)))
 
 
 def _run_checked(engine: Engine, rows: Sequence[Ids], manifest: Manifest) -> float:
@@ -144,30 +199,3 @@ def _check_tokenizer(tokenizer: TextTokenizer, golden: Golden) -> None:
             f"the tokenizer frames a text with ids {sorted(special)}, the reference texts lack them: "
             "it is not this model's"
         )
-
-
-def _open_engine(source: ModelSource, manifest: Manifest, on_fallback: Callable[[Manifest, str], None]) -> Engine:
-    entries = [entry for entry in manifest.engines if source.engine in ("auto", entry.runtime)]
-    if not entries:
-        has = ", ".join(entry.runtime for entry in manifest.engines)
-        raise EngineUnavailable(f"the bundle has no {source.engine} engine, it has {has}")
-    if source.engine != "auto":
-        return open_engine(source.path, entries[0], source.num_threads)
-    return _open_first(source, manifest, entries, on_fallback)
-
-
-def _open_first(
-    source: ModelSource,
-    manifest: Manifest,
-    entries: Sequence[EngineEntry],
-    on_fallback: Callable[[Manifest, str], None],
-) -> Engine:
-    reasons: list[str] = []
-    for entry in entries:
-        try:
-            return open_engine(source.path, entry, source.num_threads)
-        except EngineUnavailable as error:
-            reasons.append(str(error))
-            on_fallback(manifest, entry.runtime)
-            _log.warning("engine fallback model=%s engine=%s reason=%s", manifest.model_name, entry.runtime, error)
-    raise EngineUnavailable(f"no engine of the bundle loads: {'; '.join(reasons)}")

@@ -4,18 +4,18 @@ Order. Every text has a due time, and the texts due first go first. A request ow
 on arrival. Each further text of the same request is due when an engine that gives the request a fixed share of its rate
 would reach it. So a lone short request overtakes the tail of a 2,048-text one, two large requests take turns, and
 nothing starves: nobody can be put before a text whose due time has passed.
+
+Texts with the same ids that are in flight at the same time share one row of the engine.
 """
 
-import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import Overloaded
 from serving.tokenizer import Ids
 
 # Part of the engine's rate a request of many texts is owed while others wait; alone, it has all of it.
@@ -72,13 +72,32 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One text of a request: its ids, its place in the request and its due time in seconds of the caller's clock."""
+    """One row for the engine: its ids, its due time in the caller's clock, and the places its vector goes to.
 
-    request: Request
-    index: int
+    A place is a request and an index in it; there are several when identical texts wait at the same time.
+    """
+
     ids: Ids
     length: int
     due: float
+    key: bytes
+    arrival: float
+    places: list[tuple[Request, int]]
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether nobody waits for the vector any more."""
+        return all(request.is_dead for request, _ in self.places)
+
+    def put(self, vector: NDArray[np.float32]) -> None:
+        """Hand the vector [D] to everyone who waits for it."""
+        for request, index in self.places:
+            request.put(index, vector)
+
+    def fail(self, error: type[Exception], reason: str) -> None:
+        """Fail everyone who waits, each with the place of the text in its own request."""
+        for request, index in self.places:
+            request.fail(error(f"text {index}: {reason}"))
 
 
 def _due(item: Item) -> float:
@@ -86,10 +105,11 @@ def _due(item: Item) -> float:
 
 
 class RequestQueue:
-    """Texts waiting for the engine, sorted by due time. Not thread-safe: the owner locks."""
+    """Rows waiting for the engine, sorted by due time, and those in it. Not thread-safe: the owner locks."""
 
     def __init__(self, max_tokens: int, max_size: int) -> None:
         self._items: list[Item] = []
+        self._in_flight: dict[bytes, Item] = {}  # from `push` until `forget`
         self._max_tokens = max_tokens
         self._max_size = max_size
         self.num_tokens = 0
@@ -97,51 +117,74 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._items)
 
-    def admit(self, tokens_per_second: float, num_coming: int = 0) -> None:
-        """Let a request in if the queue it finds is below both limits, however large the request is itself.
+    def is_full(self, num_coming: int = 0) -> bool:
+        """Whether a limit is reached; `num_coming` texts are admitted but not yet tokenised."""
+        return self.num_tokens >= self._max_tokens or len(self._items) + num_coming >= self._max_size
 
-        `num_coming` texts are admitted but not yet tokenised. Raises Overloaded with the time the queue needs to empty.
+    def count_due_tokens(self, now: float, stop_at: float) -> int:
+        """Tokens a text that arrives now cannot overtake; counting may end where they exceed `stop_at`."""
+        if not self._items or self._items[-1].due <= now:
+            return self.num_tokens  # requests of one text only, however many: a refusal must cost nothing
+        tokens = 0
+        for item in self._items:
+            if item.due > now or tokens > stop_at:
+                break
+            tokens += item.length
+        return tokens
+
+    def push(
+        self,
+        request: Request,
+        rows: Sequence[Ids],
+        tokens_per_second: float,
+        share: float = FAIR_SHARE,
+        recalled: Collection[int] = (),
+    ) -> int:
+        """Queue the texts of `request`, its shortest first so that neighbours in the queue have similar lengths.
+
+        Those `recalled` have their vectors. A text whose ids are in flight already, and due no later, gets that row's
+        vector. Returns how many do.
         """
-        size = len(self._items) + num_coming
-        if self.num_tokens < self._max_tokens and size < self._max_size:
-            return
-        seconds = max(1.0, math.ceil(self.num_tokens / tokens_per_second))
-        raise Overloaded(
-            f"{size} texts with {self.num_tokens} tokens are waiting, limits {self._max_size} and {self._max_tokens}: "
-            f"try again in {seconds:.0f} s",
-            retry_after_seconds=seconds,
-        )
-
-    def push(self, request: Request, rows: Sequence[Ids], tokens_per_second: float, share: float = FAIR_SHARE) -> None:
-        """Queue every text of `request`, its shortest first so that neighbours in the queue have similar lengths."""
         lengths = [len(ids) for ids in rows]
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
         due, items = request.arrival, []
-        for index in order:
-            items.append(Item(request, index, rows[index], lengths[index], due))
-            due += lengths[index] / (share * tokens_per_second)
+        num_shared = 0
+        for index in sorted(range(len(rows)), key=lengths.__getitem__):
+            if index in recalled:
+                continue
+            key, length = rows[index].tobytes(), lengths[index]
+            twin = self._in_flight.get(key)
+            if twin is not None and twin.due <= due:
+                twin.places.append((request, index))
+                num_shared += 1
+            else:
+                item = Item(rows[index], length, due, key, request.arrival, [(request, index)])
+                self._in_flight[key] = item
+                items.append(item)
+                self.num_tokens += length
+            due += length / (share * tokens_per_second)
         if len(items) < _BULK_TEXTS:
             for item in items:
                 insort(self._items, item, key=_due)
         else:
             self._items.extend(items)
             self._items.sort(key=_due)
-        self.num_tokens += sum(lengths)
+        return num_shared
 
     def oldest_arrival(self) -> float | None:
         """When the text that is due first arrived; None when nothing waits."""
-        return self._items[0].request.arrival if self._items else None
+        return self._items[0].arrival if self._items else None
 
     def peek(self, count: int) -> list[Item]:
-        """The first `count` texts by due time whose clients still wait; the dead ones before them are dropped."""
+        """The first `count` rows by due time that somebody waits for; the dead ones before them are dropped."""
         alive: list[Item] = []
         scanned = 0
         for item in self._items:
             if len(alive) == count:
                 break
             scanned += 1
-            if item.request.is_dead:
+            if item.is_dead:
                 self.num_tokens -= item.length
+                self.forget((item,))
             else:
                 alive.append(item)
         if scanned != len(alive):
@@ -149,7 +192,13 @@ class RequestQueue:
         return alive
 
     def remove(self, window: Sequence[Item], taken: Sequence[Item]) -> None:
-        """Remove `taken` from the front of the queue; `window` is what `peek` returned just before."""
+        """Take `taken` from the front of the queue; `window` is what `peek` returned just before."""
         gone = {id(item) for item in taken}
         self._items[: len(window)] = [item for item in window if id(item) not in gone]
         self.num_tokens -= sum(item.length for item in taken)
+
+    def forget(self, items: Sequence[Item]) -> None:
+        """The rows are answered or dropped: no further text may share them."""
+        for item in items:
+            if self._in_flight.get(item.key) is item:
+                del self._in_flight[item.key]

@@ -1,26 +1,30 @@
-"""The engine's own thread: takes batches from the queue, runs them and hands the outcomes back.
+"""The engine's own threads: they take batches from the queue, run them and hand the outcomes back.
 
-The thread takes the next batch itself the moment the engine is free, so whatever arrived during a run shares the next
-one. A batch that is already full cannot improve by waiting: `prefetch` forms and pads it while the engine still runs.
+A thread takes the next batch itself the moment its engine is free, so whatever arrived during a run shares the next
+one. A batch that is already full cannot improve by waiting: `prefetch` forms and pads it while the engines still run.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 
-import numpy as np
-
+from serving.admission import Backlog
 from serving.batcher import Batch, Batcher
-from serving.engines import Embeddings, Engine
+from serving.containment import GuardedEngine
+from serving.engines import Embeddings
 from serving.errors import EngineFailed
-from serving.request_queue import FAIR_SHARE, Request
-from serving.tokenizer import Ids, pad_batch
+from serving.latency_model import Run
+from serving.request_queue import FAIR_SHARE, Item, Request
+from serving.tokenizer import Ids
 
-# Weight of the newest run in the measured tokens per second.
-_RATE_WEIGHT = 0.1
+# Weight of the newest run in the measured part of padding.
+_PADDING_WEIGHT = 0.05
+# A dead engine that cannot be opened is tried again after this, then after twice as long, up to the second.
+_REVIVE_SECONDS = (1.0, 30.0)
+# Threads that may hang for good, each with its engine's memory, before only a restart helps.
+_MAX_ABANDONED = 2
 
 _log = logging.getLogger(__name__)
 
@@ -42,142 +46,208 @@ class _Padded:
     attention_mask: Ids
 
 
+class _Lane:
+    """A thread that runs batches, and what it is doing."""
+
+    def __init__(self, body: Callable[["_Lane"], None]) -> None:
+        self.batch: Batch | None = None
+        self.busy_since: float | None = None
+        self.is_abandoned = False
+        self.thread = threading.Thread(target=body, args=(self,), name="engine", daemon=True)
+
+    def begin(self, batch: Batch, now: float) -> None:
+        self.batch, self.busy_since = batch, now
+
+    def end(self) -> None:
+        self.batch = self.busy_since = None
+
+
 class EngineRunner:
-    """Owns the engine and the queue in front of it; `deliver` is called on the engine's thread, once per batch."""
+    """Owns the queue and the threads that empty it; `deliver` is called on such a thread, once per batch."""
 
     def __init__(
         self,
-        engine: Engine,
-        dimension: int,
+        engine: GuardedEngine,
         batcher: Batcher,
         deliver: Callable[[Outcome], None],
         *,
-        tokens_per_second: float,
+        num_threads: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._engine, self._dimension = engine, dimension
-        self._batcher, self._deliver, self._clock = batcher, deliver, clock
-        self._lock = threading.Lock()  # guards the batcher, its queue, _prefetched, _is_idle and _is_stopping
-        self._wake: SimpleQueue[None] = SimpleQueue()
+        """`num_threads` runs go on at the same time."""
+        self._engine, self._batcher, self._deliver, self._clock = engine, batcher, deliver, clock
+        self._lock = threading.Lock()  # guards the batcher, its queue and model, _prefetched, the lanes' batches
+        self._ready = threading.Condition(self._lock)
         self._prefetched: _Padded | None = None
-        self._is_idle = False
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.tokens_per_second = tokens_per_second
-        self.busy_since: float | None = None
+        self._num_idle = 0
+        self._num_abandoned = 0
+        self._padding = 1.0  # tokens computed per token asked for
+        self._is_stopping = threading.Event()
+        self._lanes = [_Lane(self._run) for _ in range(num_threads)]
 
     def start(self) -> None:
-        """Start the engine's thread."""
-        self._thread.start()
+        """Start the threads."""
+        for lane in self._lanes:
+            lane.thread.start()
 
     def stop(self, timeout_seconds: float) -> bool:
-        """End the thread after the run it is in; False when it does not end in time."""
-        with self._lock:
-            self._is_stopping = True
-        self._wake.put(None)
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
+        """End the threads after the runs they are in; False when one does not end in time."""
+        deadline = time.monotonic() + timeout_seconds
+        with self._ready:
+            self._is_stopping.set()
+            self._ready.notify_all()
+        for lane in self._lanes:
+            lane.thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(lane.thread.is_alive() for lane in self._lanes)
 
-    def admit(self, num_coming: int = 0) -> None:
-        """See `RequestQueue.admit`."""
-        self._batcher.queue.admit(self.tokens_per_second, num_coming)
+    @property
+    def tokens_per_second(self) -> float:
+        """What all threads together do on full batches, padding included."""
+        tokens = max(1, self._batcher.max_tokens)
+        return len(self._lanes) * tokens / self._batcher.model.predict(tokens)
 
-    def submit(self, request: Request, rows: Sequence[Ids], share: float = FAIR_SHARE) -> None:
-        """Queue a request and wake the engine if it is idle."""
+    def backlog(self, max_seconds: float, num_coming: int = 0) -> Backlog:
+        """What a text that arrives now finds before it; waits above `max_seconds` are not told apart.
+
+        `num_coming` texts are admitted but not yet tokenised.
+        """
+        now, batcher = self._clock(), self._batcher
+        queue, model = batcher.queue, batcher.model
         with self._lock:
-            self._batcher.queue.push(request, rows, self.tokens_per_second, share)
-            wake, self._is_idle = self._is_idle, False
-        if wake:
-            self._wake.put(None)
+            seconds = sum(self._remaining(lane, now) for lane in self._lanes)
+            due_tokens = queue.count_due_tokens(now, 2 * max_seconds * self.tokens_per_second)
+            padded = due_tokens * self._padding
+            if self._prefetched is not None:
+                due_tokens += self._prefetched.batch.num_tokens
+                seconds += model.predict(self._prefetched.batch.padded_tokens)
+            num_runs = 1 + padded // max(1, batcher.max_tokens)
+            seconds += num_runs * model.overhead_seconds + padded * model.seconds_per_token
+            return Backlog(
+                len(queue), queue.num_tokens, queue.is_full(num_coming), due_tokens, seconds / len(self._lanes)
+            )
+
+    def submit(
+        self, request: Request, rows: Sequence[Ids], share: float = FAIR_SHARE, recalled: Collection[int] = ()
+    ) -> int:
+        """Queue a request and wake an idle thread; see `RequestQueue.push`."""
+        with self._ready:
+            num_shared = self._batcher.queue.push(request, rows, self.tokens_per_second, share, recalled)
+            if self._num_idle:
+                self._ready.notify(len(rows))
+        return num_shared
+
+    def forget(self, items: Sequence[Item]) -> None:
+        """See `RequestQueue.forget`."""
+        with self._lock:
+            self._batcher.queue.forget(items)
 
     def prefetch(self) -> None:
-        """Form and pad the next batch now if it is full and the engine is busy."""
+        """Form and pad the next batch now if it is full and every thread is busy."""
         with self._lock:
-            if self._is_idle or self._prefetched is not None or not self._batcher.is_full():
+            if self._num_idle or self._prefetched is not None or not self._batcher.is_full():
                 return
             batch = self._batcher.take(self._clock())
             if batch is not None:
                 self._prefetched = _Padded(batch, *batch.pad())
 
-    def is_healthy(self, now: float, max_run_seconds: float) -> bool:
-        """Whether the thread is alive and not stuck in one run for longer than `max_run_seconds`."""
-        since = self.busy_since
-        return self._thread.is_alive() and (since is None or now - since <= max_run_seconds)
+    def is_healthy(self, max_run_seconds: float) -> bool:
+        """Whether there is an engine, every thread is alive and none is in one run for longer than that."""
+        if self._engine.is_dead or self._is_stopping.is_set():
+            return False
+        return all(lane.thread.is_alive() for lane in self._lanes) and not self._stuck(max_run_seconds)
 
-    def _run(self) -> None:
-        while True:
-            padded = self._next()
-            if padded is None:
-                return
-            self._deliver(self._compute(padded))
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread is in a run."""
+        return any(lane.busy_since is not None for lane in self._lanes)
 
-    def _next(self) -> _Padded | None:
-        """The next batch; sleeps while there is none. None when stopping."""
-        while True:
+    def can_answer(self, max_run_seconds: float) -> bool:
+        """Whether a request let in now has a chance: an engine that is being opened anew counts."""
+        return not self._engine.is_broken and not self._stuck(max_run_seconds)
+
+    def replace_stuck(self, max_run_seconds: float) -> list[Item]:
+        """Give threads that hang in a run up and start others, with a new engine; returns what the former had.
+
+        Nothing happens while too many hang already, or when no other engine can be opened.
+        """
+        items: list[Item] = []
+        for lane in self._stuck(max_run_seconds):
+            if self._num_abandoned == _MAX_ABANDONED or not self._engine.abandon():
+                break
+            self._num_abandoned += 1
             with self._lock:
-                if self._is_stopping:
-                    return None
-                if self._prefetched is not None:
-                    padded, self._prefetched = self._prefetched, None
-                    return padded
+                lane.is_abandoned = True
+                if lane.batch is not None:
+                    items += lane.batch.items
+                self._batcher.queue.forget(items)
+                self._lanes[self._lanes.index(lane)] = successor = _Lane(self._run)
+            _log.error("engine hangs seconds=%g abandoned=%d", max_run_seconds, self._num_abandoned)
+            successor.thread.start()
+        return items
+
+    def _stuck(self, max_run_seconds: float) -> list[_Lane]:
+        now = self._clock()
+        return [
+            lane for lane in self._lanes if (since := lane.busy_since) is not None and now - since > max_run_seconds
+        ]
+
+    def _remaining(self, lane: _Lane, now: float) -> float:
+        batch, since = lane.batch, lane.busy_since
+        if batch is None or since is None:
+            return 0.0
+        return max(0.0, self._batcher.model.predict(batch.padded_tokens) - (now - since))
+
+    def _run(self, lane: _Lane) -> None:
+        while self._revive() and (padded := self._next(lane)) is not None:
+            outcome = self._compute(lane, padded)
+            if lane.is_abandoned:  # it came back after all: its requests are answered, its successor works
+                with self._lock:
+                    self._num_abandoned -= 1
+                return
+            self._deliver(outcome)
+
+    def _revive(self) -> bool:
+        """Return once there is an engine; False when stopping."""
+        seconds, longest = _REVIVE_SECONDS
+        while self._engine.is_dead and not self._engine.revive():
+            if self._is_stopping.wait(seconds):
+                return False
+            seconds = min(2 * seconds, longest)
+        return True
+
+    def _next(self, lane: _Lane) -> _Padded | None:
+        """The next batch; sleeps while there is none. None when stopping."""
+        with self._ready:
+            while not self._is_stopping.is_set():
                 now = self._clock()
+                padded, self._prefetched = self._prefetched, None
+                if padded is not None:
+                    lane.begin(padded.batch, now)
+                    return padded
                 timeout = self._batcher.wait_seconds(now)
-                batch = self._batcher.take(now) if timeout == 0 else None
-                self._is_idle = batch is None
-            if batch is not None:
-                return _Padded(batch, *batch.pad())
-            self._sleep(timeout)
+                if timeout == 0 and (batch := self._batcher.take(now, 1 + self._num_idle)) is not None:
+                    lane.begin(batch, now)
+                    break
+                if timeout != 0:
+                    self._num_idle += 1
+                    self._ready.wait(timeout)
+                    self._num_idle -= 1
+            else:
+                return None
+        return _Padded(batch, *batch.pad())
 
-    def _sleep(self, timeout: float | None) -> None:
-        try:
-            self._wake.get(timeout=timeout)
-        except Empty:
-            return
-
-    def _compute(self, padded: _Padded) -> Outcome:
-        started = self._clock()
-        self.busy_since = started
-        vectors, failures = run_isolated(
-            self._engine, [item.ids for item in padded.batch.items], padded.input_ids, padded.attention_mask,
-            self._dimension,
-        )  # fmt: skip
-        self.busy_since = None
+    def _compute(self, lane: _Lane, padded: _Padded) -> Outcome:
+        batch, started = padded.batch, self._clock() if lane.busy_since is None else lane.busy_since
+        vectors, failures = self._engine.run(
+            [item.ids for item in batch.items], padded.input_ids, padded.attention_mask
+        )
         seconds = self._clock() - started
+        with self._lock:
+            lane.end()
+            if seconds > 0 and not failures:
+                self._batcher.model.observe(Run(batch.padded_tokens, seconds))
+                self._padding += _PADDING_WEIGHT * (batch.padded_tokens / batch.num_tokens - self._padding)
         if failures:
             reason = next(iter(failures.values()))
             _log.warning("engine failed reason=%r texts=%d of=%d", str(reason), len(failures), len(vectors))
-        if seconds > 0 and not failures:
-            rate = padded.batch.num_tokens / seconds
-            self.tokens_per_second += _RATE_WEIGHT * (rate - self.tokens_per_second)
-        return Outcome(padded.batch, vectors, failures, seconds)
-
-
-def run_isolated(
-    engine: Engine, rows: Sequence[Ids], input_ids: Ids, attention_mask: Ids, dimension: int
-) -> tuple[Embeddings, dict[int, EngineFailed]]:
-    """Run a batch; when it raises, run its halves, so that the text at fault fails alone.
-
-    Returns vectors [B, D] and the failures by row; a failed row's vector is undefined.
-    """
-    try:
-        vectors = engine.embed(input_ids, attention_mask)
-    except Exception as error:  # an edge: vendors' errors share no base class, and may quote their input
-        if len(rows) == 1:
-            failed = EngineFailed(f"the engine raised {type(error).__name__} on this text")
-            return np.zeros((1, dimension), dtype=np.float32), {0: failed}
-        middle = len(rows) // 2
-        first, failures = run_isolated(engine, rows[:middle], *pad_batch(rows[:middle]), dimension)
-        second, more = run_isolated(engine, rows[middle:], *pad_batch(rows[middle:]), dimension)
-        return np.concatenate((first, second)), failures | {middle + row: error for row, error in more.items()}
-    if vectors.shape != (len(rows), dimension):
-        failed = EngineFailed(f"the engine answered {vectors.shape}, expected {(len(rows), dimension)}")
-        return np.zeros((len(rows), dimension), dtype=np.float32), dict.fromkeys(range(len(rows)), failed)
-    return vectors, _find_non_finite(vectors)
-
-
-def _find_non_finite(vectors: Embeddings) -> dict[int, EngineFailed]:
-    finite = np.isfinite(vectors)
-    if finite.all():
-        return {}
-    failed = EngineFailed("the engine returned a non-finite vector for this text")
-    return {int(row): failed for row in np.flatnonzero(~finite.all(axis=1))}
+        return Outcome(batch, vectors, failures, seconds)

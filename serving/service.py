@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.admission import Admission
 from serving.batcher import Batcher, Limits
+from serving.containment import GuardedEngine
 from serving.errors import ClientGone, DeadlineExceeded, EngineFailed, InvalidRequest, NotReady
+from serving.latency_model import LatencyModel
 from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
 from serving.request_queue import FAIR_SHARE, Request, RequestQueue
 from serving.runner import EngineRunner, Outcome
-from serving.settings import Settings
+from serving.settings import BatchingSettings, Settings
 from serving.tokenizer import Ids
+from serving.vector_cache import VectorCache
 
 # Tokenising this much takes under 1 ms; more goes to a thread, so that the loop stays free.
 _INLINE_CHARS = 4096
@@ -27,6 +32,8 @@ _INLINE_TEXTS = 16
 # Requests are looked at this often for a missed deadline or a client that hung up.
 _PATROL_SECONDS = 0.05
 _STOP_SECONDS = 1.0
+# Part of the latency objective that one engine run may take: a newcomer waits for a run it missed, then for its own.
+_RUN_SHARE = 0.125
 _VALIDATION_SHARE = 0.01  # of the engine's rate, against FAIR_SHARE of a client's request
 
 Receive = Callable[[], Awaitable[Any]]
@@ -88,18 +95,23 @@ class EmbeddingService:
         self._loop = asyncio.get_running_loop()
         limits = settings.batching
         self._queue = RequestQueue(limits.max_queue_tokens, limits.max_queue_size)
-        self._runner = EngineRunner(
+        self._admission = Admission(limits.latency_objective_ms / 1000)
+        self._engine = GuardedEngine(
             model.engine,
             model.manifest.dimension,
-            Batcher(
-                self._queue,
-                Limits(limits.max_batch_size, limits.max_batch_tokens, limits.max_wait_time_ms / 1000),
-                model.cost.overhead_tokens,
-            ),
+            model.golden.rows[0],
+            reopen=model.reopen,
+            open_spare=model.open_spare,
+            on_event=metrics.count_engine_event,
+        )
+        self._runner = EngineRunner(
+            self._engine,
+            Batcher(self._queue, _batch_limits(limits), LatencyModel(model.cost.runs), model.grid),
             self._deliver_threadsafe,
-            tokens_per_second=model.cost.tokens_per_second,
+            num_threads=model.setup.num_instances,
             clock=clock,
         )
+        self._cache = VectorCache(settings.cache_bytes)
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._num_tokenising = 0
         self._num_accepted = 0  # requests not answered yet, from the moment they come in
@@ -110,7 +122,7 @@ class EmbeddingService:
         metrics.watch_queue(lambda: float(len(self._queue)), lambda: float(self._queue.num_tokens))
 
     def start(self) -> None:
-        """Start the engine's thread."""
+        """Start the engine's threads."""
         self._runner.start()
 
     def close(self) -> None:
@@ -134,11 +146,11 @@ class EmbeddingService:
         self._is_freed = True
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         if self._runner.stop(_STOP_SECONDS):
-            self.model.engine.close()
+            self._engine.close()
 
     def is_healthy(self) -> bool:
-        """Whether the engine's thread is alive and answers within the request timeout."""
-        return self._runner.is_healthy(self._clock(), self._timeout_seconds)
+        """Whether there is an engine, its threads are alive and every run ends within the request timeout."""
+        return self._runner.is_healthy(self._timeout_seconds)
 
     @property
     def num_accepted(self) -> int:
@@ -166,28 +178,57 @@ class EmbeddingService:
         is_normal = self.model.manifest.normalize
         if request.normalize is False and is_normal:
             raise InvalidRequest("normalize must be true: this model's engine normalises its vectors", "normalize")
-        if not self.is_healthy():
-            raise NotReady("the engine does not answer: the worker needs a restart")
+        if not self._runner.can_answer(self._timeout_seconds):
+            raise NotReady("the engine does not answer and cannot be opened anew: the worker needs a restart")
         arrival = self._clock()
-        self._runner.admit(self._num_tokenising)
+        predicted_seconds = self._admit()
         with self._accepted():
             rows = await self._tokenise(request)
-            embedded = await self.embed_ids(rows, arrival, receive)
+            embedded = await self.embed_ids(rows, arrival, receive, use_cache=True)
+        if len(rows) == 1:
+            self._admission.observe(predicted_seconds, self._clock() - arrival)
         if (request.dimensions or dimension) < dimension or (request.normalize and not is_normal):
             embedded.vectors = shorten(embedded.vectors, request.dimensions or dimension)
         return embedded
 
     async def embed_ids(
-        self, rows: Sequence[Ids], arrival: float, receive: Receive | None = None, share: float = FAIR_SHARE
+        self,
+        rows: Sequence[Ids],
+        arrival: float,
+        receive: Receive | None = None,
+        share: float = FAIR_SHARE,
+        use_cache: bool = False,
     ) -> Embedded:
-        """Vectors of tokenised texts. Raises as `embed` does."""
+        """Vectors of tokenised texts; those that the cache has are asked of the engine unless `use_cache`.
+
+        Raises as `embed` does.
+        """
         submitted = self._clock()
         waiter: asyncio.Future[None] = self._loop.create_future()
         pending = Request(len(rows), self.model.manifest.dimension, arrival, waiter)
+        recalled = self._recall(pending, rows) if use_cache else ()
+        if len(recalled) < len(rows):
+            await self._wait(pending, waiter, rows, receive, share, recalled)
+        wait_seconds = self._clock() - submitted
+        engine_seconds = min(pending.engine_seconds, wait_seconds)
+        num_tokens = sum(map(len, rows))
+        return Embedded(pending.vectors, num_tokens, submitted - arrival, wait_seconds - engine_seconds, engine_seconds)
+
+    async def _wait(
+        self,
+        pending: Request,
+        waiter: "asyncio.Future[None]",
+        rows: Sequence[Ids],
+        receive: Receive | None,
+        share: float,
+        recalled: Collection[int],
+    ) -> None:
         waiting = self._waiting[pending] = _Waiting(pending, waiter, receive)
         if self._patrol_timer is None:
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
-        self._runner.submit(pending, rows, share)
+        num_shared = self._runner.submit(pending, rows, share, recalled)
+        if num_shared:
+            self.metrics.count_shared(num_shared)
         self._runner.prefetch()
         try:
             await waiter
@@ -196,15 +237,30 @@ class EmbeddingService:
             waiter.cancel()  # when we were cancelled ourselves, the queue must see that nobody waits
             if waiting.watcher is not None:
                 waiting.watcher.cancel()
-        wait_seconds = self._clock() - submitted
-        engine_seconds = min(pending.engine_seconds, wait_seconds)
-        num_tokens = sum(map(len, rows))
-        return Embedded(pending.vectors, num_tokens, submitted - arrival, wait_seconds - engine_seconds, engine_seconds)
+
+    def _recall(self, pending: Request, rows: Sequence[Ids]) -> Collection[int]:
+        """Put the vectors that the cache has in their places; returns which."""
+        if not self._cache.max_bytes:
+            return ()
+        recalled = set()
+        for index, ids in enumerate(rows):
+            vector = self._cache.get(ids)
+            if vector is not None:
+                pending.put(index, vector)
+                recalled.add(index)
+        self.metrics.count_cache(len(recalled), len(rows) - len(recalled))
+        return recalled
+
+    def _admit(self) -> float:
+        """Seconds until a text that arrives now is predicted to be answered. Raises Overloaded."""
+        backlog = self._runner.backlog(self._admission.max_wait_seconds, self._num_tokenising)
+        self._admission.check(backlog)
+        return backlog.seconds
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
         golden = self.model.golden
-        self._runner.admit(self._num_tokenising)
+        self._admit()
         with self._accepted():
             embedded = await self.embed_ids(golden.rows, self._clock(), share=_VALIDATION_SHARE)
         live = embedded.vectors.astype(np.float64)
@@ -233,7 +289,7 @@ class EmbeddingService:
             )
         finally:
             self._num_tokenising -= len(texts)
-        self._runner.admit(self._num_tokenising)  # others may have filled the queue meanwhile
+        self._admit()  # others may have filled the queue meanwhile
         return rows
 
     def _prompt(self, name: str) -> str:
@@ -253,18 +309,22 @@ class EmbeddingService:
         self._runner.prefetch()
         batch, vectors, failures = outcome.batch, outcome.vectors, outcome.failures
         oldest = batch.formed_at
-        for request in {item.request for item in batch.items}:
+        self._runner.forget(batch.items)
+        for request in {request for item in batch.items for request, _ in item.places}:
             request.engine_seconds += outcome.engine_seconds
         for row, item in enumerate(batch.items):
-            oldest = min(oldest, item.request.arrival)
+            oldest = min(oldest, item.arrival)
             if row in failures:
-                item.request.fail(EngineFailed(f"text {item.index}: {failures[row]}"))
+                item.fail(EngineFailed, str(failures[row]))
             else:
-                item.request.put(item.index, vectors[row])
+                item.put(vectors[row])
+                self._cache.put(item.ids, vectors[row])
         self.metrics.count_batch(
             batch.reason, len(batch.items), batch.num_tokens, batch.padded_tokens, batch.formed_at - oldest
         )
         self.metrics.count_engine_run(outcome.engine_seconds)
+        if failures:
+            self.metrics.count_failed_texts(len(failures))
 
     def _patrol(self) -> None:
         """Fail requests past their deadline; watch the clients of those that have waited a while.
@@ -273,6 +333,8 @@ class EmbeddingService:
         """
         self._patrol_timer = None
         now = self._clock()
+        for item in self._runner.replace_stuck(self._timeout_seconds):
+            item.fail(DeadlineExceeded, f"the engine did not answer within {self._timeout_seconds:g} s")
         for waiting in self._waiting.values():
             age = now - waiting.request.arrival
             if age >= self._timeout_seconds:
@@ -281,8 +343,17 @@ class EmbeddingService:
                 break  # those behind it are younger still
             elif waiting.watcher is None and waiting.receive is not None:
                 waiting.watcher = self._loop.create_task(_watch(waiting.receive, waiting.request))
-        if self._waiting:
+        if self._waiting or self._runner.is_busy:  # a run that hangs may have no client left
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
+
+
+def _batch_limits(settings: BatchingSettings) -> Limits:
+    return Limits(
+        settings.max_batch_size,
+        settings.max_batch_tokens,
+        settings.max_wait_time_ms / 1000,
+        max_run_seconds=_RUN_SHARE * settings.latency_objective_ms / 1000 if settings.adaptive else math.inf,
+    )
 
 
 async def _watch(receive: Receive, request: Request) -> None:

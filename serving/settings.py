@@ -52,6 +52,14 @@ class BatchingSettings(_Section):
     max_wait_time_ms: float = Field(
         default=0.0, ge=0, le=10, description="how long an idle engine waits for more; 0: no timer"
     )
+    adaptive: bool = Field(
+        default=True, description="keep engine runs short against the latency objective, as learned while serving"
+    )
+    latency_objective_ms: float = Field(
+        default=500.0,
+        gt=0,
+        description="95 of 100 accepted requests of one text are answered within this: others get 429 at once",
+    )
     max_texts_per_request: int = Field(default=2048, ge=1, description="texts one request may hold")
 
 
@@ -113,8 +121,15 @@ class ModelSource(_Section):
         description="folder of the bundle, or a file that names it: a channel of a registry, or its path"
     )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
-    engine: Literal["auto", "onnxruntime", "openvino"] = Field(default="auto", description="auto: the first that loads")
-    num_threads: int = Field(default=0, ge=0, le=1024, description="threads of the engine; 0: one per core")
+    engine: Literal["auto", "onnxruntime", "openvino"] = Field(
+        default="auto", description="auto: the fastest that loads, as measured on this node"
+    )
+    num_threads: int = Field(
+        default=0, ge=0, le=1024, description="threads of one engine run; 0: the cores, shared among the runs"
+    )
+    num_instances: int = Field(
+        default=0, ge=0, le=64, description="engine runs at a time; 0: measured, or one where num_threads is given"
+    )
 
 
 class ModelsSettings(_Section):
@@ -169,6 +184,7 @@ class Settings(_Section):
         default=1, ge=0, description="part of it in which new requests are still answered"
     )
     request_timeout_seconds: float = Field(default=30, gt=0, description="a request older than this gets 504")
+    cache_bytes: int = Field(default=0, ge=0, description="memory for vectors of texts seen before, per model; 0: none")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe line to log"
     )

@@ -85,13 +85,13 @@ def _content_ids(encoding: Encoding) -> list[int]:
     return [id_ for id_, is_special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not is_special]
 
 
-def pad_batch(batch: Sequence[Ids]) -> tuple[Ids, Ids]:
-    """Right-pad id rows to the longest: (input_ids, attention_mask), both int64 [B, T].
+def pad_batch(batch: Sequence[Ids], length: int = 0) -> tuple[Ids, Ids]:
+    """Right-pad id rows to the longest, or to `length`: (input_ids, attention_mask), both int64 [B, T].
 
     Padding is id 0; the attention mask hides it, so any id would do.
     """
     lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
-    mask = (np.arange(lengths.max())[None, :] < lengths[:, None]).astype(np.int64)
+    mask = (np.arange(max(length, lengths.max()))[None, :] < lengths[:, None]).astype(np.int64)
     input_ids = np.zeros(mask.shape, dtype=np.int64)
     input_ids[mask.astype(bool)] = np.concatenate(batch)
     return input_ids, mask

@@ -106,6 +106,7 @@ SCHEMAS: dict[str, Json] = {
                         "compatibility": _STRING,
                         "cosine_similarity_vs_fp32": _NUMBER,
                         "engine": _STRING,
+                        "engine_setup": _STRING,
                         "weight": _NUMBER,
                         "state": _STRING,
                         "default": _BOOLEAN,
@@ -180,7 +181,7 @@ def _examples(model: str) -> dict[str, Json | list[Any]]:
         "name": model, "model_id": f"sentence-transformers/{model}", "version": _VERSION, "variant": "int8-openvino",
         "digest": "3f9c2a71d0b4", "dimension": 384, "max_seq_length": 256, "pooling": "mean", "normalize": True,
         "precision": "int8", "prompts": [], "compatibility": "drop-in", "weight": 1.0, "state": "serving",
-        "cosine_similarity_vs_fp32": 0.9978,
+        "cosine_similarity_vs_fp32": 0.9978, "engine_setup": "openvino, 1 run of 2 threads",
         "engine": "openvino 2026.4.1", "default": True, "ready": True,
     }  # fmt: skip
     return {

@@ -145,6 +145,7 @@ def describe_version(
         "compatibility": manifest.compatibility,
         "cosine_similarity_vs_fp32": manifest.validation.cosine_similarity_vs_fp32.mean,
         "engine": model.engine.runtime,
+        "engine_setup": str(model.setup),
         "weight": weight,
         "state": state,
         "default": is_default,

@@ -16,11 +16,16 @@ Embeddings = NDArray[np.float32]
 
 
 class Engine(Protocol):
-    """A loaded model. One batch at a time: callers that share an engine take turns."""
+    """A loaded model. As many threads may run batches at the same time as it was opened for, one unless said."""
 
     @property
     def runtime(self) -> str:
         """The vendor runtime and its version, such as `onnxruntime 1.31.1`."""
+        ...
+
+    @property
+    def compiles_shapes(self) -> bool:
+        """Whether the first run of each shape is slow, so that callers keep to few shapes (`ShapeGrid`)."""
         ...
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
@@ -37,8 +42,8 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0) -> Engine:
-    """Load the engine `entry` of a bundle folder on `num_threads` threads (0: one per core).
+def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0, num_instances: int = 1) -> Engine:
+    """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
@@ -50,5 +55,5 @@ def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0) -> Engin
     if entry.runtime == "openvino":
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return OpenVinoEngine(folder / entry.file, entry.compute, num_threads)
+        return OpenVinoEngine(folder / entry.file, entry.compute, num_threads, num_instances)
     raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime and openvino")

@@ -10,6 +10,8 @@ from serving.tokenizer import Ids
 class OnnxRuntimeEngine:
     """Runs an exported graph (`input_ids`, `attention_mask` → `sentence_embedding`) with all fusions on."""
 
+    compiles_shapes = False
+
     def __init__(self, path: Path, num_threads: int = 0) -> None:
         """Load `path` with `num_threads` (0: one per core). Raises EngineUnavailable."""
         try:

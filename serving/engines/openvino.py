@@ -1,6 +1,8 @@
 """OpenVINO on the CPU."""
 
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -12,28 +14,44 @@ from serving.tokenizer import Ids
 class OpenVinoEngine:
     """Runs an OpenVINO IR (or ONNX) graph; `compute` is the arithmetic of layers that are not quantised."""
 
-    def __init__(self, path: Path, compute: str = "f32", num_threads: int = 0) -> None:
-        """Compile `path` for the CPU with `num_threads` (0: one per core). Raises EngineUnavailable."""
+    compiles_shapes = True  # kernels of its CPU plugin are generated for each shape
+
+    def __init__(self, path: Path, compute: str = "f32", num_threads: int = 0, num_instances: int = 1) -> None:
+        """Compile `path` for the CPU: `num_instances` runs at a time, each on `num_threads` (0: all cores).
+
+        Raises EngineUnavailable.
+        """
         try:
             import openvino as ov  # noqa: PLC0415  an optional extra
         except ImportError:
             raise EngineUnavailable("openvino is not installed: pip install 'thorforge[serve,openvino]'") from None
-        options = {"INFERENCE_PRECISION_HINT": compute, "PERFORMANCE_HINT": "LATENCY"}
+        options = {"INFERENCE_PRECISION_HINT": compute, "NUM_STREAMS": str(num_instances)}
         if num_threads:
-            options["INFERENCE_NUM_THREADS"] = str(num_threads)
+            options["INFERENCE_NUM_THREADS"] = str(num_threads * num_instances)
         try:
             self._model = ov.Core().compile_model(str(path), "CPU", options)
+            self._inputs = [self._model.input(name) for name in ("input_ids", "attention_mask")]
         except Exception as error:  # openvino raises bare RuntimeError and Exception
             raise EngineUnavailable(f"openvino {ov.__version__} cannot load {path}: {error}") from None
-        self._request = self._model.create_infer_request()
+        self._make_tensor = ov.Tensor
+        self._requests: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(num_instances):
+            self._requests.put(self._model.create_infer_request())
         self.runtime = f"openvino {ov.__version__.split('-')[0]}"
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`."""
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
-        result = self._request.infer(feeds, share_inputs=True, share_outputs=True)
-        return np.array(result[0], dtype=np.float32)  # a copy: the request reuses its output memory
+        request = self._requests.get()
+        try:
+            # What `infer(feeds)` does, without its dispatching on types: 16 µs under the interpreter's lock, not 40.
+            for place, array in zip(self._inputs, (input_ids, attention_mask), strict=True):
+                request.set_tensor(place, self._make_tensor(array, shared_memory=True))
+            request.start_async()
+            request.wait()
+            return np.array(request.get_output_tensor(0).data)  # a copy: the request reuses its output memory
+        finally:
+            self._requests.put(request)
 
     def close(self) -> None:
         """See `Engine.close`."""
-        del self._request, self._model
+        del self._requests, self._inputs, self._model

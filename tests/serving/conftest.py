@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from serving.containment import OpenEngine
 from serving.engines import Engine
 from serving.models import LoadedModel, load_model
 from serving.server import WorkerServer, base_url, bind
@@ -87,9 +88,10 @@ def keep_open(model: LoadedModel) -> LoadedModel:
     return with_engine(model, WrappedEngine(model.engine))
 
 
-def with_engine(model: LoadedModel, engine: Engine) -> LoadedModel:
-    """The same model on another engine."""
-    return replace(model, engine=engine)
+def with_engine(model: LoadedModel, engine: Engine, reopen: OpenEngine | None = None) -> LoadedModel:
+    """The same model on another engine, which only `reopen` can replace."""
+    setup = replace(model.setup, num_instances=1)  # one run at a time, so that tests can tell what waits
+    return replace(model, engine=engine, setup=setup, reopen=reopen, open_spare=None)
 
 
 @pytest.fixture(scope="module")

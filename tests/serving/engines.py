@@ -21,6 +21,10 @@ class WrappedEngine:
     def runtime(self) -> str:
         return self.inner.runtime
 
+    @property
+    def compiles_shapes(self) -> bool:
+        return self.inner.compiles_shapes
+
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         self.shapes.append((input_ids.shape[0], input_ids.shape[1]))
         return self.inner.embed(input_ids, attention_mask)
@@ -30,15 +34,17 @@ class WrappedEngine:
 
 
 class HeldEngine(WrappedEngine):
-    """Computes only while `gate` is set; `entered` says that a run has begun."""
+    """Computes only while `gate` is set, unless `is_free(input_ids)`; `entered` says that a held run has begun."""
 
-    def __init__(self, inner: Engine) -> None:
+    def __init__(self, inner: Engine, is_free: Callable[[Ids], bool] = lambda _: False) -> None:
         super().__init__(inner)
         self.gate, self.entered = threading.Event(), threading.Event()
+        self._is_free = is_free
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
-        self.entered.set()
-        assert self.gate.wait(20), "the test never opened the gate"
+        if not self._is_free(input_ids):
+            self.entered.set()
+            assert self.gate.wait(20), "the test never opened the gate"
         return super().embed(input_ids, attention_mask)
 
 
@@ -73,3 +79,8 @@ def nan_on(token: int) -> Callable[[Ids, Embeddings], Embeddings]:
         return spoiled
 
     return fault
+
+
+def die(input_ids: Ids, embeddings: Embeddings) -> Embeddings:
+    """A fault of the whole engine."""
+    raise RuntimeError("dead")

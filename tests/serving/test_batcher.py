@@ -1,4 +1,6 @@
 from concurrent.futures import Future
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 
 from serving.batcher import Batch, Batcher, Limits, choose_run
 from serving.request_queue import Item, Request, RequestQueue
+from serving.shapes import EXACT, ShapeGrid
+from tests.serving.latency import make_latency_model
 
 RATE = 1000.0
 LIMITS = Limits(max_batch_size=8, max_batch_tokens=64)
@@ -14,49 +18,59 @@ LIMITS = Limits(max_batch_size=8, max_batch_tokens=64)
 requests = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=12)
 
 
-def make_batcher(limits: Limits = LIMITS, overhead_tokens: float = 4.0) -> Batcher:
-    return Batcher(RequestQueue(10**9, 10**9), limits, overhead_tokens)
+def make_batcher(limits: Limits = LIMITS, overhead_tokens: float = 4.0, grid: ShapeGrid = EXACT) -> Batcher:
+    return Batcher(RequestQueue(10**9, 10**9), limits, make_latency_model(overhead_tokens, RATE), grid)
 
 
-def push(batcher: Batcher, lengths: list[int], arrival: float = 0.0) -> tuple[Request, "Future[None]"]:
+numbers = count(1)
+
+
+class Pushed(NamedTuple):
+    request: Request
+    waiter: "Future[None]"
+    ids: list[int]
+
+
+def push(batcher: Batcher, lengths: list[int], arrival: float = 0.0) -> Pushed:
+    """Texts of these lengths, each of an id of its own: none shares another's row, and a swapped answer shows."""
     waiter: Future[None] = Future()
     request = Request(len(lengths), 1, arrival, waiter)
-    # The first id tells the text's place in its request, so that a swapped answer shows.
-    rows = [np.full(length, index, dtype=np.int64) for index, length in enumerate(lengths)]
-    batcher.queue.push(request, rows, RATE)
-    return request, waiter
+    ids = [next(numbers) for _ in lengths]
+    batcher.queue.push(request, [np.full(length, i) for length, i in zip(lengths, ids, strict=True)], RATE)
+    return Pushed(request, waiter, ids)
 
 
 def answer(batch: Batch) -> None:
     input_ids, _ = batch.pad()
     for row, item in enumerate(batch.items):
-        item.request.put(item.index, input_ids[row, :1].astype(np.float32))
+        item.put(input_ids[row, :1].astype(np.float32))
 
 
-def key(item: Item) -> tuple[int, int]:
-    return id(item.request), item.index
+def owner(item: Item) -> Request:
+    ((request, _),) = item.places
+    return request
 
 
-@given(requests, st.floats(0, 1000), st.booleans())
+@given(requests, st.floats(0, 1000), st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_batcher_loses_nothing_and_answers_each_text_once_in_its_place(
-    lengths: list[list[int]], overhead: float, is_late: bool
+    lengths: list[list[int]], overhead: float, is_late: bool, is_coarse: bool
 ) -> None:
-    batcher = make_batcher(overhead_tokens=overhead)
+    batcher = make_batcher(overhead_tokens=overhead, grid=ShapeGrid(40, is_coarse))
     pushed = [push(batcher, each, arrival=0.01 * place) for place, each in enumerate(lengths)]
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     while (batch := batcher.take(100.0 if is_late else 0.2)) is not None:
         assert len(batch.items) <= LIMITS.max_batch_size
         assert batch.padded_tokens <= LIMITS.max_batch_tokens
         assert batch.pad()[0].size == batch.padded_tokens
         assert batch.num_tokens == sum(item.length for item in batch.items)
-        seen += [key(item) for item in batch.items]
+        seen += [int(item.ids[0]) for item in batch.items]
         answer(batch)
     assert len(seen) == len(set(seen)) == sum(map(len, lengths))
     assert (len(batcher.queue), batcher.queue.num_tokens) == (0, 0)
-    for (request, waiter), each in zip(pushed, lengths, strict=True):
+    for request, waiter, ids in pushed:
         assert waiter.result(0) is None
-        assert request.vectors[:, 0].tolist() == list(range(len(each)))
+        assert request.vectors[:, 0].tolist() == ids
 
 
 @given(requests, st.floats(0, 5))
@@ -81,14 +95,14 @@ def test_batcher_serves_the_nth_waiting_text_within_n_batches_whatever_arrives(
     waiting: list[int], arriving: list[int]
 ) -> None:
     batcher, now = make_batcher(), 0.0
-    targets = {id(push(batcher, [length])[0]) for length in waiting}
+    targets = {id(push(batcher, [length]).request) for length in waiting}
     for _ in waiting:
         now += 0.01
         for length in arriving:
             push(batcher, [length], arrival=now)
         batch = batcher.take(now)
         assert batch is not None
-        targets -= {id(item.request) for item in batch.items}
+        targets -= {id(owner(item)) for item in batch.items}
     assert not targets
 
 
@@ -97,10 +111,10 @@ def test_batcher_serves_a_late_short_request_before_a_large_one_ends() -> None:
     push(batcher, [8] * 500)
     for _ in range(3):
         assert batcher.take(0.05) is not None
-    late, _ = push(batcher, [8], arrival=0.1)
+    late = push(batcher, [8], arrival=0.1).request
     batch = batcher.take(0.1)
     assert batch is not None
-    assert late in [item.request for item in batch.items]
+    assert late in [owner(item) for item in batch.items]
 
 
 def test_batcher_groups_texts_of_similar_length() -> None:
@@ -136,17 +150,16 @@ def test_batcher_joins_all_lengths_when_a_run_of_its_own_costs_more() -> None:
     ],
 )
 def test_choose_run_says_why_it_ended(lengths: list[int], limits: Limits, expected: tuple[int, int, str]) -> None:
-    assert choose_run(lengths, 0, limits, overhead_tokens=1) == expected
+    assert choose_run(lengths, 0, limits.max_batch_size, limits.max_batch_tokens, overhead_tokens=1) == expected
 
 
 def test_choose_run_grows_to_both_sides_of_the_head() -> None:
-    assert choose_run([1, 9, 10, 11, 60], 2, Limits(8, 1000), overhead_tokens=4) == (1, 4, "length")
+    assert choose_run([1, 9, 10, 11, 60], 2, max_size=8, max_tokens=1000, overhead_tokens=4) == (1, 4, "length")
 
 
 def test_batcher_drops_dead_clients_and_may_be_left_with_nothing() -> None:
     batcher = make_batcher()
-    _, waiter = push(batcher, [5, 5])
-    waiter.cancel()
+    push(batcher, [5, 5]).waiter.cancel()
     assert batcher.take(0.0) is None
 
 
@@ -164,3 +177,44 @@ def test_wait_counts_from_the_oldest_arrival_and_ends_when_a_batch_is_full() -> 
     assert batcher.wait_seconds(1.020) == 0.0
     push(batcher, [5] * 3, arrival=1.003)
     assert batcher.wait_seconds(1.004) == 0.0
+
+
+def test_batch_stays_within_what_a_run_may_take() -> None:
+    # (4 + tokens) / 1000 s, and up to 1.25 times that: 76 tokens in a tenth of a second.
+    batcher = make_batcher(Limits(64, 10_000, max_run_seconds=0.1))
+    push(batcher, [10] * 20)
+    sizes = []
+    while (batch := batcher.take(0.0)) is not None:
+        sizes.append((len(batch.items), batch.reason))
+    assert sizes == [(7, "latency"), (7, "latency"), (6, "queue")]
+
+
+def test_text_that_takes_longer_than_a_run_may_goes_alone() -> None:
+    batcher = make_batcher(Limits(64, 10_000, max_run_seconds=0.001))
+    push(batcher, [40, 40])
+    assert batcher.is_full()
+    batches = [batcher.take(0.0), batcher.take(0.0)]
+    assert [len(batch.items) for batch in batches if batch] == [1, 1]
+
+
+def test_batch_leaves_their_parts_to_others_that_are_free() -> None:
+    batcher = make_batcher(Limits(64, 10_000))
+    push(batcher, [10] * 7)
+    sizes = []
+    for num_takers in (2, 1):
+        batch = batcher.take(0.0, num_takers)
+        assert batch is not None
+        sizes.append(len(batch.items))
+    assert sizes == [4, 3]
+
+
+def test_batch_keeps_to_the_grid_and_the_text_due_first() -> None:
+    batcher = make_batcher(Limits(64, 10_000), overhead_tokens=1000, grid=ShapeGrid(256, is_coarse=True))
+    first = push(batcher, [30]).request
+    push(batcher, [13] * 10, arrival=0.001)
+    batch = batcher.take(0.01)
+    assert batch is not None
+    assert batch.pad()[0].shape == (10, 32)
+    assert (batch.padded_tokens, batch.num_tokens) == (320, 30 + 9 * 13)
+    assert first in [owner(item) for item in batch.items]
+    assert len(batcher.queue) == 1

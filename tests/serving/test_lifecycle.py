@@ -13,8 +13,9 @@ from serving.errors import ConfigInvalid
 from serving.models import LoadedModel
 from serving.server import WorkerServer, base_url, bind
 from serving.worker import Worker
+from tests.bundles import WORDS
 from tests.serving.conftest import keep_open, make_settings, serve, with_engine
-from tests.serving.engines import FaultyEngine, HeldEngine, nan_on, raise_on
+from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, nan_on, raise_on
 
 CAT = 12
 WAIT = 10
@@ -34,7 +35,7 @@ def test_overload_is_refused_with_retry_after(bundle: Path, model: LoadedModel) 
     with serve(settings, with_engine(model, engine)) as (url, server), ThreadPoolExecutor(2) as clients:
         running = clients.submit(embed, url, "red")
         assert engine.entered.wait(WAIT)
-        queued = clients.submit(embed, url, "red", "cat", "dog")
+        queued = clients.submit(embed, url, "blue", "cat", "dog")
         service = server.worker.resolve(None)
         while len(service._queue) < 3:  # the request is on its way through the socket
             httpx.get(f"{url}/healthz")
@@ -56,7 +57,10 @@ def test_poison_text_fails_its_own_request_only(bundle: Path, model: LoadedModel
     with serve(make_settings(bundle), with_engine(model, engine)) as (url, server), ThreadPoolExecutor(9) as clients:
         first = clients.submit(embed, url, "red")
         assert engine.entered.wait(WAIT)
-        answers = [clients.submit(embed, url, "dog", "cat" if place == 3 else "red") for place in range(8)]
+        answers = [
+            clients.submit(embed, url, f"dog {word}", "cat" if place == 3 else f"red {word}")
+            for place, word in enumerate(WORDS[:8])
+        ]
         while len(server.worker.resolve(None)._queue) < 16:
             httpx.get(f"{url}/healthz")
         engine.gate.set()
@@ -105,6 +109,19 @@ def test_stuck_engine_turns_health_bad_and_requests_time_out(bundle: Path, model
         assert httpx.get(f"{url}/healthz").json() == {"status": "engine stuck or dead"}
         assert httpx.get(f"{url}/readyz").status_code == 503
         assert embed(url, "red").status_code == 503
+        engine.gate.set()
+
+
+def test_engine_that_hangs_is_replaced_and_the_worker_answers_again(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(model.engine)
+    prepared = with_engine(model, engine, reopen=lambda: WrappedEngine(model.engine))
+    with serve(make_settings(bundle, request_timeout_seconds=0.2), prepared) as (url, _):
+        assert embed(url, "red").status_code == 504
+        while embed(url, "red").status_code != 200:
+            pass
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert metric(url, 'akidb_engine_events_total{event="abandoned"')
+        assert metric(url, 'akidb_engine_events_total{event="rebuilt"')
         engine.gate.set()
 
 

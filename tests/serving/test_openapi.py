@@ -9,6 +9,7 @@ import pytest
 
 from registry.manifest import read_manifest
 from serving.access import ADMIN_PREFIX
+from serving.api.admin import admin_routes
 from serving.api.embeddings import DIALECTS
 from serving.api.openapi import build_openapi
 from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS, TEI_FIELDS

@@ -1,9 +1,12 @@
 from concurrent.futures import Future
+from itertools import count
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from serving.errors import EngineFailed, Overloaded
+from serving.errors import EngineFailed
 from serving.request_queue import FAIR_SHARE, Item, Request, RequestQueue
 
 RATE = 1000.0
@@ -14,14 +17,26 @@ def make_request(count: int = 1, arrival: float = 0.0) -> tuple[Request, "Future
     return Request(count, 4, arrival, waiter), waiter
 
 
+numbers = count(1)
+
+
 def push(queue: RequestQueue, *lengths: int, arrival: float = 0.0) -> tuple[Request, "Future[None]"]:
+    """Texts that no other has."""
     request, waiter = make_request(len(lengths), arrival)
-    queue.push(request, [np.arange(length) for length in lengths], RATE)
+    queue.push(request, [np.full(length, next(numbers)) for length in lengths], RATE)
     return request, waiter
 
 
+def push_ids(
+    queue: RequestQueue, *ids: int, arrival: float = 0.0, recalled: tuple[int, ...] = ()
+) -> tuple[Request, "Future[None]", int]:
+    """Texts of one token each; also says how many share a row."""
+    request, waiter = make_request(len(ids), arrival)
+    return request, waiter, queue.push(request, [np.array([i]) for i in ids], RATE, recalled=recalled)
+
+
 def owners(items: list[Item]) -> list[Request]:
-    return [item.request for item in items]
+    return [request for item in items for request, _ in item.places]
 
 
 def test_queue_counts_texts_and_tokens() -> None:
@@ -34,39 +49,30 @@ def test_queue_counts_texts_and_tokens() -> None:
     assert (len(queue), queue.num_tokens) == (1, 15 - sum(item.length for item in window))
 
 
-def test_admission_lets_any_request_into_an_empty_queue() -> None:
+def test_queue_is_full_at_either_limit_and_counts_texts_still_being_tokenised() -> None:
+    queue = RequestQueue(max_tokens=8, max_size=5)
+    push(queue, 7)
+    assert not queue.is_full(num_coming=3)
+    assert queue.is_full(num_coming=4)
+    push(queue, 1)
+    assert queue.is_full()
+
+
+def test_queue_takes_any_request_it_is_given() -> None:
     queue = RequestQueue(max_tokens=1, max_size=1)
-    queue.admit(RATE)
+    assert not queue.is_full()
     push(queue, *[10] * 2048)
     assert len(queue) == 2048
 
 
-@pytest.mark.parametrize(("max_tokens", "max_size"), [(8, 100), (100, 1)])
-def test_admission_refuses_at_either_limit(max_tokens: int, max_size: int) -> None:
-    queue = RequestQueue(max_tokens, max_size)
-    push(queue, 7) if max_size > 1 else None
-    queue.admit(RATE)
-    push(queue, 1)
-    with pytest.raises(Overloaded):
-        queue.admit(RATE)
-
-
-def test_admission_counts_texts_still_being_tokenised() -> None:
-    queue = RequestQueue(100, max_size=5)
-    push(queue, 1)
-    queue.admit(RATE, num_coming=3)
-    with pytest.raises(Overloaded):
-        queue.admit(RATE, num_coming=4)
-
-
-@pytest.mark.parametrize(("tokens", "seconds"), [(10, 1), (4500, 5), (9000, 9)])
-def test_overloaded_says_when_the_queue_will_be_empty(tokens: int, seconds: int) -> None:
-    queue = RequestQueue(max_tokens=1, max_size=100)
-    push(queue, tokens)
-    with pytest.raises(Overloaded) as raised:
-        queue.admit(RATE)
-    assert raised.value.retry_after_seconds == seconds
-    assert f"{tokens} tokens" in str(raised.value)
+def test_due_tokens_are_those_a_newcomer_cannot_overtake() -> None:
+    queue = RequestQueue(10_000, 10_000)
+    push(queue, *[10] * 100)
+    assert queue.count_due_tokens(now=0.0, stop_at=1e9) == 10
+    # A tenth of a second at a quarter of a thousand tokens: the first text and two and a half more.
+    assert queue.count_due_tokens(now=0.1, stop_at=1e9) == 30
+    assert queue.count_due_tokens(now=10.0, stop_at=1e9) == 1000
+    assert queue.count_due_tokens(now=3.0, stop_at=50) == 60
 
 
 def test_short_request_overtakes_the_tail_of_a_large_one() -> None:
@@ -83,8 +89,8 @@ def test_two_large_requests_take_turns() -> None:
     queue = RequestQueue(10_000, 10_000)
     first, _ = push(queue, *[10] * 100)
     second, _ = push(queue, *[10] * 100)
-    for count in (10, 50, 150):
-        served = owners(queue.peek(count))
+    for size in (10, 50, 150):
+        served = owners(queue.peek(size))
         assert abs(served.count(first) - served.count(second)) <= 1
 
 
@@ -130,3 +136,111 @@ def test_request_fails_once_and_ignores_later_vectors() -> None:
     request.put(1, np.zeros(4, dtype=np.float32))
     assert str(waiter.exception(0)) == "first"
     assert request.is_dead
+
+
+def vector(value: int) -> np.ndarray:
+    return np.full(4, value, dtype=np.float32)
+
+
+def test_identical_texts_in_flight_share_a_row() -> None:
+    queue = RequestQueue(100, 100)
+    first, first_waiter, _ = push_ids(queue, 5, 6, 5)
+    second, second_waiter, num_shared = push_ids(queue, 6, arrival=1.0)
+    assert (len(queue), queue.num_tokens, num_shared) == (2, 2, 1)
+    window = queue.peek(9)
+    queue.remove(window, window)
+    third, third_waiter, _ = push_ids(queue, 5, arrival=2.0)  # its twin runs already
+    assert len(queue) == 0
+    queue.forget(window)
+    for item in window:
+        item.put(vector(int(item.ids[0])))
+    for waiter in (first_waiter, second_waiter, third_waiter):
+        assert waiter.result(0) is None
+    assert [request.vectors[:, 0].tolist() for request in (first, second, third)] == [[5, 6, 5], [6], [5]]
+    assert push_ids(queue, 5, arrival=3.0)[2] == 0
+
+
+def test_text_does_not_wait_for_a_twin_that_is_due_later() -> None:
+    queue = RequestQueue(100, 100)
+    push_ids(queue, *range(20))
+    late, _, num_shared = push_ids(queue, 19, arrival=0.001)
+    assert num_shared == 0
+    assert owners(queue.peek(2))[1] is late
+
+
+def test_dead_waiter_does_not_take_the_row_from_others() -> None:
+    queue = RequestQueue(100, 100)
+    _, dead, _ = push_ids(queue, 5)
+    alive, waiter, _ = push_ids(queue, 5, arrival=1.0)
+    dead.cancel()
+    (item,) = queue.peek(9)
+    item.put(vector(5))
+    assert waiter.result(0) is None
+    assert alive.vectors[0, 0] == 5
+
+
+def test_text_after_a_dropped_twin_gets_a_row_of_its_own() -> None:
+    queue = RequestQueue(100, 100)
+    push_ids(queue, 5)[1].cancel()
+    assert queue.peek(9) == []
+    assert push_ids(queue, 5, arrival=1.0)[2] == 0
+    assert len(queue) == 1
+
+
+def test_failure_of_a_shared_row_names_the_place_in_each_request() -> None:
+    queue = RequestQueue(100, 100)
+    _, first, _ = push_ids(queue, 5)
+    _, second, _ = push_ids(queue, 7, 5, arrival=1.0)
+    next(item for item in queue.peek(9) if item.ids[0] == 5).fail(EngineFailed, "it raised")
+    assert str(first.exception(0)) == "text 0: it raised"
+    assert str(second.exception(0)) == "text 1: it raised"
+
+
+def test_recalled_texts_are_not_queued() -> None:
+    queue = RequestQueue(100, 100)
+    request, waiter, _ = push_ids(queue, 5, 6, 7, recalled=(0, 2))
+    (item,) = queue.peek(9)
+    for index in (0, 2):
+        request.put(index, vector(index))
+    item.put(vector(6))
+    assert waiter.result(0) is None
+    assert request.vectors[:, 0].tolist() == [0, 6, 2]
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("push"), st.lists(st.integers(1, 6), min_size=1, max_size=6)),
+        st.tuples(st.just("cancel"), st.integers(0, 30)),
+        st.tuples(st.just("take"), st.integers(1, 4)),
+        st.tuples(st.just("answer"), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@given(steps)
+@settings(max_examples=200, deadline=None)
+def test_every_waiter_gets_its_vectors_whoever_shares_a_row_or_gives_up(steps: list[tuple[str, object]]) -> None:
+    queue, pushed, running = RequestQueue(10**6, 10**6), [], []
+    for now, (step, value) in enumerate([*steps, ("take", 10**6), ("answer", 0)]):
+        if step == "push":
+            request, waiter, _ = push_ids(queue, *value, arrival=now * 0.01)  # type: ignore[misc]
+            pushed.append((request, waiter, value))
+        elif step == "cancel" and pushed:
+            pushed[value % len(pushed)][1].cancel()  # type: ignore[operator]
+        elif step == "take":
+            window = queue.peek(value)  # type: ignore[arg-type]
+            queue.remove(window, window)
+            running.append(window)
+        elif step == "answer":
+            while running:
+                window = running.pop(0)
+                queue.forget(window)
+                for item in window:
+                    item.put(vector(int(item.ids[0])))
+    for request, waiter, ids in pushed:
+        assert waiter.cancelled() or waiter.result(0) is None
+        if not waiter.cancelled():
+            assert request.vectors[:, 0].tolist() == ids
+        assert request.missing >= 0
+    assert (len(queue), queue.num_tokens, queue._in_flight) == (0, 0, {})

@@ -19,11 +19,13 @@ from serving.errors import (
 from serving.metrics import Metrics
 from serving.models import LoadedModel
 from serving.service import EmbeddingService, EmbedRequest, shorten
+from tests.bundles import WORDS
 from tests.serving.conftest import keep_open, make_settings, with_engine
 from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, raise_on
 
 CAT = 12
 WAIT = 10
+DISTINCT = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS][:500]
 
 
 def ask(*texts: str, **options: Any) -> EmbedRequest:
@@ -44,13 +46,16 @@ class Bench:
 
     bundle: Path
     model: LoadedModel
-    batching: dict[str, int] | None = None
+    batching: dict[str, float] | None = None
+    cache_bytes: int = 0
 
     def run(self, body: Callable[[EmbeddingService, Clock], Awaitable[None]]) -> Metrics:
         metrics, clock = Metrics(), Clock()
 
         async def main() -> None:
-            settings = make_settings(self.bundle, request_timeout_seconds=5, batching=self.batching or {})
+            settings = make_settings(
+                self.bundle, request_timeout_seconds=5, batching=self.batching or {}, cache_bytes=self.cache_bytes
+            )
             service = EmbeddingService(keep_open(self.model), settings, metrics.for_model("tiny", "1"), clock)
             service.start()
             try:
@@ -124,7 +129,7 @@ def test_request_larger_than_every_limit_is_split(bundle: Path, model: LoadedMod
     engine = WrappedEngine(model.engine)
 
     async def body(service: EmbeddingService, _: Clock) -> None:
-        embedded = await service.embed(ask(*["hello world"] * 500))
+        embedded = await service.embed(ask(*DISTINCT))
         assert embedded.vectors.shape == (500, 8)
 
     batching = {"max_batch_size": 16, "max_queue_size": 20, "max_queue_tokens": 50}
@@ -138,7 +143,7 @@ def test_overloaded_when_the_queue_it_finds_is_full(bundle: Path, model: LoadedM
     async def body(service: EmbeddingService, _: Clock) -> None:
         running = asyncio.create_task(service.embed(ask("red")))
         await wait_for(engine.entered)
-        queued = asyncio.create_task(service.embed(ask(*["red"] * 4)))
+        queued = asyncio.create_task(service.embed(ask(*DISTINCT[:4])))
         await asyncio.sleep(0)
         for request in (ask("red"), ask(*["red"] * 100)):
             with pytest.raises(Overloaded) as raised:
@@ -252,3 +257,86 @@ def test_validation_compares_the_live_engine_with_the_teacher(bundle: Path, mode
         np.testing.assert_allclose(cosines, 1, atol=1e-6)
 
     Bench(bundle, model).run(body)
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, {"model": "tiny", "model_version": "1"} | labels)
+
+
+def test_request_that_would_wait_longer_than_the_objective_is_refused_before_it_is_tokenised(
+    bundle: Path, model: LoadedModel
+) -> None:
+    engine = HeldEngine(model.engine)
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        running = asyncio.create_task(service.embed(ask("red")))
+        await wait_for(engine.entered)
+        waiting = asyncio.create_task(service.embed(ask("blue")))  # no text is due before it
+        await asyncio.sleep(0)
+        for texts in (["green"], ["green"] * 100):
+            with pytest.raises(Overloaded, match="a wait of 0 ms"):
+                await service.embed(ask(*texts, truncate=False))
+        with pytest.raises(Overloaded):
+            await service.embed(ask("hello " * 1000, truncate=False))
+        engine.gate.set()
+        await asyncio.gather(running, waiting)
+        await service.embed(ask("green"))
+
+    Bench(bundle, with_engine(model, engine), {"latency_objective_ms": 0.001}).run(body)
+
+
+def test_identical_texts_that_wait_are_computed_once(bundle: Path, model: LoadedModel) -> None:
+    engine = HeldEngine(model.engine)
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        running = asyncio.create_task(service.embed(ask("red")))
+        await wait_for(engine.entered)
+        twins = [asyncio.create_task(service.embed(ask("cat", "dog"))) for _ in range(5)]
+        late = asyncio.create_task(service.embed(ask("red")))  # shares the row that runs already
+        await asyncio.sleep(0)
+        twins[0].cancel()
+        engine.gate.set()
+        answers = await asyncio.gather(*twins[1:])
+        expected = (await service.embed(ask("cat", "dog"))).vectors
+        for answer in answers:
+            assert answer.vectors.tolist() == expected.tolist()
+            assert answer.num_tokens == 6
+        assert (await late).vectors.tolist() == (await running).vectors.tolist()
+
+    metrics = Bench(bundle, with_engine(model, engine)).run(body)
+    assert sum(size for size, _ in engine.shapes) == 1 + 2 + 2
+    assert sample(metrics, "akidb_shared_texts_total") == 9
+
+
+def test_cache_answers_texts_seen_before_but_not_the_validation(bundle: Path, model: LoadedModel) -> None:
+    engine = WrappedEngine(model.engine)
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        first = await service.embed(ask("cat", "dog"))
+        second = await service.embed(ask("dog", "red", "cat", "dog"))
+        assert second.vectors[[2, 0]].tolist() == first.vectors.tolist()
+        assert second.vectors[3].tolist() == first.vectors[1].tolist()
+        again = await service.embed(ask("red"))
+        assert again.vectors[0].tolist() == second.vectors[1].tolist()
+        assert again.num_tokens == 3
+        assert sum(size for size, _ in engine.shapes) == 3
+        await service.validate()
+        await service.validate()
+        assert sum(size for size, _ in engine.shapes) == 3 + 2 * 64
+
+    metrics = Bench(bundle, with_engine(model, engine), cache_bytes=100_000).run(body)
+    assert sample(metrics, "akidb_cache_lookups_total", result="hit") == 4
+    assert sample(metrics, "akidb_cache_lookups_total", result="miss") == 3
+
+
+def test_failed_text_is_counted_and_not_kept(bundle: Path, model: LoadedModel) -> None:
+    engine = FaultyEngine(model.engine, raise_on(CAT))
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        for _ in range(2):
+            with pytest.raises(EngineFailed):
+                await service.embed(ask("cat"))
+
+    metrics = Bench(bundle, with_engine(model, engine), cache_bytes=100_000).run(body)
+    assert sample(metrics, "akidb_engine_failed_texts_total") == 2
+    assert sample(metrics, "akidb_cache_lookups_total", result="hit") == 0

@@ -1,0 +1,64 @@
+"""Who is let in: a request that could not be answered within the latency objective is refused at once. Pure.
+
+What a newcomer waits for is the rest of the running batches and the texts due before it, at the speed the engine shows.
+The prediction is checked against what requests really took, so that what it leaves out (the event loop's own share,
+other processes on the cores) is learned too.
+"""
+
+import math
+from dataclasses import dataclass
+
+from serving.errors import Overloaded
+from serving.latency_model import Quantile
+
+# A request predicted to take less than this part of the objective says little about a long queue.
+_LEARN_SHARE = 0.2
+# What is learned swings around its value: aim below the objective, so as to stay within it.
+_HEADROOM = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What a newcomer finds: texts and tokens waiting, and the seconds until its own text has run."""
+
+    size: int
+    tokens: int
+    is_full: bool
+    due_tokens: int
+    seconds: float
+
+
+class Admission:
+    """One rule for requests of one text and of many: whether the first text would be answered in time."""
+
+    def __init__(self, objective_seconds: float) -> None:
+        self._objective_seconds = objective_seconds
+        self._tail = Quantile(0.95, start=1.25, low=0.5, high=4.0)
+
+    @property
+    def max_wait_seconds(self) -> float:
+        """The longest predicted wait that is still let in."""
+        return _HEADROOM * self._objective_seconds / self._tail.value
+
+    def check(self, backlog: Backlog) -> None:
+        """Let a request in, however many texts it has itself. Raises Overloaded, which says when to come back.
+
+        A queue without a text that is due lets anybody in: whatever the objective, the engine is never left idle.
+        """
+        if not backlog.is_full and (backlog.due_tokens == 0 or backlog.seconds <= self.max_wait_seconds):
+            return
+        seconds = max(1.0, math.ceil(backlog.seconds))
+        why = (
+            "the queue is full"
+            if backlog.is_full
+            else f"the limit is a wait of {self._objective_seconds * 1000:.0f} ms"
+        )
+        raise Overloaded(
+            f"{backlog.size} texts with {backlog.tokens} tokens are waiting and {why}: try again in {seconds:.0f} s",
+            retry_after_seconds=seconds,
+        )
+
+    def observe(self, predicted_seconds: float, seconds: float) -> None:
+        """Learn from a request of one text: what it was predicted to take, and what it took."""
+        if predicted_seconds >= _LEARN_SHARE * self._objective_seconds:
+            self._tail.observe(seconds / predicted_seconds)

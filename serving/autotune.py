@@ -1,0 +1,171 @@
+"""Which engine of a bundle, on how many threads, with how many runs at a time: measured on this node, then remembered.
+
+Every setup runs the reference texts alone and in batches, all its instances at work. The choice is written beside the
+bundle, so that the next start on this node skips the measurement; where nothing may be written it is made each time.
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from registry.manifest import EngineEntry
+from serving.engines import Engine
+from serving.tokenizer import Ids, pad_batch
+
+_BATCH_SIZE = 8
+# Each setup runs single texts, then batches, for this long at least, and so many times.
+_SECONDS = 0.03
+_MIN_RUNS = 6
+_MAX_INSTANCES = 4
+# Another engine for small batches has to be this much faster there to be worth its memory.
+_SWITCH_GAIN = 1.25
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A way to run a bundle: `num_instances` runs at a time, each on `num_threads`."""
+
+    runtime: str
+    num_threads: int
+    num_instances: int
+
+    def __str__(self) -> str:
+        return f"{self.runtime}:{self.num_instances}x{self.num_threads}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of a single text on its own, and seconds per text of batches with every instance at work."""
+
+    setup: Setup
+    single_seconds: float
+    batched_seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.setup}={self.single_seconds * 1000:.2f}ms,{1 / self.batched_seconds:.0f}/s"
+
+    @property
+    def score(self) -> float:
+        """Latency and throughput count alike; less is better."""
+        return self.single_seconds * self.batched_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The setup of large batches, and that of small ones, which differs at most in its runtime."""
+
+    large: Setup
+    small: Setup
+
+
+def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances: int, num_cores: int) -> list[Setup]:
+    """Setups that come into question, the plainest first; 0 leaves a number open."""
+    if num_instances:
+        instances = [num_instances]
+    elif num_threads:
+        instances = [1]
+    else:
+        instances = [n for n in (1, 2, _MAX_INSTANCES) if n <= num_cores]
+    return [Setup(entry.runtime, num_threads or max(1, num_cores // n), n) for entry in entries for n in instances]
+
+
+def choose(measured: Sequence[Measured]) -> Choice:
+    """The best setup; for small batches another runtime in the same layout where that is clearly faster."""
+    best = min(measured, key=lambda m: m.score)
+    layout = (best.setup.num_threads, best.setup.num_instances)
+    alike = [m for m in measured if (m.setup.num_threads, m.setup.num_instances) == layout]
+    large = min(alike, key=lambda m: m.batched_seconds)
+    small = min(alike, key=lambda m: m.single_seconds)
+    if small.single_seconds * _SWITCH_GAIN <= large.single_seconds:
+        return Choice(large.setup, small.setup)
+    return Choice(best.setup, best.setup)
+
+
+def measure(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measured:
+    """Run the text of median length alone, and batches from the shorter and the longer half; all once uncounted."""
+    ordered = sorted(rows, key=len)
+    single = [pad_batch([ordered[len(ordered) // 2]])]
+    batches = [pad_batch(ordered[start : start + _BATCH_SIZE]) for start in (len(rows) // 4, 3 * len(rows) // 4)]
+    _repeat(engine, single, num_runs=1)
+    single_seconds, _ = _repeat(engine, single, _MIN_RUNS, _SECONDS)
+    with ThreadPoolExecutor(setup.num_instances) as pool:
+        list(pool.map(lambda _: _repeat(engine, batches, num_runs=2), range(setup.num_instances)))
+        started = time.perf_counter()
+        runs = list(pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _SECONDS), range(setup.num_instances)))
+        seconds = time.perf_counter() - started
+    return Measured(setup, single_seconds, seconds / sum(texts for _, texts in runs))
+
+
+def _repeat(
+    engine: Engine, batches: Sequence[tuple[Ids, Ids]], num_runs: int, seconds: float = 0.0
+) -> tuple[float, int]:
+    """Go round `batches`, `num_runs` times at least and for the time; returns the fastest run and the texts of all."""
+    fastest, texts, end = float("inf"), 0, time.perf_counter() + seconds
+    runs = 0
+    while runs < num_runs or time.perf_counter() < end:
+        input_ids, mask = batches[runs % len(batches)]
+        started = time.perf_counter()
+        engine.embed(input_ids, mask)
+        fastest = min(fastest, time.perf_counter() - started)
+        texts += len(input_ids)
+        runs += 1
+    return fastest, texts
+
+
+def record_path(bundle: Path) -> Path:
+    """Where the choice for the bundle in this folder is remembered: beside it, as `<name>.engine.json`."""
+    folder = bundle.resolve()
+    return folder.with_name(f"{folder.name}.engine.json")
+
+
+def node_key(digest: str, setups: Sequence[Setup]) -> str:
+    """Names everything the choice depends on: bundle, processor, libraries and the setups that came into question."""
+    libraries = [f"{name}={_version(name)}" for name in ("onnxruntime", "openvino")]
+    return " ".join((digest, _processor(), f"cores={os.cpu_count()}", *libraries, *map(str, setups)))
+
+
+def read_choice(path: Path, key: str) -> Choice | None:
+    """The choice remembered for `key`; None when there is none, or the file is damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["key"] != key:
+            return None
+        return Choice(Setup(**document["large"]), Setup(**document["small"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_choice(path: Path, key: str, choice: Choice, measured: Sequence[Measured]) -> None:
+    """Remember a choice and what it rests on; a folder that cannot be written is no error."""
+    document = {"key": key, **asdict(choice), "measured": [asdict(m) for m in measured]}
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        _log.info("the choice of engine is not remembered reason=%s", error.strerror)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

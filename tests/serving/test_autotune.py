@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from registry.manifest import EngineEntry, read_manifest
+from serving.autotune import (
+    Choice,
+    Measured,
+    Setup,
+    choose,
+    list_setups,
+    measure,
+    node_key,
+    read_choice,
+    record_path,
+    write_choice,
+)
+from serving.models import LoadedModel
+from tests.serving.engines import WrappedEngine
+
+ORT, OV = "onnxruntime", "openvino"
+
+
+def entries(bundle: Path, *runtimes: str) -> list[EngineEntry]:
+    entry = read_manifest(bundle).engines[0]
+    return [entry.model_copy(update={"runtime": runtime}) for runtime in runtimes]
+
+
+@pytest.mark.parametrize(
+    ("threads", "instances", "cores", "expected"),
+    [
+        (0, 0, 1, [(1, 1)]),
+        (0, 0, 2, [(2, 1), (1, 2)]),
+        (0, 0, 8, [(8, 1), (4, 2), (2, 4)]),
+        (3, 0, 8, [(3, 1)]),
+        (0, 2, 8, [(4, 2)]),
+        (3, 2, 8, [(3, 2)]),
+        (0, 4, 2, [(1, 4)]),
+    ],
+)
+def test_setups_share_the_cores_unless_told(
+    bundle: Path, threads: int, instances: int, cores: int, expected: list[tuple[int, int]]
+) -> None:
+    setups = list_setups(entries(bundle, ORT, OV), threads, instances, cores)
+    assert [(setup.num_threads, setup.num_instances) for setup in setups if setup.runtime == ORT] == expected
+    assert len(setups) == 2 * len(expected)
+
+
+def measured(runtime: str, threads: int, instances: int, single: float, batched: float) -> Measured:
+    return Measured(Setup(runtime, threads, instances), single, batched)
+
+
+def test_latency_and_throughput_count_alike() -> None:
+    quick, steady = measured(ORT, 2, 1, 1.0, 4.0), measured(ORT, 1, 2, 1.5, 2.0)
+    assert choose([quick, steady]) == Choice(steady.setup, steady.setup)
+    slower = measured(ORT, 1, 2, 2.1, 2.0)
+    assert choose([quick, slower]) == Choice(quick.setup, quick.setup)
+
+
+def test_small_batches_get_another_runtime_only_where_it_is_clearly_faster() -> None:
+    large = measured(OV, 1, 2, 1.0, 1.0)
+    for single, expected in ((0.7, ORT), (0.9, OV)):
+        small = measured(ORT, 1, 2, single, 2.0)
+        elsewhere = measured(ORT, 2, 1, 0.6, 3.0)  # another layout is no partner
+        choice = choose([large, small, elsewhere])
+        assert (choice.large, choice.small) == (large.setup, Setup(expected, 1, 2))
+
+
+def test_measure_runs_singles_and_batches_of_similar_length(model: LoadedModel) -> None:
+    engine = WrappedEngine(model.engine)
+    rows = [np.full(length, 6) for length in (3, 9) for _ in range(16)]
+    result = measure(engine, Setup(ORT, 1, 1), rows)
+    assert set(engine.shapes) == {(1, 9), (8, 3), (8, 9)}
+    assert 0 < result.batched_seconds < 1
+    assert 0 < result.single_seconds < 1
+
+
+def test_choice_is_remembered_for_the_same_node_only(tmp_path: Path) -> None:
+    path, choice = tmp_path / "record.json", Choice(Setup(OV, 1, 2), Setup(ORT, 1, 2))
+    write_choice(path, "this node", choice, [measured(OV, 1, 2, 1.0, 1.0)])
+    assert read_choice(path, "this node") == choice
+    assert read_choice(path, "another") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": "k"}', '{"key": "k", "large": {"x": 1}, "small": 1}'])
+def test_damaged_record_counts_as_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "record.json").write_text(content)
+    assert read_choice(tmp_path / "record.json", "k") is None
+
+
+def test_folder_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        write_choice(tmp_path / "missing" / "record.json", "k", Choice(Setup(ORT, 1, 1), Setup(ORT, 1, 1)), [])
+    assert "not remembered" in caplog.text
+
+
+def test_record_lies_beside_the_bundle(tmp_path: Path) -> None:
+    assert record_path(tmp_path / "a" / ".." / "bundle.v1") == tmp_path / "bundle.v1.engine.json"
+
+
+def test_node_key_names_what_the_choice_depends_on() -> None:
+    setups = [Setup(ORT, 2, 1)]
+    key = node_key("digest", setups)
+    assert {"digest", "onnxruntime:1x2"} <= set(key.split())
+    assert len({key, node_key("other", setups), node_key("digest", [Setup(ORT, 1, 2)])}) == 3
+    assert "onnxruntime=" in key
+    assert json.dumps(key)

@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+
+from serving.containment import GuardedEngine, run_isolated
+from serving.engines import Embeddings, Engine
+from serving.errors import EngineFailed, EngineUnavailable
+from serving.models import LoadedModel
+from serving.tokenizer import Ids, pad_batch
+from tests.serving.engines import FaultyEngine, WrappedEngine, die, nan_on, raise_on
+
+CAT, DOG, RED = 12, 13, 6
+PROBE = np.array([2, RED, 3])
+
+
+def rows_of(*tokens: int) -> list[Ids]:
+    return [np.array([2, token, 3]) for token in tokens]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_poison_text_fails_alone(model: LoadedModel, size: int) -> None:
+    engine = FaultyEngine(model.engine, raise_on(CAT))
+    poisoned = size // 2
+    rows = rows_of(*(CAT if place == poisoned else RED for place in range(size)))
+    vectors, failures = run_isolated(engine, rows, *pad_batch(rows), 8)
+    assert list(failures) == [poisoned]
+    assert vectors.shape == (size, 8)
+    good = np.delete(np.arange(size), poisoned)
+    expected = model.engine.embed(*pad_batch(rows_of(RED)))
+    np.testing.assert_allclose(vectors[good], np.repeat(expected, size - 1, axis=0), rtol=1e-5)
+
+
+def test_batch_of_poison_fails_each_text(model: LoadedModel) -> None:
+    rows = rows_of(*[CAT] * 5)
+    _, failures = run_isolated(FaultyEngine(model.engine, raise_on(CAT)), rows, *pad_batch(rows), 8)
+    assert sorted(failures) == [0, 1, 2, 3, 4]
+
+
+def test_non_finite_vector_fails_its_text_alone(model: LoadedModel) -> None:
+    rows = rows_of(RED, CAT, DOG)
+    _, failures = run_isolated(FaultyEngine(model.engine, nan_on(CAT)), rows, *pad_batch(rows), 8)
+    assert list(failures) == [1]
+    assert "non-finite" in str(failures[1])
+
+
+def test_wrong_shape_fails_every_text(model: LoadedModel) -> None:
+    def cut(_: Ids, embeddings: Embeddings) -> Embeddings:
+        return embeddings[:, :5]
+
+    rows = rows_of(RED, RED)
+    vectors, failures = run_isolated(FaultyEngine(model.engine, cut), rows, *pad_batch(rows), 8)
+    assert vectors.shape == (2, 8)
+    assert all(isinstance(failures[row], EngineFailed) and "(2, 5)" in str(failures[row]) for row in (0, 1))
+
+
+class Opener:
+    """Opens the engines it was given, one after the other; then none."""
+
+    def __init__(self, *engines: Engine) -> None:
+        self.engines = list(engines)
+        self.num_opened = 0
+
+    def __call__(self) -> Engine:
+        self.num_opened += 1
+        if not self.engines:
+            raise EngineUnavailable("there is no other")
+        return self.engines.pop(0)
+
+
+@pytest.mark.parametrize("fault", [raise_on(CAT), nan_on(CAT)])
+def test_text_that_fails_is_answered_by_the_spare_engine(model: LoadedModel, fault: object) -> None:
+    events: list[str] = []
+    spare = WrappedEngine(model.engine)
+    open_spare = Opener(spare)
+    guard = GuardedEngine(
+        FaultyEngine(model.engine, fault),  # type: ignore[arg-type]
+        8, PROBE, open_spare=open_spare, on_event=events.append,
+    )  # fmt: skip
+    rows = rows_of(RED, CAT, DOG)
+    for _ in range(2):
+        vectors, failures = guard.run(rows, *pad_batch(rows))
+        assert failures == {}
+        np.testing.assert_allclose(vectors, model.engine.embed(*pad_batch(rows)), rtol=1e-5)
+    assert (spare.shapes, events, open_spare.num_opened) == ([(1, 3)] * 2, ["retried"] * 2, 1)
+    guard.close()
+    assert spare.is_closed
+
+
+def test_text_fails_when_the_spare_fails_too_or_does_not_load(model: LoadedModel) -> None:
+    rows, broken = rows_of(CAT), FaultyEngine(model.engine, nan_on(CAT))
+    for open_spare in (Opener(broken), Opener()):
+        guard = GuardedEngine(broken, 8, PROBE, open_spare=open_spare)
+        for _ in range(2):
+            assert list(guard.run(rows, *pad_batch(rows))[1]) == [0]
+        assert open_spare.num_opened == 1
+
+
+def test_dead_engine_is_opened_anew_and_the_batch_run_again(model: LoadedModel) -> None:
+    events: list[str] = []
+    dead = FaultyEngine(model.engine, die)
+    guard = GuardedEngine(dead, 8, PROBE, reopen=Opener(WrappedEngine(model.engine)), on_event=events.append)
+    rows = rows_of(RED, DOG)
+    vectors, failures = guard.run(rows, *pad_batch(rows))
+    assert failures == {}
+    np.testing.assert_allclose(vectors, model.engine.embed(*pad_batch(rows)), rtol=1e-5)
+    assert events == ["rebuilt"]
+    assert dead.is_closed
+    assert not guard.is_dead
+
+
+def test_engine_that_fails_on_poison_only_is_kept(model: LoadedModel) -> None:
+    reopen = Opener()
+    guard = GuardedEngine(FaultyEngine(model.engine, raise_on(CAT)), 8, PROBE, reopen=reopen)
+    rows = rows_of(CAT, CAT)
+    assert sorted(guard.run(rows, *pad_batch(rows))[1]) == [0, 1]
+    assert (reopen.num_opened, guard.is_dead) == (0, False)
+
+
+def test_dead_engine_stays_dead_until_one_answers_the_probe(model: LoadedModel) -> None:
+    events: list[str] = []
+    also_dead, sound = FaultyEngine(model.engine, die), WrappedEngine(model.engine)
+    reopen = Opener(also_dead)
+    guard = GuardedEngine(FaultyEngine(model.engine, die), 8, PROBE, reopen=reopen, on_event=events.append)
+    rows = rows_of(RED)
+    assert list(guard.run(rows, *pad_batch(rows))[1]) == [0]
+    assert guard.is_broken
+    assert also_dead.is_closed
+    assert not guard.revive()  # there is no other yet
+    reopen.engines.append(sound)
+    assert guard.revive()
+    assert guard.revive()  # nothing left to do
+    assert (guard.is_dead, guard.is_broken) == (False, False)
+    assert events == ["rebuild_failed", "rebuild_failed", "rebuilt"]
+    assert guard.run(rows, *pad_batch(rows))[1] == {}
+
+
+def test_engine_that_hangs_is_left_open(model: LoadedModel) -> None:
+    hanging = WrappedEngine(model.engine)
+    assert not GuardedEngine(hanging, 8, PROBE).abandon()
+    guard = GuardedEngine(hanging, 8, PROBE, reopen=Opener(WrappedEngine(model.engine)))
+    assert guard.abandon()
+    assert guard.is_dead
+    assert not guard.is_broken
+    assert guard.revive()
+    assert not hanging.is_closed

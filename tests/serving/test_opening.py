@@ -1,0 +1,115 @@
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from registry.manifest import digest_of, read_manifest
+from serving.autotune import Choice, Setup, record_path
+from serving.errors import BundleRejected, EngineUnavailable
+from serving.models import LoadedModel, load_model
+from serving.opening import Opener, SwitchedEngine
+from serving.settings import ModelSource
+from tests.serving.engines import WrappedEngine
+from tests.serving.test_models import engine_entries, rewrite
+
+ROWS = [np.full(length, 6) for length in (3, 4, 5)]
+
+
+def nothing(*_: object) -> None:
+    pass
+
+
+def copy_with(bundle: Path, tmp_path: Path, *runtimes: str) -> Path:
+    folder = shutil.copytree(bundle, tmp_path / "copy")
+    rewrite(folder, engines=engine_entries(folder, *runtimes))
+    return folder
+
+
+def open_best(folder: Path, **options: object) -> tuple[Opener, Setup]:
+    opener = Opener(ModelSource(path=folder, **options), read_manifest(folder), nothing)  # type: ignore[arg-type]
+    opened = opener.open_best(digest_of(folder), ROWS)
+    opened.engine.close()
+    return opener, opened.setup
+
+
+def test_measured_choice_is_remembered_and_taken_again(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "openvino")
+    with caplog.at_level(logging.INFO):
+        _, first = open_best(folder)
+        _, second = open_best(folder)
+    assert first == second
+    assert [record.message.split(" ")[1] for record in caplog.records] == ["chosen"]
+    document = json.loads(record_path(folder).read_text())
+    worst = next(entry["setup"] for entry in document["measured"] if Setup(**entry["setup"]) != first)
+    record_path(folder).write_text(json.dumps(document | {"large": worst, "small": worst}))
+    assert open_best(folder)[1] == Setup(**worst)
+    unasked = worst | {"num_threads": 77}
+    record_path(folder).write_text(json.dumps(document | {"large": unasked, "small": unasked}))
+    assert open_best(folder)[1].num_threads != 77
+
+
+def test_remembered_engine_that_does_not_load_is_measured_anew(bundle: Path, tmp_path: Path) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "tensorrt")
+    open_best(folder)
+    document = json.loads(record_path(folder).read_text())
+    setup = document["large"] | {"runtime": "tensorrt"}
+    record_path(folder).write_text(json.dumps(document | {"large": setup, "small": setup}))
+    assert open_best(folder)[1].runtime == "onnxruntime"
+
+
+def test_settings_override_the_measurement(bundle: Path, tmp_path: Path) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "openvino")
+    assert open_best(folder, engine="openvino", num_threads=1, num_instances=2)[1] == Setup("openvino", 1, 2)
+    assert not record_path(folder).exists()
+
+
+def test_engine_opens_anew_and_the_other_one_is_the_spare(bundle: Path, tmp_path: Path) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "openvino")
+    model = load_model(ModelSource(path=folder, num_threads=1))
+    assert model.reopen is not None
+    assert model.open_spare is not None
+    again, spare = model.reopen(), model.open_spare()
+    assert again.runtime == model.engine.runtime
+    assert spare.runtime.split()[0] == ({"onnxruntime", "openvino"} - {model.setup.runtime}).pop()
+    for engine in (model.engine, again, spare):
+        engine.close()
+
+
+def test_bundle_of_one_engine_has_no_spare(model: LoadedModel) -> None:
+    assert model.open_spare is None
+
+
+def test_switched_engine_runs_small_batches_on_the_one_and_large_ones_on_the_other(model: LoadedModel) -> None:
+    small, large = WrappedEngine(model.engine), WrappedEngine(model.engine)
+    engine = SwitchedEngine(small, large)
+    for shape in ((4, 16), (5, 13)):
+        engine.embed(np.full(shape, 6), np.ones(shape, dtype=np.int64))
+    assert (small.shapes, large.shapes) == ([(4, 16)], [(5, 13)])
+    assert engine.runtime == f"{model.engine.runtime} + {model.engine.runtime}"
+    engine.close()
+    assert (small.is_closed, large.is_closed) == (True, True)
+
+
+def test_choice_of_two_runtimes_opens_both(bundle: Path, tmp_path: Path) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "openvino")
+    opener = Opener(ModelSource(path=folder), read_manifest(folder), nothing)
+    engine = opener.open_choice(Choice(Setup("openvino", 1, 2), Setup("onnxruntime", 1, 2)))
+    assert [name.split()[0] for name in engine.runtime.split(" + ")] == ["onnxruntime", "openvino"]
+    engine.close()
+
+
+def test_every_engine_that_does_not_load_is_named(bundle: Path, tmp_path: Path) -> None:
+    folder = copy_with(bundle, tmp_path, "tensorrt", "cuda")
+    with pytest.raises(EngineUnavailable, match=r"no engine of the bundle loads: .*tensorrt.*cuda"):
+        open_best(folder)
+
+
+def test_engine_that_fails_on_every_reference_text_is_rejected(bundle: Path) -> None:
+    opener = Opener(ModelSource(path=bundle), read_manifest(bundle), nothing)
+    with pytest.raises(BundleRejected, match="fails on the reference texts"):
+        opener.open_best("digest", [np.full(3, -100)])
