@@ -21,8 +21,8 @@ from serving.tokenizer import Ids, pad_batch
 
 _BATCH_SIZE = 8
 # Each setup runs single texts, then batches, for this long at least, and so many times.
-_SECONDS = 0.03
-_MIN_RUNS = 6
+_SECONDS = 0.02
+_MIN_RUNS = 3
 _MAX_INSTANCES = 4
 # Another engine for small batches has to be this much faster there to be worth its memory.
 _SWITCH_GAIN = 1.25

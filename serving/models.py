@@ -27,7 +27,7 @@ _WARM_UP_BATCH = 8
 _WARM_UP_RUNS = 5
 # An engine that compiles shapes meets those of these sizes before it counts as loaded, within this time.
 _MEET_SIZES = (1, 2, 4)
-_MEET_SECONDS = 0.25
+_MEET_SECONDS = 0.15
 
 _log = logging.getLogger(__name__)
 

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from registry.manifest import EngineEntry, Manifest
 from serving.autotune import (
@@ -86,7 +88,8 @@ class Opener:
                 if len(setups) == 1:
                     raise
                 _log.warning("the engine remembered does not load reason=%s", error)
-        measured, engine, setup = self._measure(setups, rows)
+        with TemporaryDirectory() as cache:  # not kept: what lies beside a bundle has no digest
+            measured, engine, setup = self._measure(setups, rows, Path(cache))
         choice = choose(measured)
         if choice != Choice(setup, setup):
             engine.close()
@@ -106,15 +109,18 @@ class Opener:
             None if spare is None else partial(self._open, replace(choice.large, runtime=spare.runtime)),
         )
 
-    def _open(self, setup: Setup) -> Engine:
-        return open_engine(self._source.path, self._entries[setup.runtime], setup.num_threads, setup.num_instances)
+    def _open(self, setup: Setup, cache: Path | None = None) -> Engine:
+        entry = self._entries[setup.runtime]
+        return open_engine(self._source.path, entry, setup.num_threads, setup.num_instances, cache)
 
     def open_choice(self, choice: Choice) -> Engine:
         """The engine, or the pair of engines, of a choice. Raises EngineUnavailable."""
         large = self._open(choice.large)
         return large if choice.small == choice.large else SwitchedEngine(self._open(choice.small), large)
 
-    def _measure(self, setups: Sequence[Setup], rows: Sequence[Ids]) -> tuple[list[Measured], Engine, Setup]:
+    def _measure(
+        self, setups: Sequence[Setup], rows: Sequence[Ids], cache: Path
+    ) -> tuple[list[Measured], Engine, Setup]:
         """Every setup whose engine loads and runs, at most two open at a time; also the best one, still open.
 
         Raises EngineUnavailable or BundleRejected when there is none.
@@ -126,7 +132,7 @@ class Opener:
             if setup.runtime in failed:
                 continue
             try:
-                engine = self._open(setup)
+                engine = self._open(setup, cache)
                 measured.append(_measure_checked(engine, setup, rows))
             except (EngineUnavailable, BundleRejected) as error:
                 failed[setup.runtime] = error

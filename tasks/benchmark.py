@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from registry.gate import Measurement
 from registry.manifest import EngineEntry, read_manifest
 from serving.engines import open_engine
+from serving.shapes import ShapeGrid
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
 from tasks.corpus import evaluation_sets
@@ -30,11 +31,13 @@ CHAMPION = "champion"
 BATCH_SIZE = 32
 _ROUNDS = 3
 _TEXTS_PER_TURN = 68
-_NUM_BATCHES = 6
+NUM_BATCHES = 6
+_UNTIMED = 2  # calls at the start of a turn, the largest: the engine's memory grows there
 
 Batch = tuple[Ids, Ids]
 Run = Callable[[Ids, Ids], object]
-System = Callable[[], AbstractContextManager[Run]]
+# Opened for one turn; the batches are what the turn will time.
+System = Callable[[list[Batch]], AbstractContextManager[Run]]
 
 
 class Speed(BaseModel):
@@ -53,8 +56,8 @@ class Speed(BaseModel):
     @property
     def throughput_per_s(self) -> float:
         """Texts a second at batch 32: median of the rounds, each of which ran every batch once."""
-        rounds = np.array(self.batch_seconds).reshape(-1, _NUM_BATCHES).sum(axis=1)
-        return float(_NUM_BATCHES * BATCH_SIZE / np.median(rounds))
+        rounds = np.array(self.batch_seconds).reshape(-1, NUM_BATCHES).sum(axis=1)
+        return float(NUM_BATCHES * BATCH_SIZE / np.median(rounds))
 
 
 class SpeedReport(BaseModel):
@@ -88,7 +91,8 @@ def benchmark(
 ) -> SpeedReport:
     """Time every candidate, torch fp32 and the champion bundle (if any) in turns, so that all meet the same weather.
 
-    Each turn makes every call once untimed: a server meets a shape for the first time only once.
+    Shapes are rounded as the worker rounds them, and an engine that compiles each meets them all untimed first: a
+    server meets a shape for the first time only once.
     """
     tokenizer = TextTokenizer.from_folder(candidates[0].artifact.folder, teacher.max_seq_length)
     ids = sample_ids(tokenizer, corpus)
@@ -100,7 +104,7 @@ def benchmark(
         for turn in range(_ROUNDS):
             part = singles[turn * _TEXTS_PER_TURN : (turn + 1) * _TEXTS_PER_TURN]
             for name in _rotate(list(systems), turn):
-                with systems[name]() as run:
+                with systems[name]([*part, *batches]) as run:
                     latencies[name].extend(1e3 * call for call in _time_calls(run, part))
                     seconds[name].extend(_time_calls(run, batches))
                 advance(1)
@@ -120,7 +124,7 @@ def sample_ids(tokenizer: TextTokenizer, corpus: Artifact) -> list[Ids]:
     """Ids of evaluation texts (sentences, queries and documents in their real proportion), evenly drawn."""
     sets, _ = evaluation_sets(corpus)
     texts = [text for texts in sets.values() for text in texts]
-    count = max(_ROUNDS * _TEXTS_PER_TURN, _NUM_BATCHES * BATCH_SIZE)
+    count = max(_ROUNDS * _TEXTS_PER_TURN, NUM_BATCHES * BATCH_SIZE)
     return tokenizer.encode([texts[index % len(texts)] for index in _spread(count, len(texts))])
 
 
@@ -135,7 +139,7 @@ def _single_batches(ids: list[Ids]) -> list[Batch]:
 
 def _sorted_batches(ids: list[Ids]) -> list[Batch]:
     """Batches of 32 of like length, as the worker and sentence-transformers both pack them."""
-    ordered = sorted(ids[: _NUM_BATCHES * BATCH_SIZE], key=len)
+    ordered = sorted(ids[: NUM_BATCHES * BATCH_SIZE], key=len)
     return [pad_batch(ordered[start : start + BATCH_SIZE]) for start in range(0, len(ordered), BATCH_SIZE)]
 
 
@@ -144,16 +148,25 @@ def _systems(candidates: list[Candidate], teacher: Teacher, champion: Path | Non
     systems: dict[str, System] = {TORCH: _torch_system(teacher)}
     folders = [(c.variant.name, c.artifact.folder, c.engine) for c in candidates]
     for name, folder, entry in (*folders, *_champion_entry(champion)):
-        systems[name] = partial(_open_for_turn, folder, entry)
+        systems[name] = partial(_open_for_turn, folder, entry, teacher.max_seq_length)
     return systems
 
 
 @contextmanager
-def _open_for_turn(folder: Path, entry: EngineEntry) -> Iterator[Run]:
+def _open_for_turn(folder: Path, entry: EngineEntry, max_length: int, batches: list[Batch]) -> Iterator[Run]:
     """Open the engine for one turn only: its memory and its spinning threads are gone when the next one runs."""
     engine = open_engine(folder, entry)
+    grid = ShapeGrid(max_length, engine.compiles_shapes)
+
+    def run(input_ids: Ids, attention_mask: Ids) -> object:
+        length = input_ids.shape[1]
+        more = ((0, 0), (0, grid.round_length(length) - length))
+        return engine.embed(np.pad(input_ids, more), np.pad(attention_mask, more))
+
     try:
-        yield engine.embed
+        for batch in batches if engine.compiles_shapes else batches[-_UNTIMED:]:
+            run(*batch)
+        yield run
     finally:
         engine.close()
 
@@ -174,13 +187,15 @@ def _torch_system(teacher: Teacher) -> System:
         with torch.inference_mode():
             return model(features)["sentence_embedding"].numpy()
 
-    return lambda: nullcontext(run)
+    def open_for_turn(batches: list[Batch]) -> AbstractContextManager[Run]:
+        for batch in batches[-_UNTIMED:]:
+            run(*batch)
+        return nullcontext(run)
+
+    return open_for_turn
 
 
 def _time_calls(run: Run, batches: list[Batch]) -> list[float]:
-    """Seconds of each call, after one of each shape that is not timed: OpenVINO compiles kernels per shape."""
-    for batch in batches:
-        run(*batch)
     seconds = []
     for batch in batches:
         started = time.perf_counter()

@@ -42,9 +42,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0, num_instances: int = 1) -> Engine:
+def open_engine(
+    folder: Path, entry: EngineEntry, num_threads: int = 0, num_instances: int = 1, cache: Path | None = None
+) -> Engine:
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
+    With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
@@ -55,5 +58,5 @@ def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0, num_inst
     if entry.runtime == "openvino":
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return OpenVinoEngine(folder / entry.file, entry.compute, num_threads, num_instances)
+        return OpenVinoEngine(folder / entry.file, entry.compute, num_threads, num_instances, cache)
     raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime and openvino")

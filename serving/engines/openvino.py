@@ -16,10 +16,17 @@ class OpenVinoEngine:
 
     compiles_shapes = True  # kernels of its CPU plugin are generated for each shape
 
-    def __init__(self, path: Path, compute: str = "f32", num_threads: int = 0, num_instances: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        compute: str = "f32",
+        num_threads: int = 0,
+        num_instances: int = 1,
+        cache: Path | None = None,
+    ) -> None:
         """Compile `path` for the CPU: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
-        Raises EngineUnavailable.
+        What is compiled is kept in the folder `cache`, and taken from there. Raises EngineUnavailable.
         """
         try:
             import openvino as ov  # noqa: PLC0415  an optional extra
@@ -28,6 +35,8 @@ class OpenVinoEngine:
         options = {"INFERENCE_PRECISION_HINT": compute, "NUM_STREAMS": str(num_instances)}
         if num_threads:
             options["INFERENCE_NUM_THREADS"] = str(num_threads * num_instances)
+        if cache is not None:
+            options["CACHE_DIR"] = str(cache)
         try:
             self._model = ov.Core().compile_model(str(path), "CPU", options)
             self._inputs = [self._model.input(name) for name in ("input_ids", "attention_mask")]

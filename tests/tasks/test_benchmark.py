@@ -5,14 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.tokenizer import TextTokenizer
+import tasks.benchmark
+from serving.engines import Embeddings
+from serving.tokenizer import Ids, TextTokenizer, pad_batch
 from tasks.benchmark import (
     BATCH_SIZE,
     CHAMPION,
+    NUM_BATCHES,
     TORCH,
     Batch,
     Speed,
     SpeedReport,
+    _open_for_turn,
     _rotate,
     _sorted_batches,
     _time_calls,
@@ -25,8 +29,8 @@ from tests.forge import Forge
 
 
 def speed(latencies: tuple[float, ...], throughputs: tuple[float, ...]) -> Speed:
-    """A system with one round of 8 equal batches of 32 for each throughput."""
-    seconds = tuple(32 / throughput for throughput in throughputs for _ in range(8))
+    """A system with one round of equal batches of 32 for each throughput."""
+    seconds = tuple(32 / throughput for throughput in throughputs for _ in range(NUM_BATCHES))
     return Speed(latencies_ms=latencies, batch_seconds=seconds, peak_memory_mb=None)
 
 
@@ -75,13 +79,30 @@ def test_speed_percentiles_and_speedup() -> None:
     ) == pytest.approx(0.2)
 
 
-def test_time_calls_times_each_batch_once_after_warming_up() -> None:
-    calls: list[int] = []
-    batches: list[Batch] = [(np.full((1, 1), i), np.ones((1, 1), dtype=np.int64)) for i in range(5)]
-    seconds = _time_calls(lambda ids, mask: calls.append(int(ids[0, 0])), batches)
-    assert calls == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    assert len(seconds) == 5
-    assert min(seconds) >= 0
+def test_turn_pads_as_the_worker_does_and_meets_every_shape_before_it_is_timed(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    class Compiling:
+        runtime, compiles_shapes = "test", True
+
+        def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
+            assert input_ids.shape == attention_mask.shape
+            lengths.append(input_ids.shape[1])
+            return np.zeros((len(input_ids), 1), dtype=np.float32)
+
+        def close(self) -> None:
+            lengths.append(0)
+
+    monkeypatch.setattr(tasks.benchmark, "open_engine", lambda folder, entry: Compiling())
+    batches: list[Batch] = [pad_batch([np.ones(length, dtype=np.int64)]) for length in (3, 13, 30, 128)]
+    candidate = forge.study.find("fp32-onnx").candidate
+    with _open_for_turn(candidate.artifact.folder, candidate.engine, 128, batches) as run:
+        assert lengths == [4, 16, 32, 128]
+        seconds = _time_calls(run, batches)
+    assert lengths == [4, 16, 32, 128, 4, 16, 32, 128, 0]
+    assert len(seconds) == len(batches)
 
 
 def test_sample_draws_from_every_set_and_batches_by_length(forge: Forge) -> None:
@@ -102,7 +123,7 @@ def test_benchmark_measured_every_system_in_every_round(forge: Forge) -> None:
     assert speeds.speeds.keys() == {TORCH, *names}
     for name, measured in speeds.speeds.items():
         assert len(measured.latencies_ms) == 204
-        assert len(measured.batch_seconds) == 3 * 8
+        assert len(measured.batch_seconds) == 3 * NUM_BATCHES
         numbers = (*measured.latencies_ms, *measured.batch_seconds)
         assert all(math.isfinite(number) and number > 0 for number in numbers)
         if name == TORCH:
