@@ -246,6 +246,11 @@ class Worker:
         return await asyncio.to_thread(self._load_quietly if self.models else self._load_model, source)
 
     def _load_quietly(self, source: ModelSource) -> LoadedModel:
+        if not source.num_threads and not source.num_instances:
+            # What is measured beside traffic says nothing: take the layout that was measured at the start.
+            layout = self.services[0].model.setup
+            threads = {"num_threads": layout.num_threads, "num_instances": layout.num_instances}
+            source = source.model_copy(update=threads)
         with low_priority():
             return self._load_model(source)
 
