@@ -48,7 +48,9 @@ class ModelSource(_Section):
 
     path: Path = Field(description="folder of the bundle")
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
-    engine: Literal["auto", "onnxruntime", "openvino"] = Field(default="auto", description="auto: the first that loads")
+    engine: Literal["auto", "onnxruntime", "openvino", "cuda"] = Field(
+        default="auto", description="auto: the first that loads"
+    )
     num_threads: int = Field(default=0, ge=0, le=1024, description="threads of the engine; 0: one per core")
 
 

@@ -2,15 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.manifest import EngineEntry
 from serving.errors import EngineUnavailable
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import Ids
+
+if TYPE_CHECKING:  # engines run where a bundle's manifest cannot be read: on a machine that only measures
+    from registry.manifest import EngineEntry
 
 Embeddings = NDArray[np.float32]
 
@@ -37,7 +39,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0) -> Engine:
+def open_engine(folder: Path, entry: "EngineEntry", num_threads: int = 0) -> Engine:
     """Load the engine `entry` of a bundle folder on `num_threads` threads (0: one per core).
 
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
@@ -51,4 +53,8 @@ def open_engine(folder: Path, entry: EngineEntry, num_threads: int = 0) -> Engin
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
         return OpenVinoEngine(folder / entry.file, entry.compute, num_threads)
-    raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime and openvino")
+    if entry.runtime == "cuda":
+        from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
+
+        return CudaEngine(folder / entry.file, entry.compute)
+    raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino and cuda")
