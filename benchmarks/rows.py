@@ -7,16 +7,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.hardware import describe_hardware
-
 RESULTS = Path(__file__).parent / "results"
 
 
 def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extra: Any) -> dict[str, Any]:
-    """A row with hardware, versions, commit and date; `extra` may hold system, p50, p95, p99, baseline, config."""
-    from tasks.artifacts import library_versions  # noqa: PLC0415  Prefect reads the environment at import
+    """A row with hardware, versions, commit and date; `extra` may hold system, p50, p95, p99, baseline, config.
 
+    It may also bring hardware, versions and commit of its own: of a GPU, of a machine that has no checkout.
+    """
     baseline = extra.get("baseline_value")
+    if "versions" not in extra:
+        from tasks.artifacts import library_versions  # noqa: PLC0415  Prefect, which a GPU machine need not have
+
+        extra["versions"] = library_versions()
     return {
         "bench": bench,
         "system": "thorforge",
@@ -26,9 +29,8 @@ def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extr
         "value": value,
         **extra,
         **({"ratio": value / baseline} if baseline else {}),
-        "hardware": describe_hardware(),
-        "versions": library_versions(),
-        "commit": _describe_commit(),
+        "hardware": extra.get("hardware") or _describe_hardware(),
+        "commit": extra.get("commit") or _describe_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -46,6 +48,12 @@ def append_rows(bench: str, rows: list[dict[str, Any]], out: Path | None = None)
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """One JSON document, on one line of stdout."""
     print(json.dumps(rows, sort_keys=True))
+
+
+def _describe_hardware() -> str:
+    from tasks.hardware import describe_hardware  # noqa: PLC0415  it needs what the worker needs
+
+    return describe_hardware()
 
 
 @cache

@@ -87,7 +87,7 @@ class EngineEntry(_Part):
     file: SafePath
     sha256: Sha256
     size: int = Field(ge=0)
-    compute: Literal["f32", "bf16", "f16"] = "f32"
+    compute: Literal["f32", "bf16", "f16", "f8"] = "f32"
     sm: str | None = None
     trt_version: str | None = None
     profiles: tuple[Profile, ...] = ()

@@ -75,7 +75,11 @@ def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances:
         instances = [1]
     else:
         instances = [n for n in (1, 2, _MAX_INSTANCES) if n <= num_cores]
-    return [Setup(entry.runtime, num_threads or max(1, num_cores // n), n) for entry in entries for n in instances]
+    return [
+        Setup(entry.runtime, num_threads or max(1, num_cores // n), n)
+        for entry in entries
+        for n in (instances if entry.runtime != "cuda" else [1])  # a GPU runs one batch at a time
+    ]
 
 
 def choose(measured: Sequence[Measured]) -> Choice:

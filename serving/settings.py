@@ -121,7 +121,7 @@ class ModelSource(_Section):
         description="folder of the bundle, or a file that names it: a channel of a registry, or its path"
     )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
-    engine: Literal["auto", "onnxruntime", "openvino"] = Field(
+    engine: Literal["auto", "onnxruntime", "openvino", "cuda"] = Field(
         default="auto", description="auto: the fastest that loads, as measured on this node"
     )
     num_threads: int = Field(

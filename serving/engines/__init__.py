@@ -2,15 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.manifest import EngineEntry
 from serving.errors import EngineUnavailable
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import Ids
+
+if TYPE_CHECKING:  # engines run where a bundle's manifest cannot be read: on a machine that only measures
+    from registry.manifest import EngineEntry
 
 Embeddings = NDArray[np.float32]
 
@@ -43,7 +45,7 @@ def num_cores() -> int:
 
 
 def open_engine(
-    folder: Path, entry: EngineEntry, num_threads: int = 0, num_instances: int = 1, cache: Path | None = None
+    folder: Path, entry: "EngineEntry", num_threads: int = 0, num_instances: int = 1, cache: Path | None = None
 ) -> Engine:
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
@@ -59,4 +61,8 @@ def open_engine(
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
         return OpenVinoEngine(folder / entry.file, entry.compute, num_threads, num_instances, cache)
-    raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime and openvino")
+    if entry.runtime == "cuda":
+        from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
+
+        return CudaEngine(folder / entry.file, entry.compute)
+    raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino and cuda")

@@ -1,0 +1,221 @@
+"""BERT-family encoders from safetensors and config.json: configuration, weights and the plain-PyTorch forward pass."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from serving.engines.packing import Limits
+from serving.errors import EngineUnavailable
+from serving.kernels import reference
+
+CONFIG_NAME = "config.json"
+AMAX_NAME = "activation_amax"  # [layers, 4]: largest input of the query, output, up and down projections
+LINEARS = 4
+# What the forward pass is: a config that says otherwise is another architecture.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "pooling": ("mean", "cls", "lasttoken"),
+    "normalize": (True, False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BertConfig:
+    """Sizes of the encoder, and how its tokens become one vector."""
+
+    vocabulary: int
+    positions: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    eps: float
+    pooling: str
+    normalize: bool
+
+    @property
+    def limits(self) -> Limits:
+        """What a batch must stay within."""
+        return Limits(self.vocabulary, self.positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights [out, in] and vectors of one layer; `amax` (float32 [4]) are its calibrated inputs, for E4M3."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    out_norm_weight: Tensor
+    out_norm_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    down_norm_weight: Tensor
+    down_norm_bias: Tensor
+    amax: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Embedding tables (type 0 already added to the positions), the norm behind them, and the layers."""
+
+    words: Tensor
+    positions: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch on the device: ids, starts, ends int32 [T] and offsets int32 [B + 1]."""
+
+    ids: Tensor
+    starts: Tensor
+    ends: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, integers: Tensor, tokens: int, rows: int) -> "Packed":
+        """Views of what `packing.pack` wrote."""
+        ids, starts, ends = integers[: 3 * tokens].view(3, tokens)
+        return cls(ids, starts, ends, integers[3 * tokens : 3 * tokens + rows + 1])
+
+
+def read_config(path: Path) -> BertConfig:
+    """Read config.json. Raises EngineUnavailable naming the field that this engine cannot honour."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineUnavailable(f"{path} cannot be read: {error}") from None
+    for name, allowed in _FIXED.items():
+        if fields.get(name) not in allowed:
+            known = ", ".join(repr(value) for value in allowed if value is not None)
+            raise EngineUnavailable(f"{path}: {name} is {fields.get(name)!r}, the cuda engine knows {known}")
+    config = BertConfig(
+        vocabulary=_size(path, fields, "vocab_size"),
+        positions=_size(path, fields, "max_position_embeddings"),
+        hidden=_size(path, fields, "hidden_size"),
+        layers=_size(path, fields, "num_hidden_layers"),
+        heads=_size(path, fields, "num_attention_heads"),
+        intermediate=_size(path, fields, "intermediate_size"),
+        eps=float(fields.get("layer_norm_eps", 1e-12)),
+        pooling=fields["pooling"],
+        normalize=fields["normalize"],
+    )
+    if config.hidden % config.heads:
+        raise EngineUnavailable(f"{path}: hidden_size {config.hidden} is no multiple of {config.heads} heads")
+    return config
+
+
+def _size(path: Path, fields: dict[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise EngineUnavailable(f"{path}: {name} is {value!r}, it must be a positive integer")
+    return value
+
+
+def load_weights(path: Path, config: BertConfig, dtype: torch.dtype = torch.float32) -> Weights:
+    """Read the tensors of a safetensors file into host memory, every shape checked against `config`.
+
+    Raises EngineUnavailable for a file that is short or damaged, and for a tensor that is missing or of another shape.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _Reader(path, file, dtype).read(config)
+    except (OSError, SafetensorError) as error:
+        raise EngineUnavailable(f"{path} cannot be read: {error}") from None
+
+
+class _Reader:
+    def __init__(self, path: Path, file: Any, dtype: torch.dtype) -> None:
+        self._path, self._file, self._dtype = path, file, dtype
+        self._names = set(file.keys())
+        self._prefix = "bert." if any(name.startswith("bert.") for name in self._names) else ""
+
+    def read(self, config: BertConfig) -> Weights:
+        hidden = config.hidden
+        types = self._tensor("embeddings.token_type_embeddings.weight", None, hidden)
+        positions = self._tensor("embeddings.position_embeddings.weight", config.positions, hidden)
+        amax = None
+        if AMAX_NAME in self._names:
+            amax = self._file.get_tensor(AMAX_NAME).float()
+            self._check(AMAX_NAME, amax, (config.layers, LINEARS))
+        return Weights(
+            words=self._tensor("embeddings.word_embeddings.weight", config.vocabulary, hidden).to(self._dtype),
+            positions=(positions + types[0]).to(self._dtype),
+            norm_weight=self._tensor("embeddings.LayerNorm.weight", hidden).to(self._dtype),
+            norm_bias=self._tensor("embeddings.LayerNorm.bias", hidden).to(self._dtype),
+            layers=tuple(
+                self._layer(number, config, None if amax is None else amax[number]) for number in range(config.layers)
+            ),
+        )
+
+    def _layer(self, number: int, config: BertConfig, amax: Tensor | None) -> Layer:
+        hidden, inner, layer = config.hidden, config.intermediate, f"encoder.layer.{number}."
+        names = [f"{layer}attention.self.{part}." for part in ("query", "key", "value")]
+        parts = {
+            "qkv_weight": torch.cat([self._tensor(f"{name}weight", hidden, hidden) for name in names]),
+            "qkv_bias": torch.cat([self._tensor(f"{name}bias", hidden) for name in names]),
+            "out_weight": self._tensor(f"{layer}attention.output.dense.weight", hidden, hidden),
+            "out_bias": self._tensor(f"{layer}attention.output.dense.bias", hidden),
+            "out_norm_weight": self._tensor(f"{layer}attention.output.LayerNorm.weight", hidden),
+            "out_norm_bias": self._tensor(f"{layer}attention.output.LayerNorm.bias", hidden),
+            "up_weight": self._tensor(f"{layer}intermediate.dense.weight", inner, hidden),
+            "up_bias": self._tensor(f"{layer}intermediate.dense.bias", inner),
+            "down_weight": self._tensor(f"{layer}output.dense.weight", hidden, inner),
+            "down_bias": self._tensor(f"{layer}output.dense.bias", hidden),
+            "down_norm_weight": self._tensor(f"{layer}output.LayerNorm.weight", hidden),
+            "down_norm_bias": self._tensor(f"{layer}output.LayerNorm.bias", hidden),
+        }
+        return Layer(**{name: part.to(self._dtype) for name, part in parts.items()}, amax=amax)
+
+    def _tensor(self, name: str, *shape: int | None) -> Tensor:
+        """A tensor in float32; None in `shape` is any size."""
+        full = self._prefix + name
+        if full not in self._names:
+            raise EngineUnavailable(f"{self._path} holds no tensor {full}")
+        tensor: Tensor = self._file.get_tensor(full).float()
+        self._check(full, tensor, shape)
+        return tensor
+
+    def _check(self, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+        fits = len(shape) == tensor.ndim and all(b in (a, None) for a, b in zip(tensor.shape, shape, strict=True))
+        if not fits:
+            raise EngineUnavailable(f"{self._path}: {name} is {tuple(tensor.shape)}, config.json says {shape}")
+
+
+def encode(weights: Weights, config: BertConfig, batch: Packed, amax: Tensor | None = None) -> Tensor:
+    """Plain PyTorch, in the dtype of the weights: float32 [B, H]. The oracle of the kernels.
+
+    `amax` (float32 [layers, 4]) is raised to the largest input that each linear layer sees: calibration for E4M3.
+    """
+    x = reference.embed_norm(
+        batch.ids, batch.starts, weights.words, weights.positions, weights.norm_weight, weights.norm_bias, config.eps
+    )
+    for number, layer in enumerate(weights.layers):
+        qkv = reference.linear(x, layer.qkv_weight, layer.qkv_bias)
+        context = reference.attention(qkv, batch.starts, batch.ends, config.heads)
+        product = reference.linear(context, layer.out_weight, torch.zeros_like(layer.out_bias))
+        middle = reference.add_norm(product, x, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps)
+        inner = reference.linear(middle, layer.up_weight, layer.up_bias, gelu=True)
+        product = reference.linear(inner, layer.down_weight, torch.zeros_like(layer.down_bias))
+        if amax is not None:
+            seen = torch.stack([each.abs().amax().float() for each in (x, context, middle, inner)])
+            amax[number] = torch.maximum(amax[number], seen)
+        x = reference.add_norm(
+            product, middle, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps
+        )
+    return reference.pool(x, batch.offsets, config.pooling, config.normalize)

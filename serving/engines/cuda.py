@@ -1,0 +1,308 @@
+"""The CUDA engine: packed batches on our own kernels, CUDA graphs for small ones, copies beside the computation."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.engines import Embeddings
+from serving.engines.packing import Lengths, check_batch, pack, packed_size, split_rows
+from serving.errors import EngineUnavailable
+from serving.tokenizer import Ids
+
+if TYPE_CHECKING:
+    import torch
+
+    from serving.engines.bert import BertConfig, Weights
+    from serving.engines.cuda_encoder import Encoder
+
+MAX_TOKENS = 131_072  # of one run; a larger batch takes several
+MAX_ROWS = 4096
+_LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
+_STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
+_LONG_LENGTH, _LONG_TOKENS = 128, 4096  # a mean length and a size from which long texts have graphs of their own
+_NUM_SLOTS = 2
+_LEAST_CAPABILITY = {"f16": (8, 0), "f8": (8, 9)}
+
+
+class CudaEngine:
+    """Runs `model.safetensors` with the `config.json` beside it; `compute` is `f16` or `f8` (E4M3 linear layers).
+
+    Everything the GPU needs is allocated and captured before the first batch; `memory_bytes` is what that took.
+    """
+
+    compiles_shapes = False
+
+    def __init__(self, path: Path, compute: str = "f16", max_tokens: int = MAX_TOKENS) -> None:
+        """Load, warm up and capture. `max_tokens` is halved until the workspace fits. Raises EngineUnavailable."""
+        torch = _require_gpu(compute)
+        from serving.engines.bert import load_weights, read_config  # noqa: PLC0415  they need torch
+
+        self._config = read_config(path.with_name("config.json"))
+        weights = load_weights(path, self._config)
+        _check_model(path, self._config, weights, compute)
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._encoder = _fit_encoder(weights, self._config, self._device, compute, max_tokens)
+        self._streams = _Streams.make()
+        self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
+        self._static = torch.zeros_like(self._slots[0].integers)
+        self._graphs = self._capture()
+        self.runtime = f"cuda {torch.version.cuda} {torch.cuda.get_device_name(self._device)} {compute}"
+        self.memory_bytes: int = torch.cuda.memory_reserved(self._device)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of one run, as many as the memory allowed."""
+        return self._encoder.max_tokens
+
+    def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
+        """See `Engine.embed`. Raises ValueError for ids and lengths that the model's tables do not have."""
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        try:
+            return self._embed(input_ids, lengths)
+        except torch.OutOfMemoryError:  # someone else took the memory: half as much at a time
+            if len(lengths) == 1:
+                raise
+            torch.cuda.empty_cache()
+            middle = len(lengths) // 2
+            halves = slice(None, middle), slice(middle, None)
+            return np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
+
+    def prepare(self, input_ids: Ids, attention_mask: Ids) -> Callable[[], "torch.Tensor"]:
+        """Put a batch that fits one run on the GPU; the function computes its vectors there, again and again.
+
+        It runs what `embed` runs between the copies: for measurements and profiles.
+        """
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        shape = self._choose_shape(lengths)
+        numbers = np.zeros(packed_size(shape.tokens, shape.rows), dtype=np.int32)
+        pack(input_ids, lengths, shape.tokens, shape.rows, numbers)
+        integers = torch.from_numpy(numbers).to(self._device)
+        return lambda: self._compute(integers, shape)[: len(lengths)]
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        torch.cuda.synchronize(self._device)
+        del self._graphs, self._encoder, self._slots, self._static
+        torch.cuda.empty_cache()
+
+    def _embed(self, input_ids: Ids, lengths: Lengths) -> Embeddings:
+        vectors = np.empty((len(lengths), self._config.hidden), dtype=np.float32)
+        waiting: deque[tuple[slice, _Slot]] = deque()
+        for rows in split_rows(lengths, self._encoder.max_tokens, self._encoder.max_rows):
+            if len(waiting) == _NUM_SLOTS:
+                _collect(waiting, vectors)
+            slot = self._slots[0]
+            self._slots.rotate()
+            self._submit(slot, input_ids[rows], lengths[rows])
+            waiting.append((rows, slot))
+        while waiting:
+            _collect(waiting, vectors)
+        return vectors
+
+    def _submit(self, slot: "_Slot", input_ids: Ids, lengths: Lengths) -> None:
+        """Queue copy in, computation and copy out, each on its stream, each behind the one before."""
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        shape = self._choose_shape(lengths)
+        used = packed_size(shape.tokens, shape.rows)
+        pack(input_ids, lengths, shape.tokens, shape.rows, slot.numbers[:used])
+        streams = self._streams
+        with torch.cuda.stream(streams.copy_in):
+            slot.integers[:used].copy_(slot.staging[:used], non_blocking=True)
+            slot.copied.record()
+        with torch.cuda.stream(streams.compute):
+            slot.copied.wait()
+            out = self._compute(slot.integers, shape)
+            slot.vectors[: len(lengths)].copy_(out[: len(lengths)], non_blocking=True)
+            slot.computed.record()
+        with torch.cuda.stream(streams.copy_out):
+            slot.computed.wait()
+            slot.results[: len(lengths)].copy_(slot.vectors[: len(lengths)], non_blocking=True)
+            slot.done.record()
+
+    def _choose_shape(self, lengths: Lengths) -> "Shape":
+        real = int(lengths.sum())
+        tokens = min(round_tokens(real), self._encoder.max_tokens)
+        return make_shape(tokens, self._encoder.max_rows, real >= _LONG_LENGTH * len(lengths))
+
+    def _compute(self, integers: "torch.Tensor", shape: "Shape") -> "torch.Tensor":
+        """Vectors [rows, H] of a packed batch on the device, on the current stream."""
+        used = packed_size(shape.tokens, shape.rows)
+        self._static[:used].copy_(integers[:used], non_blocking=True)
+        graph, vectors = self._graphs[shape]
+        graph.replay()
+        return vectors
+
+    def _capture(self) -> "dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor]]":
+        """A graph for every shape, all in one pool, the largest first; kernels are compiled on the way."""
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        from serving.engines.bert import Packed  # noqa: PLC0415  it needs torch
+
+        graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        pool, stream = torch.cuda.graph_pool_handle(), self._streams.compute
+        for shape in list_shapes(self._encoder.max_tokens, self._encoder.max_rows):
+            batch = Packed.of(self._static, shape.tokens, shape.rows)
+            self._fill_static(shape)
+            with torch.cuda.stream(stream):
+                self._encoder.run(batch, shape.long)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                graphs[shape] = graph, self._encoder.run(batch, shape.long)
+        torch.cuda.synchronize(self._device)
+        return graphs
+
+    def _fill_static(self, shape: "Shape") -> None:
+        """Texts of one token each, so that the kernels read nothing wild while they warm up."""
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        numbers = np.zeros(packed_size(shape.tokens, shape.rows), dtype=np.int32)
+        lengths = np.ones(shape.rows, dtype=np.int64)
+        pack(np.zeros((shape.rows, 1), dtype=np.int64), lengths, shape.tokens, shape.rows, numbers)
+        self._static[: len(numbers)].copy_(torch.from_numpy(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a graph was captured for: tokens, rows (empty ones included), and kernels for long texts or for short."""
+
+    tokens: int
+    rows: int
+    long: bool
+
+
+def round_tokens(tokens: int) -> int:
+    """The tokens a run of so many is filled up to."""
+    step = max(_LEAST_TOKENS, 2 ** ((tokens - 1).bit_length() - 1) // _STEPS) if tokens > 1 else _LEAST_TOKENS
+    return -(-tokens // step) * step
+
+
+def make_shape(tokens: int, max_rows: int, is_long: bool) -> Shape:
+    """The shape of a run of `tokens`: as many rows as there could be, kernels for long texts only if it is large."""
+    return Shape(tokens, min(tokens, max_rows), is_long and tokens >= _LONG_TOKENS)
+
+
+def list_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
+    """Every shape a run of up to `max_tokens` may have, the largest first."""
+    sizes: list[int] = []
+    tokens = 1
+    while not sizes or sizes[-1] < max_tokens:
+        sizes.append(min(round_tokens(tokens), max_tokens))
+        tokens = sizes[-1] + 1
+    shapes = {make_shape(size, max_rows, is_long): None for size in reversed(sizes) for is_long in (True, False)}
+    return list(shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    copy_in: "torch.cuda.Stream"
+    compute: "torch.cuda.Stream"
+    copy_out: "torch.cuda.Stream"
+
+    @classmethod
+    def make(cls) -> "_Streams":
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        return cls(torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Stream())
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Staging of one run: pinned memory, its twins on the device, and the events between the streams."""
+
+    staging: "torch.Tensor"
+    numbers: NDArray[np.int32]
+    integers: "torch.Tensor"
+    vectors: "torch.Tensor"
+    results: "torch.Tensor"
+    copied: "torch.cuda.Event"
+    computed: "torch.cuda.Event"
+    done: "torch.cuda.Event"
+
+    @classmethod
+    def make(cls, encoder: "Encoder", device: "torch.device") -> "_Slot":
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        size, shape = packed_size(encoder.max_tokens, encoder.max_rows), (encoder.max_rows, encoder.config.hidden)
+        staging = torch.zeros(size, dtype=torch.int32, pin_memory=True)
+        return cls(
+            staging,
+            staging.numpy(),
+            torch.zeros(size, dtype=torch.int32, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+            torch.zeros(shape, dtype=torch.float32, pin_memory=True),
+            torch.cuda.Event(),
+            torch.cuda.Event(),
+            torch.cuda.Event(),
+        )
+
+
+def _collect(waiting: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None:
+    rows, slot = waiting.popleft()
+    slot.done.synchronize()
+    vectors[rows] = slot.results.numpy()[: rows.stop - rows.start]
+
+
+def _require_gpu(compute: str) -> Any:
+    """The torch module, once it and triton are there and the GPU can do `compute`. Raises EngineUnavailable."""
+    try:
+        import torch  # noqa: PLC0415  only this engine needs them
+        import triton  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise EngineUnavailable(f"{error.name} is not installed: pip install 'thorforge[gpu]'") from None
+    if compute not in _LEAST_CAPABILITY:
+        raise EngineUnavailable(f"the cuda engine computes in {' or '.join(_LEAST_CAPABILITY)}, not in {compute}")
+    if not torch.backends.cuda.is_built():
+        raise EngineUnavailable(f"torch {torch.__version__} is built without CUDA: install a CUDA build of it")
+    if not torch.cuda.is_available():
+        raise EngineUnavailable("no NVIDIA GPU, or a driver too old for this torch: see nvidia-smi")
+    capability, least = torch.cuda.get_device_capability(), _LEAST_CAPABILITY[compute]
+    if capability < least:
+        raise EngineUnavailable(
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
+            f"{compute} needs {least[0]}.{least[1]}"
+        )
+    return torch
+
+
+def _check_model(path: Path, config: "BertConfig", weights: "Weights", compute: str) -> None:
+    """Raise EngineUnavailable for sizes the kernels do not have, and for E4M3 without calibration."""
+    from serving.kernels.attention import HEAD_SIZES  # noqa: PLC0415  it needs triton
+
+    size = config.hidden // config.heads
+    if size not in HEAD_SIZES:
+        raise EngineUnavailable(f"{path}: num_attention_heads makes heads of {size}, the kernels know {HEAD_SIZES}")
+    for name, value in (("hidden_size", config.hidden), ("intermediate_size", config.intermediate)):
+        if value % 128:
+            raise EngineUnavailable(f"{path}: {name} {value} is no multiple of 128")
+    if compute == "f8" and any(layer.amax is None for layer in weights.layers):
+        raise EngineUnavailable(f"{path} holds no activation_amax: f8 needs a calibrated model")
+
+
+def _fit_encoder(
+    weights: "Weights", config: "BertConfig", device: "torch.device", compute: str, max_tokens: int
+) -> "Encoder":
+    """An encoder with the largest workspace that fits, from `max_tokens` down. Raises EngineUnavailable."""
+    import torch  # noqa: PLC0415  loaded with the engine
+
+    from serving.engines.cuda_encoder import Encoder, Fp8Encoder  # noqa: PLC0415  they need triton
+
+    kind = Fp8Encoder if compute == "f8" else Encoder
+    while max_tokens >= config.positions:
+        try:
+            return kind(weights, config, device, max_tokens, min(MAX_ROWS, max_tokens))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            max_tokens //= 2
+    raise EngineUnavailable(f"the GPU has no memory for the weights and {config.positions} tokens")

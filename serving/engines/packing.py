@@ -1,0 +1,76 @@
+"""Padded batches to packed ones: which rows share a run, and the one array of integers a run needs. Pure numpy."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.tokenizer import Ids
+
+Lengths = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model takes: ids below `vocabulary`, texts up to `positions` tokens."""
+
+    vocabulary: int
+    positions: int
+
+
+def check_batch(input_ids: Ids, attention_mask: Ids, limits: Limits) -> Lengths:
+    """The number of tokens of each row [B]. Raises ValueError for what a kernel must never see.
+
+    That is an empty row or batch, an id outside the vocabulary, a row longer than the table of positions, or a mask
+    that is not ones and then zeros.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape or not len(input_ids):
+        raise ValueError(f"ids {input_ids.shape} and mask {attention_mask.shape} must both be [B, T] with B at least 1")
+    lengths: Lengths = attention_mask.sum(axis=1)
+    if (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64).tobytes() != attention_mask.tobytes():
+        raise ValueError("a row of the mask is not ones followed by zeros")
+    if lengths.min() < 1:
+        raise ValueError(f"row {int(lengths.argmin())} has no tokens")
+    if lengths.max() > limits.positions:
+        raise ValueError(f"a text of {int(lengths.max())} tokens, the model has {limits.positions} positions")
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= limits.vocabulary:
+        raise ValueError(f"ids {lowest} to {highest}, the model knows 0 to {limits.vocabulary - 1}")
+    return lengths
+
+
+def split_rows(lengths: Lengths, max_tokens: int, max_rows: int) -> Iterator[slice]:
+    """Consecutive rows in runs of at most `max_tokens` tokens and `max_rows` rows; no row is longer than a run."""
+    first = tokens = 0
+    for row, length in enumerate(lengths.tolist()):
+        if row > first and (tokens + length > max_tokens or row - first == max_rows):
+            yield slice(first, row)
+            first, tokens = row, 0
+        tokens += length
+    yield slice(first, len(lengths))
+
+
+def packed_size(tokens: int, rows: int) -> int:
+    """Integers that `pack` writes for a run of so many tokens and rows."""
+    return 3 * tokens + rows + 1
+
+
+def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) -> None:
+    """Write ids, sequence starts and sequence ends [tokens] and offsets [rows + 1] into `into`, one after the other.
+
+    `tokens` and `rows` may exceed the batch's: what is left over becomes sequences of one token 0, and empty rows.
+    """
+    real = int(lengths.sum())
+    ids, starts, ends = into[: 3 * tokens].reshape(3, tokens)
+    offsets = into[3 * tokens : packed_size(tokens, rows)]
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    ids[:real] = input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]]
+    starts[:real] = np.repeat(bounds[:-1], lengths)
+    ends[:real] = np.repeat(bounds[1:], lengths)
+    ids[real:] = 0
+    starts[real:] = np.arange(real, tokens)
+    ends[real:] = np.arange(real + 1, tokens + 1)
+    offsets[: len(bounds)] = bounds
+    offsets[len(bounds) :] = real

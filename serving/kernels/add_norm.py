@@ -1,0 +1,81 @@
+"""Residual, bias and layer norm in one pass over the rows, the result in E4M3 as well where that is asked for."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 2
+E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def normalize_rows(x, weight, shift, columns, hidden, eps):
+    """Layer norm of the float32 rows of x; columns from `hidden` on hold zeros and stay out of the statistics."""
+    inside = columns < hidden
+    mean = tl.sum(x, axis=1) / hidden
+    centered = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(centered * centered, axis=1) / hidden
+    scale = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    moved = tl.load(shift + columns, inside, other=0.0).to(tl.float32)
+    return centered * tl.rsqrt(variance + eps)[:, None] * scale[None, :] + moved[None, :]
+
+
+@triton.jit
+def store_rows(normed, out, quantized, scales, rows, place, inside, num_tokens, QUANTIZE: tl.constexpr):
+    """Write the rows, and once more in E4M3: by a scale a row, which is written too, or divided by the given one."""
+    tl.store(out + place, normed.to(out.dtype.element_ty), inside)
+    if QUANTIZE == "rows":
+        scale = tl.maximum(tl.max(tl.where(inside, tl.abs(normed), 0.0), axis=1) / E4M3_MAX, 1e-12)
+        tl.store(scales + rows, scale, rows < num_tokens)
+        tl.store(quantized + place, (normed / scale[:, None]).to(quantized.dtype.element_ty), inside)
+    elif QUANTIZE == "tensor":
+        scaled = tl.clamp(normed / tl.load(scales), -E4M3_MAX, E4M3_MAX)
+        tl.store(quantized + place, scaled.to(quantized.dtype.element_ty), inside)
+
+
+def choose_quantization(quantized: Tensor | None, scales: Tensor | None) -> str:
+    """How `store_rows` quantises: not at all, by rows (scales [T]) or by one scale for all (scales [1])."""
+    if quantized is None or scales is None:
+        return "none"
+    return "tensor" if scales.numel() == 1 else "rows"
+
+
+@triton.jit
+def _add_norm_kernel(
+    x, residual, bias, weight, shift, out, quantized, scales, num_tokens, hidden, eps,
+    RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < num_tokens)[:, None] & (columns < hidden)[None, :]
+    place = rows[:, None].to(tl.int64) * hidden + columns[None, :]
+    summed = tl.load(x + place, inside, other=0.0).to(tl.float32)
+    summed += tl.load(bias + columns, columns < hidden, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        summed += tl.load(residual + place, inside, other=0.0).to(tl.float32)
+    normed = normalize_rows(summed, weight, shift, columns, hidden, eps)
+    store_rows(normed, out, quantized, scales, rows, place, inside, num_tokens, QUANTIZE)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    bias: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+    out: Tensor,
+    quantized: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    """See `reference.add_norm`: x, residual, out [T, H], where `out` may be `x` or `residual`; the others [H].
+
+    `quantized` (E4M3 [T, H]) takes the result as well: by rows when `scales` is [T], by that one scale when it is [1].
+    """
+    num_tokens, hidden = x.shape
+    columns = triton.next_power_of_2(hidden)
+    _add_norm_kernel[(triton.cdiv(num_tokens, _ROWS),)](
+        x, x if residual is None else residual, bias, weight, shift, out, quantized, scales, num_tokens, hidden, eps,
+        RESIDUAL=residual is not None, QUANTIZE=choose_quantization(quantized, scales),
+        ROWS=_ROWS, COLUMNS=columns, num_warps=2,
+    )  # fmt: skip

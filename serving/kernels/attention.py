@@ -1,0 +1,78 @@
+"""Flash attention over packed sequences: online softmax, no score matrix, no padding.
+
+A program takes a tile of packed rows wherever sequences begin and end, so that several short sequences share it. It
+walks the keys from the beginning of its first row's sequence to the end of its last row's, and masks what belongs to
+another sequence; key blocks that lie inside one sequence with all of the tile's rows need no mask.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+HEAD_SIZES = (32, 64)
+_FAR = tl.constexpr(-1.0e30)  # below every score, and finite: a row without a key in a block keeps its sums
+
+
+@triton.jit
+def _attend(q, k, v, m, total, acc, first, last, begin, scale, BN: tl.constexpr, MASKED: tl.constexpr):
+    """One block of keys at row `begin`: the running maximum, sum and weighted values after it."""
+    scores = tl.dot(q, k.T)
+    if MASKED:
+        rows = begin + tl.arange(0, BN)
+        own = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
+        scores = tl.where(own, scores, float("-inf"))
+    highest = tl.maximum(m, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - highest[:, None])
+    shrink = tl.exp2(m - highest)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
+    return highest, total * shrink + tl.sum(weights, axis=1), acc
+
+
+@triton.jit
+def _attention_kernel(
+    queries, keys, starts, ends, out, out_factor, num_tokens, scale,
+    HIDDEN: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    column, tile = tl.program_id(0) * D, tl.program_id(1) * BM
+    rows = tile + tl.arange(0, BM)
+    live = rows < num_tokens
+    bottom = tl.minimum(tile + BM, num_tokens) - 1
+    first, last = tl.load(starts + rows, live, other=0), tl.load(ends + rows, live, other=0)
+    begin, end = tl.load(starts + tile), tl.load(ends + bottom)
+    whole = tl.where(begin == tl.load(starts + bottom), (end - begin) // BN * BN, 0)
+    q = queries.load([tile, column])
+    m, total, acc = tl.full([BM], _FAR, tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, D], tl.float32)
+    for block in tl.range(begin, begin + whole, BN):
+        k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
+        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, False)
+    for block in tl.range(begin + whole, end, BN):
+        k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
+        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, True)
+    acc = acc / tl.maximum(total, 1e-30)[:, None]  # rows past the end saw no key
+    if QUANTIZE:
+        acc = tl.clamp(acc * tl.load(out_factor), -448.0, 448.0)
+    place = rows[:, None].to(tl.int64) * HIDDEN + column + tl.arange(0, D)[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), live[:, None])
+
+
+def attention(
+    qkv: Tensor, starts: Tensor, ends: Tensor, heads: int, out: Tensor, out_factor: Tensor | None = None,
+    is_long: bool = False,
+) -> None:  # fmt: skip
+    """See `reference.attention`: qkv [T, 3H], starts and ends int32 [T] ascending, out [T, H].
+
+    With `out_factor` (float32 [1]) out is E4M3 and takes the result times it. `is_long` chooses the tile
+    that measured faster for texts of 128 tokens and more. Head sizes: HEAD_SIZES.
+    """
+    num_tokens, hidden = out.shape
+    size = hidden // heads
+    rows, keys, warps = (128, 64, 8 if size > 32 else 4) if is_long else (64, 32, 4)
+    scale = math.log2(math.e) / math.sqrt(size)
+    _attention_kernel[(heads, triton.cdiv(num_tokens, rows))](
+        TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
+        starts, ends, out, out_factor, num_tokens, scale,
+        HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, num_warps=warps, num_stages=3,
+    )  # fmt: skip

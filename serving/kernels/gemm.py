@@ -1,0 +1,129 @@
+"""Linear layer with GELU and E4M3 scales in its epilogue: one op, the fastest kernel for the shape and the GPU.
+
+Many rows on Hopper go to the ping-pong kernel of `gemm_hopper`; every other GPU, and few rows, to the Triton kernel
+here; a plain float16 layer of few rows to cuBLAS, which measured faster there.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MANY_ROWS = 2048  # from here on tiles of 128 x 128 fill the GPU
+_HOPPER = 9
+_LARGE_SHARED_BYTES = 200_000
+# tanh(x (A + B x² + C x⁴)) is erf(x / √2) to 6e-5 while x² ≤ 49; beyond both are 1. Largest error of the GELU: 3e-5,
+# a sixteenth of float16's spacing at 1.
+_A, _B, _C = tl.constexpr(0.79745847), tl.constexpr(0.037050345), tl.constexpr(-0.00035873236)
+
+
+@triton.jit
+def gelu(x, FAST: tl.constexpr):
+    """x Φ(x) of float32 x; FAST uses the hardware's tanh, otherwise erf."""
+    if FAST:
+        square = tl.minimum(x * x, 49.0)
+        inner = x * (_A + square * (_B + square * _C))
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
+        )
+        half = 0.5 * x
+        value = half + half * tanh
+    else:
+        value = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return value
+
+
+@triton.jit
+def _linear_kernel(
+    x, weight, out, bias, x_scales, weight_scale, out_factor, num_rows, num_columns, depth,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+    GELU: tl.constexpr, SCALES: tl.constexpr, QUANTIZE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(num_columns, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, BM) * across, PROGRAMS, flatten=True):
+        top, left = tile // across * BM, tile % across * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, depth, BK):
+            acc = tl.dot(x.load([top, k]), weight.load([left, k]).T, acc)
+        if SCALES == "tensor":
+            acc *= tl.load(x_scales) * tl.load(weight_scale)
+        elif SCALES == "rows":
+            rows = top + tl.arange(0, BM)
+            acc *= (tl.load(x_scales + rows, rows < num_rows, other=0.0) * tl.load(weight_scale))[:, None]
+        columns = left + tl.arange(0, BN)
+        acc += tl.load(bias + columns, columns < num_columns, other=0.0).to(tl.float32)[None, :]
+        if GELU:
+            acc = gelu(acc, FAST)
+        if QUANTIZE:
+            acc = tl.clamp(acc * tl.load(out_factor), -448.0, 448.0)
+        out.store([top, left], acc.to(out.dtype))
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, gelu: bool = False, x_scales: Tensor | None = None,
+    weight_scale: Tensor | None = None, out_factor: Tensor | None = None,
+) -> None:  # fmt: skip
+    """x @ weight.T + bias, with GELU when `gelu`: x [T, K], weight [N, K], bias [N], out [T, N].
+
+    E4M3 operands bring `x_scales` (float32, [T] or [1]) and `weight_scale` ([1]), which multiply the product; with
+    `out_factor` ([1]) `out` is E4M3 and takes the result times it. K and N are multiples of 128.
+    """
+    device = _read_device(x.device.index) if x.is_cuda else None
+    if device and device.major == _HOPPER and len(x) >= MANY_ROWS:
+        from serving.kernels import gemm_hopper  # noqa: PLC0415  Gluon loads only where it can run
+
+        gemm_hopper.linear(
+            x, weight, bias, out, device.multi_processor_count, gelu, None, x_scales, weight_scale, out_factor
+        )
+    elif x_scales is None and not gelu:
+        torch.addmm(bias, x, weight.t(), out=out)
+    else:
+        _launch(x, weight, bias, out, gelu, x_scales, weight_scale, out_factor, device)
+
+
+def add_product(
+    x: Tensor, weight: Tensor, total: Tensor, x_scale: Tensor | None = None, weight_scale: Tensor | None = None
+) -> None:
+    """total += x @ weight.T, in place: x [T, K], weight [N, K], total float16 [T, N]; E4M3 brings scales [1]."""
+    device = _read_device(x.device.index) if x.is_cuda else None
+    if x_scale is None or weight_scale is None:
+        total.addmm_(x, weight.t())
+    elif device and device.major == _HOPPER and len(x) >= MANY_ROWS:
+        from serving.kernels import gemm_hopper  # noqa: PLC0415  Gluon loads only where it can run
+
+        gemm_hopper.linear(
+            x, weight, None, total, device.multi_processor_count, residual=total, x_scales=x_scale,
+            weight_scale=weight_scale,
+        )  # fmt: skip
+    else:
+        total += torch._scaled_mm(
+            x, weight.t(), x_scale[0], weight_scale[0], out_dtype=total.dtype, use_fast_accum=True
+        )
+
+
+def _launch(x, weight, bias, out, gelu, x_scales, weight_scale, out_factor, device):
+    (num_rows, depth), columns = x.shape, weight.shape[0]
+    few = num_rows < MANY_ROWS
+    large = device is not None and device.shared_memory_per_block_optin >= _LARGE_SHARED_BYTES
+    rows_tile, columns_tile = (64, 64) if few else (128, 256) if large else (128, 128)
+    step = 64 if few or large else 32
+    programs = min(
+        device.multi_processor_count * (2 if few else 1) if device else 2,
+        triton.cdiv(num_rows, rows_tile) * triton.cdiv(columns, columns_tile),
+    )
+    scales = "none" if x_scales is None else "tensor" if x_scales.numel() == 1 else "rows"
+    _linear_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [rows_tile, step]), TensorDescriptor.from_tensor(weight, [columns_tile, step]),
+        TensorDescriptor.from_tensor(out, [rows_tile, columns_tile]), bias, x_scales, weight_scale, out_factor,
+        num_rows, columns, depth, BM=rows_tile, BN=columns_tile, BK=step, PROGRAMS=programs, GELU=gelu, SCALES=scales,
+        QUANTIZE=out_factor is not None, FAST=x.is_cuda, num_warps=4 if few else 8, num_stages=4 if few else 3,
+    )  # fmt: skip
+
+
+@cache
+def _read_device(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)

@@ -1,0 +1,34 @@
+"""Random packed batches and the rule by which a kernel's error is judged."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from serving.engines.bert import Packed
+
+TOKENS = 30  # size of the vocabulary the batches draw from
+
+
+def make_packed(lengths: Sequence[int], device: torch.device) -> Packed:
+    """Random ids of sequences of the given lengths."""
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    sizes = torch.tensor(lengths)
+    starts, ends = bounds[:-1].repeat_interleave(sizes), bounds[1:].repeat_interleave(sizes)
+    ids = torch.randint(0, TOKENS, (int(bounds[-1]),), dtype=torch.int32)
+    return Packed(*(each.to(device) for each in (ids, starts, ends, bounds)))
+
+
+def poisoned(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Memory that shows whatever a kernel leaves unwritten."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def relative_error(out: Tensor, oracle: Tensor) -> float:
+    return float((out.double() - oracle.double()).norm() / oracle.double().norm())
+
+
+def assert_as_exact_as(out: Tensor, plain: Tensor, oracle: Tensor) -> None:
+    """Error against float32 at most twice that of plain PyTorch in the same dtype."""
+    assert bool(torch.isfinite(out.float()).all())
+    assert relative_error(out, oracle) <= 2 * relative_error(plain, oracle)

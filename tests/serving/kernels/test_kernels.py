@@ -1,0 +1,142 @@
+"""Every kernel against its plain-PyTorch twin: odd shapes, fresh inputs, poisoned outputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.kernels import reference
+from serving.kernels.add_norm import add_norm
+from serving.kernels.attention import attention
+from serving.kernels.embed_norm import embed_norm
+from serving.kernels.gemm import add_product, linear
+from serving.kernels.pool import pool
+from tests.serving.kernels.packs import TOKENS, assert_as_exact_as, make_packed, poisoned, relative_error
+
+LENGTHS = ([1], [511], [512], [1, 1, 1], [3, 70, 1, 64, 13], [33, 31, 64])
+EPS = 1e-12
+ONE_STEP = 0.09  # the interpreter cuts to E4M3 where the GPU rounds
+
+
+def draw(*shape: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).half().to(device)
+
+
+def as_float(*tensors: Tensor) -> list[Tensor]:
+    return [each.float() for each in tensors]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("hidden", [64, 384])
+def test_embed_norm_equals_reference(lengths: list[int], hidden: int, device: torch.device) -> None:
+    batch = make_packed(lengths, device)
+    tables = [draw(TOKENS, hidden, device=device), draw(512, hidden, device=device)]
+    tables += [draw(hidden, device=device), draw(hidden, device=device)]
+    out = poisoned(len(batch.ids), hidden, device=device)
+    embed_norm(batch.ids, batch.starts, *tables, EPS, out)
+    plain = reference.embed_norm(batch.ids, batch.starts, *tables, EPS)
+    assert_as_exact_as(out, plain, reference.embed_norm(batch.ids, batch.starts, *as_float(*tables), EPS))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("size", [32, 64])
+def test_attention_equals_reference(lengths: list[int], size: int, device: torch.device) -> None:
+    batch, heads = make_packed(lengths, device), 2
+    tokens, hidden = len(batch.ids), heads * size
+    qkv, out = draw(tokens, 3 * hidden, device=device), poisoned(tokens, hidden, device=device)
+    attention(qkv, batch.starts, batch.ends, heads, out)
+    plain = reference.attention(qkv, batch.starts, batch.ends, heads)
+    assert_as_exact_as(out, plain, reference.attention(qkv.float(), batch.starts, batch.ends, heads))
+
+
+def test_attention_survives_scores_far_from_zero(device: torch.device) -> None:
+    batch = make_packed([40, 100], device)
+    qkv, out = draw(140, 192, device=device, scale=30.0), poisoned(140, 64, device=device)
+    attention(qkv, batch.starts, batch.ends, 2, out)
+    plain = reference.attention(qkv, batch.starts, batch.ends, 2)
+    assert_as_exact_as(out, plain, reference.attention(qkv.float(), batch.starts, batch.ends, 2))
+
+
+def test_attention_quantises_by_the_given_factor(device: torch.device) -> None:
+    batch, factor = make_packed([5, 60], device), torch.tensor([50.0], device=device)
+    qkv, out = draw(65, 192, device=device), torch.zeros(65, 64, dtype=torch.float8_e4m3fn, device=device)
+    attention(qkv, batch.starts, batch.ends, 2, out, factor)
+    oracle = reference.attention(qkv.float(), batch.starts, batch.ends, 2)
+    assert relative_error(out.float() / factor, oracle) < ONE_STEP
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 130])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_equals_reference(rows: int, gelu: bool, device: torch.device) -> None:
+    x, weight, bias = draw(rows, 64, device=device), draw(192, 64, device=device, scale=0.2), draw(192, device=device)
+    out = poisoned(rows, 192, device=device)
+    linear(x, weight, bias, out, gelu=gelu)
+    plain = reference.linear(x, weight, bias, gelu)
+    assert_as_exact_as(out, plain, reference.linear(*as_float(x, weight, bias), gelu=gelu))
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_linear_takes_and_gives_e4m3(by_rows: bool, device: torch.device) -> None:
+    x, weight, bias = draw(70, 64, device=device), draw(192, 64, device=device, scale=0.2), draw(192, device=device)
+    x_scales = x.float().abs().amax(1) / 448 if by_rows else x.float().abs().amax().reshape(1) / 448
+    narrow = (x.float() / x_scales.reshape(-1, 1)).to(torch.float8_e4m3fn)
+    weight_scale = torch.tensor([0.01], device=device)
+    small = (weight.float() / weight_scale).to(torch.float8_e4m3fn)
+    out, factor = torch.zeros(70, 192, dtype=torch.float8_e4m3fn, device=device), torch.tensor([20.0], device=device)
+    linear(narrow, small, bias, out, True, x_scales, weight_scale, factor)
+    oracle = reference.linear(
+        narrow.float() * x_scales.reshape(-1, 1), small.float() * weight_scale, bias.float(), gelu=True
+    )
+    assert relative_error(out.float() / factor, oracle) < ONE_STEP
+
+
+def test_add_product_adds_in_place(device: torch.device) -> None:
+    x, weight, total = draw(33, 64, device=device), draw(48, 64, device=device), draw(33, 48, device=device)
+    plain, oracle = total + x @ weight.T, total.float() + x.float() @ weight.float().T
+    add_product(x, weight, total)
+    assert_as_exact_as(total, plain, oracle)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("hidden", [64, 384])
+def test_add_norm_equals_reference(rows: int, with_residual: bool, hidden: int, device: torch.device) -> None:
+    x, residual = draw(rows, hidden, device=device), draw(rows, hidden, device=device)
+    bias, weight, shift = (draw(hidden, device=device) for _ in range(3))
+    out = poisoned(rows, hidden, device=device)
+    add_norm(x, residual if with_residual else None, bias, weight, shift, EPS, out)
+    plain = reference.add_norm(x, residual if with_residual else None, bias, weight, shift, EPS)
+    wide = as_float(x, residual, bias, weight, shift)
+    oracle = reference.add_norm(wide[0], wide[1] if with_residual else None, *wide[2:], EPS)
+    assert_as_exact_as(out, plain, oracle)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_add_norm_quantises_what_it_writes(by_rows: bool, device: torch.device) -> None:
+    x, (bias, weight, shift) = draw(5, 96, device=device), (draw(96, device=device) for _ in range(3))
+    out, narrow = poisoned(5, 96, device=device), torch.zeros(5, 96, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.full((5,), float("nan"), device=device) if by_rows else torch.tensor([0.05], device=device)
+    add_norm(x, None, bias, weight, shift, EPS, out, narrow, scales)
+    if by_rows:
+        values, expected = reference.quantize_rows(out)
+        assert relative_error(scales, expected[:, 0]) < 1e-2
+        assert relative_error(narrow.float() * scales[:, None], values.float() * expected) < ONE_STEP
+    else:
+        assert relative_error(narrow.float(), reference.quantize_tensor(out, scales).float()) < ONE_STEP
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("lengths", [[1], [512], [3, 17, 1, 40]], ids=str)
+def test_pool_equals_reference(lengths: list[int], pooling: str, normalize: bool, device: torch.device) -> None:
+    batch = make_packed(lengths, device)
+    x = draw(len(batch.ids), 96, device=device)
+    out = poisoned(len(lengths), 96, device=device, dtype=torch.float32)
+    pool(x, batch.offsets, pooling, normalize, out)
+    torch.testing.assert_close(out, reference.pool(x, batch.offsets, pooling, normalize), rtol=1e-5, atol=1e-6)
+
+
+def test_pool_leaves_the_vector_of_an_empty_sequence_alone(device: torch.device) -> None:
+    offsets = torch.tensor([0, 2, 2], dtype=torch.int32, device=device)
+    out = torch.full((2, 64), 7.0, device=device)
+    pool(draw(2, 64, device=device), offsets, "cls", True, out)
+    assert out[1].tolist() == [7.0] * 64

