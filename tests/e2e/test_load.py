@@ -102,20 +102,21 @@ async def _terminate_under_load(worker: RunningWorker) -> tuple[LoadResult, floa
 
 def test_drain_answers_requests_whose_texts_still_wait(fp32_bundle: Path) -> None:
     """Minutes of work for the engine in a few requests: all of them are answered although the signal came first."""
-    with run_worker(fp32_bundle) as worker:
-        url = worker.base_url
-        texts = [f"text {index} of a long list that the engine needs a while for" for index in range(128)]
-        body = render_post(f"{url}/api/v1/embed", {"texts": texts})
-        result = run_load(_drain(worker, body, clients=8))
+    with run_worker(fp32_bundle, "--batching-latency-objective-ms", "60000") as worker:
+        url = f"{worker.base_url}/api/v1/embed"
+        texts = [f"text {index} of a long list that the engine needs a while for" for index in range(8 * 128)]
+        bodies = [render_post(url, {"texts": texts[start : start + 128]}) for start in range(0, len(texts), 128)]
+        result = run_load(_drain(worker, bodies))
         assert worker.process.wait(60) == 0
     assert list(result.statuses) == [200] * 8
 
 
-async def _drain(worker: RunningWorker, body: bytes, clients: int) -> LoadResult:
+async def _drain(worker: RunningWorker, bodies: list[bytes]) -> LoadResult:
     target = Target.of(worker.base_url)
-    load = asyncio.create_task(run_closed(target, [body], clients=clients, num_requests=clients))
+    load = asyncio.create_task(run_closed(target, bodies, clients=len(bodies), num_requests=len(bodies)))
     async with httpx.AsyncClient(base_url=worker.base_url, trust_env=False) as client:
         while _gauge((await client.get("/metrics")).text, "akidb_queue_depth") < 512:
+            assert not load.done(), "the queue never held 512 texts"
             await asyncio.sleep(0)
     worker.process.send_signal(signal.SIGTERM)
     return await load
