@@ -123,7 +123,7 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         compatibility=judged.compatibility,
         quantization=judged.candidate.quantization(study.corpus_uri, judged.quality.metrics["cosine_mean"].value),
         performance=_performance(judged, study.speeds),
-        validation=_validation(judged, study.corpus_uri),
+        validation=_validation(judged, study),
         lineage=Lineage(
             parents={"teacher": teacher.digest, "corpus": study.corpus.digest},
             recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
@@ -153,7 +153,7 @@ def _performance(judged: Judged, speeds: SpeedReport) -> Performance:
     )
 
 
-def _validation(judged: Judged, corpus_uri: str) -> Validation:
+def _validation(judged: Judged, study: Study) -> Validation:
     quality = judged.quality
     cosine = quality.metrics["cosine_mean"]
     return Validation(
@@ -168,6 +168,6 @@ def _validation(judged: Judged, corpus_uri: str) -> Validation:
         ndcg_at_10=quality.value("ndcg_at_10"),
         cross_recall_at_10=quality.value("cross_recall_at_10"),
         cross_ndcg_at_10=quality.value("cross_ndcg_at_10"),
-        sts_spearman=None,
-        test_dataset=corpus_uri,
+        sts_spearman=quality.value("sts_spearman"),
+        test_dataset=", ".join([study.corpus_uri, *map(str, study.sts)]),
     )
