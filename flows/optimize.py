@@ -57,8 +57,8 @@ def optimize(config: OptimizeConfig) -> Outcome:
         teacher_embeddings = embed_teacher(teacher, corpus)
         # type: a future stands for its result, Prefect waits for it.
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
-        qualities = [future.result() for future in judging]
         candidates = [future.result() for future in building]
+        qualities = [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
         registry = config.registry or default_registry()

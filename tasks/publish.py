@@ -61,8 +61,13 @@ class Published(BaseModel):
     result_serializer="json",
 )
 def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origin: Origin) -> Artifact:
-    """Write the complete bundle: engine files, tokenizer, golden set, reports, manifest; verified before it counts."""
+    """Write the complete bundle: engine files, tokenizer, golden set, reports, manifest; verified before it counts.
+
+    Raises ArtifactChanged when what it is made of is not what was judged, StoreFull.
+    """
     judged = study.find(name)
+    for artifact in (judged.candidate.artifact, study.corpus, teacher_embeddings):
+        artifact.verify()
     with draft("bundle") as work:
         shutil.copytree(judged.candidate.artifact.folder, work.folder, dirs_exist_ok=True)
         _write_golden(work.folder, study, teacher_embeddings)
@@ -75,8 +80,11 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
 
 @task(task_run_name="publish-{variant}", cache_policy=NO_CACHE)
 def publish(bundle: Artifact, variant: str, registry: Path) -> Published:
-    """Push a bundle to the folder registry; pushing what is there already changes nothing."""
-    digest = push(bundle.folder, FolderStore(registry))
+    """Push a bundle to the folder registry; pushing what is there already changes nothing.
+
+    Raises ArtifactChanged, StoreFull.
+    """
+    digest = push(bundle.verify(), FolderStore(registry))
     manifest = verify_bundle(bundle.folder, digest)
     return Published(name=manifest.model_name, variant=variant, version=manifest.version, digest=digest)
 
