@@ -39,6 +39,10 @@ def _complete_variant(incomplete: str) -> list[str]:
     return [name for name in VARIANTS if name.startswith(incomplete)]
 
 
+_Sts = Annotated[
+    list[Path] | None,
+    typer.Option(help="judge on this STS file (score, sentence1, sentence2, tab-separated); repeat for more"),
+]
 _Variants = Annotated[
     list[str] | None,
     typer.Option(help="build only this variant; repeat for more", autocompletion=_complete_variant),
@@ -66,10 +70,9 @@ def optimize(
     model: Annotated[str | None, typer.Option(help="teacher: a folder, package:<installed package> or hf:<id>")] = None,
     name: Annotated[str | None, typer.Option(help="the model's name in the registry")] = None,
     corpus: Annotated[str | None, typer.Option(help="docs:, a text file or a BEIR folder")] = None,
+    sts: _Sts = None,
     variant: _Variants = None,
-    calibration_size: Annotated[
-        int | None, typer.Option(help="texts that static quantisation is calibrated on")
-    ] = None,
+    calibration_size: Annotated[int | None, typer.Option(help="texts to calibrate static quantisation on")] = None,
     registry: Annotated[Path | None, typer.Option(help="folder registry to publish to")] = None,
     config: Annotated[
         Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
@@ -94,6 +97,7 @@ def optimize(
         model=model,
         name=name,
         corpus=corpus,
+        sts=tuple(sts) if sts else None,
         variants=tuple(variant) if variant else None,
         calibration_size=calibration_size,
         registry=registry,
@@ -119,9 +123,7 @@ def serve(context: typer.Context) -> None:
 @app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="a bundle folder, a model (folder, package:, hf:) or a worker's URL")],
-    sts: Annotated[
-        list[Path] | None, typer.Option(help="STS file (score, sentence1, sentence2, tab-separated)")
-    ] = None,
+    sts: _Sts = None,
     beir: Annotated[
         list[Path] | None, typer.Option(help="BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)")
     ] = None,

@@ -35,6 +35,9 @@ class OptimizeConfig(BaseModel):
         default="docs:",
         description="docs: (the standard library's own), a .txt, .jsonl, .csv or .parquet file, or a BEIR folder",
     )
+    sts: tuple[Path, ...] = Field(
+        default=(), description="STS files (score, sentence1, sentence2, tab-separated) to judge candidates on as well"
+    )
     variants: tuple[VariantName, ...] = Field(
         default=("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"),
         min_length=1,

@@ -45,20 +45,20 @@ class Outcome(BaseModel):
 def optimize(config: OptimizeConfig) -> Outcome:
     """Forge every variant of a model, judge each honestly, publish the best one that passes the gate."""
     disable_telemetry()
+    fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
-    fingerprint = corpus_fingerprint(config.corpus)
 
     with track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}") as tracker:
-        corpus = build_corpus(config.corpus, fingerprint)
+        corpus = build_corpus(config.corpus, config.sts, fingerprint)
         exported = export_onnx(teacher)
         hardware = describe_hardware()
-        length, size = teacher.max_seq_length, config.calibration_size
-        building = [quantize.submit(VARIANTS[name], exported, length, corpus, size) for name in config.variants]
+        recipe = (exported, teacher.max_seq_length, corpus, config.calibration_size)
+        building = [quantize.submit(VARIANTS[name], *recipe) for name in config.variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         # type: a future stands for its result, Prefect waits for it.
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
-        qualities = [future.result() for future in judging]
         candidates = [future.result() for future in building]
+        qualities = [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
         registry = config.registry or default_registry()
@@ -69,16 +69,16 @@ def optimize(config: OptimizeConfig) -> Outcome:
             teacher=teacher,
             corpus_uri=config.corpus,
             corpus=corpus,
+            sts=config.sts,
             speeds=speeds,
             limits=config.gate,
-            judged=tuple(select(candidates, qualities, speeds, config.gate)),
+            judged=tuple(select(candidates, qualities, speeds, config.gate, with_sts=bool(config.sts))),
         )
         published, bundle = None, None
         if winner := choose(study.judged):
             origin = Origin(mlflow_run_id=tracker.run_id, git_commit=find_git_commit())
             bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
             published = publish(bundle, winner.name, registry)
-
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
         _track(tracker, study, published, bundle, page)
     return Outcome(study=study, published=published, report=page)
@@ -101,6 +101,7 @@ def _params(config: OptimizeConfig) -> dict[str, str]:
     return {
         "model": config.model,
         "corpus": config.corpus,
+        "sts": ", ".join(map(str, config.sts)) or "none",
         "variants": ", ".join(config.variants),
         "calibration_size": str(config.calibration_size),
     }

@@ -28,6 +28,7 @@ from tasks.state import describe_process, is_dead
 
 # What fits a terminal of 80 columns; the HTML report has the rest.
 _COLUMNS = ("candidate", "verdict", "cosine", "nDCG loss %", "p50 ms", "texts/s", "× torch", "MB")
+_STS = ("sts_spearman", "sts_spearman_loss")
 # Whose flow run it is, as a tag: the next run can tell that its owner is dead.
 _PROCESS_TAG = "process: "
 _OUR_ERRORS = (TaskError, RegistryError, ServingError)
@@ -109,6 +110,7 @@ def _describe_candidate(row: Judged) -> dict[str, Any]:
         "p95_ms": row.speed.latency_ms(95),
         "throughput_per_s": row.speed.throughput_per_s,
         "speedup_vs_torch": row.speedup_vs_torch,
+        **{name: _finite(row.quality.value(name)) for name in _STS if name in row.quality.metrics},
         "size_mb": row.size_mb,
         "verdict": row.gate.verdict,
         "compatibility": row.compatibility,

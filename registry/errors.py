@@ -60,4 +60,4 @@ class TargetExists(RegistryError):
 
 
 class StoreFull(RegistryError):
-    """The disk ran out of space; nothing was published or pulled."""
+    """The disk ran out of space; nothing was published, pulled or kept."""

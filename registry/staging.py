@@ -72,8 +72,8 @@ def copy_files(
 
 
 @contextmanager
-def needs_room(place: Path, num_bytes: int) -> Iterator[None]:
-    """Turn a full disk or an exhausted quota inside the block into StoreFull, which says how much was needed."""
+def needs_room(place: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn a full disk or quota inside the block into StoreFull, which says what was needed, if known, and is free."""
     try:
         yield
     except OSError as error:
@@ -81,7 +81,8 @@ def needs_room(place: Path, num_bytes: int) -> Iterator[None]:
             raise
         existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
-        raise StoreFull(f"{place} is full: {num_bytes} bytes needed, {free} bytes free") from None
+        needed = "" if num_bytes is None else f"{num_bytes} bytes needed, "
+        raise StoreFull(f"{place} is full: {needed}{free} bytes free") from None
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """What tasks pass to one another: folders named by the digest of their content, and the cache policy built on that."""
 
+import errno
 import hashlib
 import importlib.util
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +19,8 @@ from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import hash_file, list_files, payload_checksum
-from registry.staging import rename_folder, staged_folder
-from tasks.errors import ArtifactMissing
+from registry.staging import needs_room, rename_folder, staged_folder
+from tasks.errors import ArtifactChanged, ArtifactMissing
 from tasks.state import state_dir
 
 # Libraries whose version changes what a task makes.
@@ -27,6 +30,7 @@ LIBRARIES = (
 )  # fmt: skip
 
 OWN_PACKAGES = ("tasks", "serving", "registry")
+_BLOCK_BYTES = 4096
 _IMPORT = re.compile(r"^\s*from ([\w.]+) import ", re.MULTILINE)
 
 
@@ -46,6 +50,12 @@ class Artifact(BaseModel):
             raise ArtifactMissing(f"{folder} is gone, but a cached result names it: run again with --refresh")
         return folder
 
+    def verify(self) -> Path:
+        """The folder, every file of it hashed again. Raises ArtifactMissing, ArtifactChanged."""
+        if _digest_of(self.folder) != self.digest:
+            raise ArtifactChanged(f"files in {self.folder} were changed since it was made: run again with --refresh")
+        return self.folder
+
 
 class Draft:
     """An artifact being written: a hidden folder that becomes visible, complete, or not at all."""
@@ -63,11 +73,13 @@ class Draft:
 
     def finish(self, kind: str) -> None:
         """Name the folder by its content and move it into place; an equal one that is there already wins."""
-        # Every file, a bundle's manifest too: the same engine made for another name or run is another artifact.
-        digest = payload_checksum({name: hash_file(self.folder / name) for name in list_files(self.folder)})
-        path = Path("artifacts") / f"{kind}-{digest[:16]}"
-        rename_folder(self.folder, state_dir() / path)
-        self._artifact = Artifact(path=str(path), digest=digest)
+        digest = _digest_of(self.folder)
+        self._artifact = Artifact(path=str(Path("artifacts") / f"{kind}-{digest[:16]}"), digest=digest)
+        target = state_dir() / self._artifact.path
+        if not rename_folder(self.folder, target) and _digest_of(target) != digest:
+            with staged_folder(target.parent, "changed") as aside:
+                target.rename(aside)
+                rename_folder(self.folder, target)
 
 
 @contextmanager
@@ -75,14 +87,34 @@ def draft(kind: str) -> Iterator[Draft]:
     """Write an artifact of `kind` into `draft.folder`; after the block `draft.artifact` names it.
 
     A crash in the middle leaves nothing that a later run could take for finished, and the next draft of the kind
-    removes what a killed one left behind.
+    removes what a killed one left behind. Raises StoreFull.
     """
     root = state_dir() / "artifacts"
-    root.mkdir(parents=True, exist_ok=True)
-    with staged_folder(root, kind) as folder:
-        work = Draft(folder)
-        yield work
-        work.finish(kind)
+    with needs_room(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with staged_folder(root, kind) as folder:
+            work = Draft(folder)
+            with _full_disk_noticed(folder):
+                yield work
+            work.finish(kind)
+
+
+@contextmanager
+def _full_disk_noticed(folder: Path) -> Iterator[None]:
+    """A full disk is ENOSPC, however the block took it: libraries raise errors of their own, C++ streams none."""
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(folder).free < _BLOCK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+    if shutil.disk_usage(folder).free < _BLOCK_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _digest_of(folder: Path) -> str:
+    # Every file, a bundle's manifest too: the same engine made for another name or run is another artifact.
+    return payload_checksum({name: hash_file(folder / name) for name in list_files(folder)})
 
 
 @cache

@@ -123,7 +123,7 @@ def benchmark(
 def sample_ids(tokenizer: TextTokenizer, corpus: Artifact) -> list[Ids]:
     """Ids of evaluation texts (sentences, queries and documents in their real proportion), evenly drawn."""
     sets, _ = evaluation_sets(corpus)
-    texts = [text for texts in sets.values() for text in texts]
+    texts = [text for name in ("sentences", "queries", "documents") for text in sets.get(name, ())]
     count = max(_ROUNDS * _TEXTS_PER_TURN, NUM_BATCHES * BATCH_SIZE)
     return tokenizer.encode([texts[index % len(texts)] for index in _spread(count, len(texts))])
 
@@ -224,4 +224,4 @@ def _paired_ratio(own: tuple[float, ...], other: tuple[float, ...], summary: Cal
     def statistic(rows: NDArray[np.intp]) -> Values:
         return np.asarray(summary(first[rows], axis=1) / summary(second[rows], axis=1), dtype=np.float64)
 
-    return statistic_interval(statistic, len(first), float(summary(first) / summary(second)))
+    return statistic_interval(statistic, len(first))

@@ -12,7 +12,7 @@ from prefect import task
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.docs_corpus import cut_passage, fingerprint_documents, harvest_documents, split_pair, split_sentences
 from tasks.errors import CorpusRejected
-from tasks.text_files import Record, read_jsonl, read_qrels, read_records
+from tasks.text_files import RatedPairs, Record, read_jsonl, read_qrels, read_records, read_sts
 
 Part = Literal["calibration", "distillation", "evaluation"]
 # Shares of the documents in percent. Evaluation gets most of those with a query, because their number sets the width
@@ -25,6 +25,7 @@ _PARTS: tuple[Part, ...] = ("calibration", "distillation", "evaluation")
 _MIN_TEXTS: dict[Part, int] = {"calibration": 8, "distillation": 8, "evaluation": 64}
 # Sentences that cosine and overlap are judged on: the interval of their mean is then about 0.0001 wide.
 _MAX_SENTENCES = 1000
+_STS_NAME = "sts.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,11 @@ class Retrieval:
 
 @dataclass(slots=True)
 class _Parts:
-    """Texts and pairs by part, while a corpus is being split."""
+    """Texts and pairs by part, while a corpus is being split, and what more only evaluation may see."""
 
     texts: dict[Part, dict[str, None]] = field(default_factory=lambda: {part: {} for part in _PARTS})
     pairs: dict[Part, dict[str, str]] = field(default_factory=lambda: {part: {} for part in _PARTS})
+    judged: set[str] = field(default_factory=set)
 
 
 def part_of(text: str, has_query: bool = False) -> Part:
@@ -55,11 +57,12 @@ def part_of(text: str, has_query: bool = False) -> Part:
 
 
 @task(task_run_name="corpus", cache_policy=CACHED, persist_result=True, result_serializer="json")
-def build_corpus(uri: str, fingerprint: str) -> Artifact:
-    """Read the corpus at `uri` and write its parts; `fingerprint` makes the cache see a changed source.
+def build_corpus(uri: str, sts: tuple[Path, ...], fingerprint: str) -> Artifact:
+    """Read the corpus at `uri` and the STS files, and write the parts and the rated pairs.
 
-    Raises CorpusRejected.
+    `fingerprint` makes the cache see a changed source. Raises CorpusRejected.
     """
+    rated = [read_sts(path) for path in sts]
     retrieval = None
     if uri == "docs:":
         parts = _split_documents(text for _, text in harvest_documents())
@@ -68,6 +71,8 @@ def build_corpus(uri: str, fingerprint: str) -> Artifact:
         parts = _split_beir(retrieval)
     else:
         parts = _split_records(read_records(Path(uri)))
+    parts.judged.update(text for _, first, second in rated for text in (*first, *second))
+    _make_disjoint(parts)
     _check_sizes(uri, parts)
     with draft("corpus") as work:
         for part in _PARTS:
@@ -75,11 +80,21 @@ def build_corpus(uri: str, fingerprint: str) -> Artifact:
         retrieval = retrieval or _pairs_as_retrieval(parts.pairs["evaluation"])
         if retrieval is not None:
             _write_beir(work.folder / "retrieval", retrieval)
+        if rated:
+            (work.folder / _STS_NAME).write_text(json.dumps(rated), encoding="utf-8")
     return work.artifact
 
 
-def corpus_fingerprint(uri: str) -> str:
-    """What changes when the corpus behind `uri` changes. Raises CorpusRejected for a URI that names nothing."""
+def corpus_fingerprint(uri: str, sts: tuple[Path, ...] = ()) -> str:
+    """What changes when the corpus behind `uri` or the content of an STS file changes.
+
+    Raises CorpusRejected for a URI that names nothing and for an STS file that is none.
+    """
+    source = _source_fingerprint(uri)
+    return hashlib.sha256(json.dumps([source, [read_sts(path) for path in sts]]).encode()).hexdigest()
+
+
+def _source_fingerprint(uri: str) -> str:
     if uri == "docs:":
         return fingerprint_documents()
     path = Path(uri)
@@ -108,12 +123,25 @@ def read_retrieval(corpus: Artifact) -> Retrieval | None:
     return read_beir(folder) if folder.is_dir() else None
 
 
+def read_rated_pairs(corpus: Artifact) -> list[RatedPairs]:
+    """The pairs of each STS file that the corpus was built with."""
+    path = corpus.folder / _STS_NAME
+    files = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [(scores, first, second) for scores, first, second in files]
+
+
 def evaluation_sets(corpus: Artifact) -> tuple[dict[str, list[str]], Retrieval | None]:
-    """What candidates are judged on: `sentences`, and `queries` and `documents` where the corpus has pairs."""
-    retrieval = read_retrieval(corpus)
+    """What candidates are judged on: `sentences`, and `queries` and `documents` where the corpus has pairs.
+
+    Also `sts_first` and `sts_second`, the rated pairs of all STS files one after the other, where it has those.
+    """
+    retrieval, rated = read_retrieval(corpus), read_rated_pairs(corpus)
     sets = {"sentences": read_part(corpus, "evaluation")[:_MAX_SENTENCES]}
     if retrieval is not None:
         sets |= {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}
+    if rated:
+        sets["sts_first"] = [text for _, first, _ in rated for text in first]
+        sets["sts_second"] = [text for _, _, second in rated for text in second]
     return sets, retrieval
 
 
@@ -149,7 +177,7 @@ def _split_documents(texts: Iterable[str]) -> _Parts:
             parts.pairs[part].setdefault(query, passage)
             if passage != body:
                 parts.texts[part][body] = None
-    return _make_disjoint(parts)
+    return parts
 
 
 def _split_records(records: Sequence[Record]) -> _Parts:
@@ -159,7 +187,7 @@ def _split_records(records: Sequence[Record]) -> _Parts:
         parts.texts[part][record.text] = None
         if record.query is not None:
             parts.pairs[part].setdefault(record.query, record.text)
-    return _make_disjoint(parts)
+    return parts
 
 
 def _split_beir(retrieval: Retrieval) -> _Parts:
@@ -167,23 +195,23 @@ def _split_beir(retrieval: Retrieval) -> _Parts:
     parts = _Parts()
     for text in retrieval.documents.values():
         parts.texts[part_of(text)][text] = None
-    judged = {retrieval.documents[name] for grades in retrieval.qrels.values() for name in grades}
-    return _make_disjoint(parts, judged.union(retrieval.queries.values()))
+    parts.judged.update(retrieval.documents[name] for grades in retrieval.qrels.values() for name in grades)
+    parts.judged.update(retrieval.queries.values())
+    return parts
 
 
-def _make_disjoint(parts: _Parts, kept_out: Iterable[str] = ()) -> _Parts:
+def _make_disjoint(parts: _Parts) -> None:
     """Drop from calibration and distillation what evaluation has too (documents share sentences), and shuffle.
 
     The order is by hash: any first N texts are a fair sample. Calibration sees queries and passages as well.
     """
     pairs = parts.pairs["calibration"]
     parts.texts["calibration"] |= dict.fromkeys([*pairs, *pairs.values()])
-    judged = {*kept_out, *parts.pairs["evaluation"], *parts.pairs["evaluation"].values()}
+    judged = {*parts.judged, *parts.pairs["evaluation"], *parts.pairs["evaluation"].values()}
     for part in reversed(_PARTS):
         kept = [text for text in parts.texts[part] if text not in judged or part == "evaluation"]
         parts.texts[part] = dict.fromkeys(sorted(kept, key=_hash))
         judged.update(kept)
-    return parts
 
 
 def _hash(text: str) -> bytes:

@@ -6,6 +6,7 @@ TaskError
 ├── ExportFailed      the exported graph is not the teacher
 ├── QuantizationFailed  a variant could not be built
 ├── ArtifactMissing   the cache names an artifact that is gone
+├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
 └── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
 """
 
@@ -32,6 +33,10 @@ class QuantizationFailed(TaskError):
 
 class ArtifactMissing(TaskError):
     """A cached result names an artifact that is no longer there."""
+
+
+class ArtifactChanged(TaskError):
+    """A cached result names an artifact whose files were changed since it was made."""
 
 
 class SourceUnreachable(TaskError):

@@ -12,10 +12,11 @@ from registry.gate import Measurement
 from serving.engines import Embeddings, Engine, open_engine
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
-from tasks.corpus import Retrieval, evaluation_sets
+from tasks.corpus import Retrieval, evaluation_sets, read_rated_pairs
 from tasks.progress import Advance, progress
 from tasks.quantize import Candidate
-from tasks.statistics import Values, loss_interval, mean_interval, statistic_interval
+from tasks.statistics import Values, loss_interval, mean_interval, relative_loss, statistic_interval
+from tasks.text_files import RatedPairs
 
 TOP_K = 10
 _BATCH = 32
@@ -23,6 +24,8 @@ _SCORE_ROWS = 512
 
 # Texts to embeddings [N, D] in their order, reporting progress.
 Encode = Callable[[Sequence[str], Advance], Embeddings]
+# Rows drawn from a sample [R, N] to one value each [R].
+_Statistic = Callable[[NDArray[np.intp]], Values]
 
 
 class Quality(BaseModel):
@@ -60,6 +63,8 @@ def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifac
     metrics["nonfinite"] = _count_nonfinite(list(own.values()))
     if retrieval is not None:
         metrics |= compare_retrieval(own, teacher, retrieval)
+    if rated := read_rated_pairs(corpus):
+        metrics |= compare_sts(own, teacher, rated)
     return Quality(metrics=metrics, num_texts=len(sets["sentences"]), num_queries=len(sets.get("queries", ())))
 
 
@@ -94,13 +99,13 @@ def compare_embeddings(own: Embeddings, teacher: Embeddings) -> dict[str, Measur
     similarity = cosine.sum(axis=1, dtype=np.float64)
     size = len(similarity)
 
-    def lowest(share: float) -> Callable[[NDArray[np.intp]], Values]:
+    def lowest(share: float) -> _Statistic:
         return lambda rows: np.quantile(similarity[rows], share, axis=1)
 
     return {
         "cosine_mean": mean_interval(similarity),
-        "cosine_p1": statistic_interval(lowest(0.01), size, float(np.quantile(similarity, 0.01))),
-        "cosine_min": statistic_interval(lowest(0.0), size, float(similarity.min())),
+        "cosine_p1": statistic_interval(lowest(0.01), size),
+        "cosine_min": statistic_interval(lowest(0.0), size),
         "overlap_at_10": mean_interval(_overlap(own, teacher)),
     }
 
@@ -118,6 +123,28 @@ def compare_retrieval(
             metrics[f"{prefix}{name}"] = mean_interval(values)
             metrics[f"{prefix}{name}_loss"] = loss_interval(values, base[name])
     return metrics
+
+
+def compare_sts(
+    own: dict[str, Embeddings], teacher: dict[str, Embeddings], rated: Sequence[RatedPairs]
+) -> dict[str, Measurement]:
+    """Spearman correlation of `sts_first` with `sts_second`, the mean over the files, and its loss.
+
+    Pairs are resampled within their file, the same for the candidate and the teacher.
+    """
+    scores = [np.array(file[0]) for file in rated]
+    sizes = [len(file) for file in scores]
+
+    def mean_spearman(sets: dict[str, Embeddings]) -> Callable[..., Values]:
+        similarities = np.split(row_cosine(sets["sts_first"], sets["sts_second"]), np.cumsum(sizes)[:-1])
+        files = [_spearman(similarity, gold) for similarity, gold in zip(similarities, scores, strict=True)]
+        return lambda *rows: np.mean([file(drawn) for file, drawn in zip(files, rows, strict=True)], axis=0)
+
+    candidate, base = mean_spearman(own), mean_spearman(teacher)
+    return {
+        "sts_spearman": statistic_interval(candidate, *sizes),
+        "sts_spearman_loss": statistic_interval(lambda *rows: relative_loss(candidate(*rows), base(*rows)), *sizes),
+    }
 
 
 def relevant_columns(retrieval: Retrieval) -> list[dict[int, int]]:
@@ -154,24 +181,18 @@ def nearest(queries: Embeddings, documents: Embeddings, skip_self: bool = False)
     return np.concatenate(parts)
 
 
-def spearman(first: Embeddings, second: Embeddings, gold: Values) -> float:
-    """Spearman correlation of cosine similarities with rated similarities, in the range -1 to 1."""
-    return float(_correlations(_rank(row_cosine(first, second)[None]), _rank(gold[None]))[0])
-
-
 def spearman_interval(first: Embeddings, second: Embeddings, gold: Values) -> Measurement:
-    """Spearman correlation with its bootstrap interval over rated pairs."""
-    similarity = row_cosine(first, second)
-
-    def statistic(rows: NDArray[np.intp]) -> Values:
-        return _correlations(_rank(similarity[rows]), _rank(gold[rows]))
-
-    return statistic_interval(statistic, len(gold), spearman(first, second, gold))
+    """Spearman correlation of cosine similarities with rated ones, -1 to 1, and its interval over rated pairs."""
+    return statistic_interval(_spearman(row_cosine(first, second), gold), len(gold))
 
 
 def row_cosine(first: Embeddings, second: Embeddings) -> Values:
     """Cosine of row i with row i."""
     return np.asarray((_unit(first) * _unit(second)).sum(axis=1), dtype=np.float64)
+
+
+def _spearman(similarity: Values, gold: Values) -> _Statistic:
+    return lambda rows: _correlations(_rank(similarity[rows]), _rank(gold[rows]))
 
 
 def _rank(values: Values) -> Values:

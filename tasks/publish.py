@@ -61,8 +61,13 @@ class Published(BaseModel):
     result_serializer="json",
 )
 def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origin: Origin) -> Artifact:
-    """Write the complete bundle: engine files, tokenizer, golden set, reports, manifest; verified before it counts."""
+    """Write the complete bundle: engine files, tokenizer, golden set, reports, manifest; verified before it counts.
+
+    Raises ArtifactChanged when what it is made of is not what was judged, StoreFull.
+    """
     judged = study.find(name)
+    for artifact in (judged.candidate.artifact, study.corpus, teacher_embeddings):
+        artifact.verify()
     with draft("bundle") as work:
         shutil.copytree(judged.candidate.artifact.folder, work.folder, dirs_exist_ok=True)
         _write_golden(work.folder, study, teacher_embeddings)
@@ -75,8 +80,11 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
 
 @task(task_run_name="publish-{variant}", cache_policy=NO_CACHE)
 def publish(bundle: Artifact, variant: str, registry: Path) -> Published:
-    """Push a bundle to the folder registry; pushing what is there already changes nothing."""
-    digest = push(bundle.folder, FolderStore(registry))
+    """Push a bundle to the folder registry; pushing what is there already changes nothing.
+
+    Raises ArtifactChanged, StoreFull.
+    """
+    digest = push(bundle.verify(), FolderStore(registry))
     manifest = verify_bundle(bundle.folder, digest)
     return Published(name=manifest.model_name, variant=variant, version=manifest.version, digest=digest)
 
@@ -123,7 +131,7 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         compatibility=judged.compatibility,
         quantization=judged.candidate.quantization(study.corpus_uri, judged.quality.metrics["cosine_mean"].value),
         performance=_performance(judged, study.speeds),
-        validation=_validation(judged, study.corpus_uri),
+        validation=_validation(judged, study),
         lineage=Lineage(
             parents={"teacher": teacher.digest, "corpus": study.corpus.digest},
             recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
@@ -153,7 +161,7 @@ def _performance(judged: Judged, speeds: SpeedReport) -> Performance:
     )
 
 
-def _validation(judged: Judged, corpus_uri: str) -> Validation:
+def _validation(judged: Judged, study: Study) -> Validation:
     quality = judged.quality
     cosine = quality.metrics["cosine_mean"]
     return Validation(
@@ -168,6 +176,6 @@ def _validation(judged: Judged, corpus_uri: str) -> Validation:
         ndcg_at_10=quality.value("ndcg_at_10"),
         cross_recall_at_10=quality.value("cross_recall_at_10"),
         cross_ndcg_at_10=quality.value("cross_ndcg_at_10"),
-        sts_spearman=None,
-        test_dataset=corpus_uri,
+        sts_spearman=quality.value("sts_spearman"),
+        test_dataset=", ".join([study.corpus_uri, *map(str, study.sts)]),
     )

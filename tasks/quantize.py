@@ -1,6 +1,8 @@
 """Quantisation and conversion: one exported graph in, one variant out."""
 
+import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -258,7 +260,13 @@ def _save_ir(model: Any, folder: Path) -> str:
     """Write OpenVINO IR; weights that are not quantised are stored as fp16."""
     import openvino as ov  # noqa: PLC0415
 
-    ov.save_model(model, folder / "model.xml", compress_to_fp16=True)
+    try:
+        ov.save_model(model, folder / "model.xml", compress_to_fp16=True)
+    except RuntimeError as error:
+        # All it says of a disk with no room for the file, which it has removed again by now.
+        if "iostream error" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
     return "model.xml"
 
 

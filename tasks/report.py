@@ -51,6 +51,7 @@ def result_rows(judged: Sequence[Judged]) -> list[dict[str, str]]:
             "cosine": f"{row.quality.metrics['cosine_mean'].value:.4f}",
             "nDCG loss %": _percent(row, "ndcg_at_10_loss"),
             "recall loss %": _percent(row, "recall_at_10_loss"),
+            **({"STS loss %": _percent(row, "sts_spearman_loss")} if "sts_spearman" in row.quality.metrics else {}),
             "p50 ms": f"{row.speed.latency_ms(50):.2f}",
             "p95 ms": f"{row.speed.latency_ms(95):.2f}",
             "texts/s": f"{row.speed.throughput_per_s:.0f}",
@@ -80,7 +81,7 @@ def render_html(study: Study, published: Published | None) -> str:
             f"<title>{html.escape(teacher.name)}: optimisation report</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(teacher.name)}</h1><p>{outcome}</p>",
             f"<p>Rule: {SELECTION_RULE}. The gate compares the bad end of each 95 % interval",
-            "with its limit. Losses are on nDCG@10 and recall@10, the bad end in brackets; cosine is the mean.</p>",
+            "with its limit. Losses are shares of the teacher's score, bad end in brackets; cosine is the mean.</p>",
             _table(result_rows(study.judged)),
             f"<p>torch fp32 in the same run: {torch.throughput_per_s:.0f} texts/s, p50 {torch.latency_ms(50):.2f} ms.",
             f"Measured on {html.escape(speeds.hardware)}, mean {speeds.mean_tokens:.0f} tokens a text.</p>",
@@ -91,7 +92,8 @@ def render_html(study: Study, published: Published | None) -> str:
             f"<h2>What was judged</h2><p>Teacher <code>{html.escape(teacher.uri)}</code>,",
             f"{teacher.num_parameters / 1e6:.1f} M parameters, digest <code>{teacher.digest}</code>.",
             f"Corpus <code>{html.escape(study.corpus_uri)}</code>: {first.num_texts} evaluation texts,",
-            f"{first.num_queries} queries.</p></html>",
+            f"{first.num_queries} queries. STS files: {html.escape(', '.join(map(str, study.sts)) or 'none')}.",
+            "</p></html>",
         )
     )
 

@@ -1,6 +1,7 @@
 """Select: the gate's verdict on every candidate, the Pareto front, and the one to publish."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -54,6 +55,7 @@ class Study(BaseModel):
     teacher: Teacher
     corpus_uri: str
     corpus: Artifact
+    sts: tuple[Path, ...] = ()
     speeds: SpeedReport
     limits: GateLimits
     judged: tuple[Judged, ...]
@@ -65,11 +67,15 @@ class Study(BaseModel):
 
 @task(task_run_name="select", cache_policy=NO_CACHE)
 def select(
-    candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport, limits: GateLimits
+    candidates: list[Candidate],
+    qualities: list[Quality],
+    speeds: SpeedReport,
+    limits: GateLimits,
+    with_sts: bool = False,
 ) -> list[Judged]:
     """Judge every candidate, fastest first; the gate decides, the Pareto front explains."""
     front = pareto_front(candidates, qualities, speeds)
-    checks = default_checks(limits, with_sts=False, with_champion=CHAMPION in speeds.speeds)
+    checks = default_checks(limits, with_sts=with_sts, with_champion=CHAMPION in speeds.speeds)
     judged = [
         Judged(
             candidate=candidate,

@@ -25,18 +25,25 @@ def loss_interval(candidate: Values, teacher: Values) -> Measurement:
 
     NaN where the teacher scores nothing, in whole or in a resample: the loss is not defined, and no gate passes on it.
     """
-    if teacher.mean() == 0:
-        return Measurement(float("nan"), float("nan"), float("nan"))
-    weights = _weights(len(teacher))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        losses = 1 - (weights @ candidate) / (weights @ teacher)
-    return _measure(1 - candidate.mean() / teacher.mean(), losses)
+    loss = relative_loss(candidate.mean(keepdims=True), teacher.mean(keepdims=True))
+    return _measure(loss[0], relative_loss(_resampled_means(candidate), _resampled_means(teacher)))
 
 
-def statistic_interval(statistic: Callable[[NDArray[np.intp]], Values], size: int, point: float) -> Measurement:
-    """Interval of any statistic: it is given index resamples [R, N] and returns one value each [R]."""
+def relative_loss(candidate: Values, teacher: Values) -> Values:
+    """1 - candidate / teacher, score by score; NaN where the teacher's score is not above zero."""
+    return 1 - np.divide(candidate, teacher, out=np.full_like(teacher, np.nan), where=teacher > 0)
+
+
+def statistic_interval(statistic: Callable[..., Values], *sizes: int) -> Measurement:
+    """Any statistic of one or more samples of the given sizes, with its interval; each sample is resampled by itself.
+
+    `statistic` is given the rows drawn from each sample [R, N], the same in every call, and returns one value each [R].
+    """
     rng = np.random.default_rng(_SEED)
-    values = [statistic(rng.integers(0, size, (_CHUNK, size))) for _ in range(_RESAMPLES // _CHUNK // 2)]
+    point = statistic(*(np.arange(size)[None] for size in sizes))[0]
+    values = [
+        statistic(*(rng.integers(0, size, (_CHUNK, size)) for size in sizes)) for _ in range(_RESAMPLES // _CHUNK // 2)
+    ]
     return _measure(point, np.concatenate(values))
 
 

@@ -16,6 +16,8 @@ from tasks.errors import CorpusRejected
 
 MAX_TEXT_CHARS = 200_000
 _TEXT_COLUMNS = ("text", "sentence", "body", "document")
+# Scores, and the first and the second sentence of each pair.
+RatedPairs = tuple[list[float], list[str], list[str]]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -101,8 +103,8 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def read_sts(path: Path) -> tuple[list[float], list[str], list[str]]:
-    """Scores and both sentences of an STS file: tab-separated with header score, sentence1, sentence2."""
+def read_sts(path: Path) -> RatedPairs:
+    """Read an STS file: tab-separated with header score, sentence1, sentence2. Raises CorpusRejected."""
     if not path.is_file():
         raise CorpusRejected(f"STS file {str(path)!r} does not exist")
     lines = list(_lines(path))
@@ -116,6 +118,8 @@ def read_sts(path: Path) -> tuple[list[float], list[str], list[str]]:
             rows.append((_finite(score), first, second))
         except ValueError:
             raise CorpusRejected(f"{path}:{number} is not 'score<TAB>sentence1<TAB>sentence2'") from None
+        for text in (first, second):
+            check_text(text, f"{path}:{number}")
     if len(rows) < 2:
         raise CorpusRejected(f"{path} holds {len(rows)} rated pairs: a correlation needs more")
     if len({score for score, _, _ in rows}) == 1:

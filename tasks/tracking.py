@@ -20,6 +20,7 @@ _WITH_BAD_END = (
     "recall_at_10_loss",
     "cross_ndcg_at_10_loss",
     "cross_recall_at_10_loss",
+    "sts_spearman_loss",
 )
 _PROCESS_TAG = "thorforge.process"
 

@@ -30,6 +30,14 @@ def write_corpus(path: Path, count: int = NUM_PAIRS) -> Path:
     return path
 
 
+def write_sts(path: Path, sentences: list[str]) -> Path:
+    """An STS file that rates each sentence with the next, the later the higher."""
+    pairs = zip(sentences[::2], sentences[1::2], strict=True)
+    rows = [f"{score}\t{first}\t{second}" for score, (first, second) in enumerate(pairs)]
+    path.write_text("\n".join(["score\tsentence1\tsentence2", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
 def build_forge(root: Path, teacher_folder: Path) -> Forge:
     """Run every step once below `root`; `$THORFORGE_HOME` must be `root / "state"`."""
     from registry.gate import GateLimits
@@ -43,7 +51,7 @@ def build_forge(root: Path, teacher_folder: Path) -> Forge:
 
     uri = str(write_corpus(root / "corpus.jsonl"))
     teacher = load_teacher.fn(str(teacher_folder))
-    corpus = build_corpus.fn(uri, corpus_fingerprint(uri))
+    corpus = build_corpus.fn(uri, (), corpus_fingerprint(uri))
     exported, embeddings = export_onnx.fn(teacher), embed_teacher.fn(teacher, corpus)
     length = teacher.max_seq_length
     candidates = [quantize.fn(v, exported, length, corpus, CALIBRATION_SIZE) for v in VARIANTS.values()]

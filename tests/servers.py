@@ -62,9 +62,11 @@ def wait_until_answers(url: str, process: subprocess.Popen[bytes]) -> None:
 def run_prefect_server(env: Mapping[str, str], port: int) -> Iterator[PrefectServer]:
     """`prefect server start` on `port`."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with run_process(command, env) as process:
-        wait_until_answers(f"http://127.0.0.1:{port}/api/health", process)
-        yield PrefectServer(f"http://127.0.0.1:{port}/api", f"http://127.0.0.1:{port}")
+    api_url = f"http://127.0.0.1:{port}/api"
+    # Or its pages would ask port 4200.
+    with run_process(command, {**env, "PREFECT_SERVER_UI_API_URL": api_url}) as process:
+        wait_until_answers(f"{api_url}/health", process)
+        yield PrefectServer(api_url, f"http://127.0.0.1:{port}")
 
 
 @contextmanager

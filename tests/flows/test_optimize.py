@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -22,7 +23,9 @@ from registry.manifest import read_manifest, verify_bundle
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
 from tasks.errors import CorpusRejected
-from tests.forge import write_corpus
+from tasks.teacher import open_teacher
+from tests.forge import write_corpus, write_sts
+from tests.texts import make_sentences
 
 # The tables of MLflow and of Prefect's server use what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -53,14 +56,14 @@ def runs(prefect_api: None, tiny_teacher: Path, tmp_path_factory: pytest.TempPat
 
     root = tmp_path_factory.mktemp("optimize")
     corpus = write_corpus(root / "corpus.jsonl", 240)
-    registry = root / "registry"
+    registry, sts = root / "registry", write_sts_of(tiny_teacher, root / "sts.tsv")
     settings = {"model": str(tiny_teacher), "corpus": str(corpus), "registry": str(registry)}
     table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     table = f"[optimize]\n{table}variants = {json.dumps(VARIANTS)}\ncalibration_size = 8\n"
     (root / "same.toml").write_text(table)
     strict = f"{table}gate = {{ cosine_mean_pass = 1.0, cosine_mean_caution = 1.0, max_task_loss = -1.0 }}\n"
     (root / "strict.toml").write_text(strict)
-    config = OptimizeConfig.model_validate({**settings, "variants": VARIANTS, "calibration_size": 8})
+    config = OptimizeConfig.model_validate({**settings, "sts": [sts], "variants": VARIANTS, "calibration_size": 8})
     runner = CliRunner(env={"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"})
     with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root / "results"}):
         patch.setenv("THORFORGE_HOME", str(root / "state"))
@@ -68,9 +71,17 @@ def runs(prefect_api: None, tiny_teacher: Path, tmp_path_factory: pytest.TempPat
         with final_states() as first_states:
             first = run_optimize(config)
         with final_states() as again_states:
-            again = runner.invoke(app, ["optimize", "--config", "same.toml", "--json"])
+            again = runner.invoke(app, ["optimize", "--config", "same.toml", "--sts", str(sts), "--json"])
         refused = runner.invoke(app, ["optimize", "--config", "strict.toml"])
         yield Runs(config, root / "state", first, first_states, again, again_states, refused)
+
+
+def write_sts_of(teacher: Path, path: Path) -> Path:
+    """Pairs rated as the teacher itself would: its Spearman correlation is 1."""
+    texts = make_sentences(80)
+    embeddings = open_teacher(teacher)(texts, lambda steps: None)
+    order = np.argsort((embeddings[::2] * embeddings[1::2]).sum(axis=1))
+    return write_sts(path, [texts[2 * pair + side] for pair in order for side in (0, 1)])
 
 
 class FinalStates(logging.Handler):
@@ -162,6 +173,27 @@ def test_optimize_is_tracked_in_mlflow(runs: Runs) -> None:
     assert [version.tags["digest"] for version in versions] == [runs.first.published.digest]
 
 
+def test_optimize_judges_on_sts_and_records_it(runs: Runs, tmp_path: Path) -> None:
+    study, published = runs.first.study, runs.first.published
+    assert published is not None
+    for row in study.judged:
+        assert "sts_spearman_loss" in {result.metric for result in row.gate.results}
+        assert row.quality.metrics["sts_spearman"].value > 0.9
+    assert study.find("fp32-onnx").quality.metrics["sts_spearman"].value == pytest.approx(1, abs=1e-3)
+    pull(FolderStore(runs.config.registry), "tiny", published.digest, tmp_path / "bundle")
+    validation = read_manifest(tmp_path / "bundle").validation
+    assert validation.sts_spearman == study.find(published.variant).quality.value("sts_spearman")
+    assert validation.test_dataset == f"{runs.config.corpus}, {runs.config.sts[0]}"
+    assert "STS loss %" in runs.first.report.read_text(encoding="utf-8")
+    assert all(
+        {"quality.sts_spearman", "quality.sts_spearman_loss.bad_end"} <= run.data.metrics.keys()
+        for run in mlflow_runs(runs.state)[:4]
+    )
+    assert {row["name"]: row["sts_spearman"] for row in last_line(runs.again)["candidates"]} == {
+        row.name: row.quality.value("sts_spearman") for row in study.judged
+    }
+
+
 def test_optimize_again_takes_every_step_from_the_cache_and_keeps_the_digest(runs: Runs) -> None:
     assert runs.again.exit_code == 0, runs.again.output
     document = last_line(runs.again)
@@ -193,7 +225,7 @@ def test_optimize_publishes_nothing_under_a_gate_nobody_passes(runs: Runs) -> No
 
 def test_optimize_keeps_all_state_below_the_state_folder(runs: Runs) -> None:
     beside = {path.name for path in runs.state.parent.iterdir()}
-    assert beside == {"corpus.jsonl", "registry", "results", "same.toml", "state", "strict.toml"}
+    assert beside == {"corpus.jsonl", "registry", "results", "same.toml", "state", "strict.toml", "sts.tsv"}
     drafts = [path for path in (runs.state / "artifacts").iterdir() if path.name.startswith(".")]
     assert drafts == []
 
@@ -213,9 +245,13 @@ def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch:
     assert read_manifest(champion).version == runs.first.published.version
 
 
-def test_optimize_refuses_bad_input_without_a_stack_of_the_engine(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(CorpusRejected, match="does not exist"):
-        run_optimize(runs.config.model_copy(update={"corpus": "none.txt"}))
+@pytest.mark.parametrize("change", [{"corpus": "none.txt"}, {"sts": (Path("none.tsv"),)}])
+def test_optimize_refuses_bad_input_at_once_and_without_a_stack_of_the_engine(
+    change: dict[str, Any], runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    with final_states() as states, pytest.raises(CorpusRejected, match="does not exist"):
+        run_optimize(runs.config.model_copy(update=change))
+    assert states == {}
     failed = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert failed
     assert not any(record.exc_info for record in failed)

@@ -25,6 +25,7 @@ from registry.manifest import (
 from registry.staging import staged_folder
 from registry.store import FolderStore
 from tests.bundles import make_bundle
+from tests.disks import mounted_disk
 from tests.registry.damage import flip_byte
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,13 +68,8 @@ def slow_push(store: FolderStore) -> Iterator[Callable[[Path], subprocess.Popen]
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 96 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, check=False, capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a tmpfs")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted_disk(tmp_path / "disk", 96) as place:
+        yield place
 
 
 def leftovers(store: FolderStore) -> list[str]:

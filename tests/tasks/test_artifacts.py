@@ -9,6 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import onnx
+import openvino
 import pytest
 from prefect import flow, task
 from prefect.client.schemas.objects import State
@@ -16,11 +19,15 @@ from prefect.context import TaskRunContext
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
 
 import tasks.artifacts
+from registry.errors import StoreFull
 from registry.gate import Measurement
 from tasks.artifacts import CACHED, CODE_AND_LIBRARIES, Artifact, draft, library_versions
-from tasks.errors import ArtifactMissing
+from tasks.errors import ArtifactChanged, ArtifactMissing
 from tasks.evaluate import Quality
+from tasks.quantize import _save_ir
 from tasks.state import state_dir
+from tests.bundles import make_graph
+from tests.disks import mounted_disk
 
 
 def make(text: str, kind: str = "thing") -> Artifact:
@@ -79,6 +86,54 @@ def test_artifact_that_was_deleted_is_missing() -> None:
     artifact.folder.rmdir()
     with pytest.raises(ArtifactMissing, match="is gone, but a cached result names it: run again with --refresh"):
         _ = artifact.folder
+
+
+def test_artifact_that_was_changed_is_noticed_and_made_anew() -> None:
+    artifact, other = make("one"), make("two")
+    (artifact.folder / "file.txt").write_text("onf")
+    with pytest.raises(ArtifactChanged, match=rf"files in {artifact.folder} were changed .* run again with --refresh"):
+        artifact.verify()
+    assert make("one") == artifact
+    assert (artifact.verify() / "file.txt").read_text() == "one"
+    assert {path.name for path in artifact.folder.parent.iterdir()} == {artifact.folder.name, other.folder.name}
+
+
+def fill_by_python(path: Path) -> None:
+    path.write_bytes(b"x" * (200 << 10))
+
+
+def fill_by_numpy(path: Path) -> None:
+    np.save(path, np.zeros(200 << 10, dtype=np.uint8))
+
+
+def fill_by_onnx(path: Path) -> None:
+    onnx.save(make_graph(np.zeros((2000, 32), dtype=np.float32)), path)
+
+
+def fill_by_openvino(path: Path) -> None:
+    graph = path.with_name("graph.onnx")
+    graph.write_bytes(
+        make_graph(np.random.default_rng(0).standard_normal((680, 32)).astype(np.float32)).SerializeToString()
+    )
+    _save_ir(openvino.Core().read_model(graph), path.parent)
+
+
+def fill_without_a_word(path: Path) -> None:
+    with suppress(OSError):
+        path.write_bytes(b"x" * (200 << 10))
+
+
+@pytest.mark.parametrize("fill", [fill_by_python, fill_by_numpy, fill_by_onnx, fill_by_openvino, fill_without_a_word])
+def test_draft_on_a_full_disk_says_so_and_leaves_nothing(fill: Callable[[Path], None], home: Path) -> None:
+    def make_large() -> None:
+        with draft("thing") as work:
+            fill(work.folder / "file.bin")
+
+    with mounted_disk(home / "artifacts", 96) as disk:
+        with pytest.raises(StoreFull, match=rf"^{disk} is full: \d+ bytes free$"):
+            make_large()
+        assert list(disk.iterdir()) == []
+        assert make("one").verify()
 
 
 def cache_key(function: Callable[[int], int]) -> str:

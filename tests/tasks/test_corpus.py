@@ -17,17 +17,19 @@ from tasks.corpus import (
     part_of,
     read_beir,
     read_part,
+    read_rated_pairs,
     read_retrieval,
 )
 from tasks.errors import CorpusRejected
-from tests.forge import write_corpus
+from tasks.text_files import read_sts
+from tests.forge import write_corpus, write_sts
 from tests.texts import make_pairs, make_sentences
 
 PARTS: tuple[Part, ...] = ("calibration", "distillation", "evaluation")
 
 
 def build(uri: object) -> Artifact:
-    return build_corpus.fn(str(uri), "fingerprint")
+    return build_corpus.fn(str(uri), (), "fingerprint")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> Path:
@@ -222,3 +224,33 @@ def test_corpus_fingerprint_follows_content(tmp_path: Path) -> None:
     append("c.jsonl", "{}")(tmp_path)
     append("qrels/test.tsv", "q1\td2\t1")(folder)
     assert not set(before) & {corpus_fingerprint(str(path)), corpus_fingerprint(str(folder))}
+
+
+def test_corpus_fingerprint_follows_the_content_of_sts_files_and_refuses_a_bad_one(tmp_path: Path) -> None:
+    uri = str(write_corpus(tmp_path / "c.jsonl", 20))
+    path = write_sts(tmp_path / "a.tsv", make_sentences(20))
+    first = corpus_fingerprint(uri, (path,))
+    copy = path.rename(tmp_path / "b.tsv")
+    assert corpus_fingerprint(uri, (copy,)) == first != corpus_fingerprint(uri)
+    write_sts(copy, make_sentences(22))
+    assert corpus_fingerprint(uri, (copy,)) != first
+    copy.write_text("score\tsentence1\tsentence2\n1\tone\n")
+    with pytest.raises(CorpusRejected, match=r"b\.tsv:2 is not 'score"):
+        corpus_fingerprint(uri, (copy,))
+
+
+def test_corpus_keeps_rated_sentences_out_of_calibration(tmp_path: Path) -> None:
+    texts = make_sentences(300)
+    path = tmp_path / "c.txt"
+    path.write_text("\n".join(texts))
+    plain = build(path)
+    rated = read_part(plain, "calibration")[:6]
+    files = (write_sts(tmp_path / "a.tsv", rated[:4]), write_sts(tmp_path / "b.tsv", rated[2:]))
+    corpus = build_corpus.fn(str(path), files, "fingerprint")
+    assert read_part(corpus, "calibration") == read_part(plain, "calibration")[6:]
+    assert read_part(corpus, "evaluation") == read_part(plain, "evaluation")
+    assert read_rated_pairs(corpus) == [read_sts(file) for file in files]
+    sets, _ = evaluation_sets(corpus)
+    assert sets["sts_first"] == [rated[0], rated[2], rated[2], rated[4]]
+    assert sets["sts_second"] == [rated[1], rated[3], rated[3], rated[5]]
+    assert read_rated_pairs(plain) == []

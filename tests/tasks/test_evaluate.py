@@ -8,22 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from registry.gate import GateLimits, default_checks, judge
+from registry.gate import Check, GateLimits, default_checks, judge
 from registry.manifest import EngineEntry, hash_file
 from serving.tokenizer import TextTokenizer
 from tasks.corpus import Retrieval, evaluation_sets, read_part
 from tasks.evaluate import (
     compare_embeddings,
     compare_retrieval,
+    compare_sts,
     evaluate,
     nearest,
     open_candidate,
     rank_scores,
     row_cosine,
-    spearman,
     spearman_interval,
 )
 from tasks.quantize import Candidate
+from tasks.text_files import RatedPairs
 from tests.bundles import make_graph
 from tests.forge import Forge
 from tests.teachers import HIDDEN
@@ -95,7 +96,6 @@ def test_spearman_equals_scipy_with_and_without_ties() -> None:
     first, second = vectors(300), vectors(300, seed=1)
     for gold in (RNG.random(300), RNG.integers(0, 6, 300).astype(float)):
         expected = spearmanr(row_cosine(first, second), gold).statistic
-        assert spearman(first, second, gold) == pytest.approx(expected, abs=1e-12)
         measured = spearman_interval(first, second, gold)
         assert measured.value == pytest.approx(expected, abs=1e-12)
         assert measured.low < expected < measured.high
@@ -110,6 +110,50 @@ def test_spearman_of_embeddings_that_tell_nothing_apart_is_zero() -> None:
 def test_spearman_interval_of_few_pairs_is_finite() -> None:
     measured = spearman_interval(vectors(3), vectors(3, seed=1), np.array([1.0, 2.0, 3.0]))
     assert -1 <= measured.low <= measured.value <= measured.high <= 1
+
+
+def rated(*sizes: int) -> list[RatedPairs]:
+    return [([float(score) for score in range(size)], [""] * size, [""] * size) for size in sizes]
+
+
+def similar_pairs(count: int, noise: float, seed: int) -> dict[str, np.ndarray]:
+    """Embeddings of pairs that are the more alike the later they come, but for the noise."""
+    similarity = np.linspace(-0.9, 0.9, count) + np.random.default_rng(seed).normal(0, noise, count)
+    similarity = np.clip(similarity, -1, 1)
+    second = np.stack([similarity, np.sqrt(1 - similarity**2)], axis=1).astype(np.float32)
+    return {"sts_first": np.tile(np.array([[1, 0]], dtype=np.float32), (count, 1)), "sts_second": second}
+
+
+def test_sts_is_the_mean_spearman_of_the_files_and_its_loss_against_the_teacher() -> None:
+    teacher, own = similar_pairs(100, 0.2, 1), similar_pairs(100, 0.4, 2)
+    # Of two files the second starts anew: pooled, the scores would say something else.
+    measured = compare_sts(own, teacher, rated(60, 40))
+
+    def mean(sets: dict[str, np.ndarray]) -> float:
+        similarity = row_cosine(sets["sts_first"], sets["sts_second"])
+        return float(np.mean([spearmanr(part, range(len(part))).statistic for part in np.split(similarity, [60])]))
+
+    assert measured["sts_spearman"].value == pytest.approx(mean(own))
+    assert measured["sts_spearman_loss"].value == pytest.approx(1 - mean(own) / mean(teacher))
+    loss = measured["sts_spearman_loss"]
+    assert 0 < loss.low < loss.value < loss.high
+
+
+def test_sts_of_the_teacher_itself_loses_nothing() -> None:
+    teacher = similar_pairs(50, 0.2, 1)
+    loss = compare_sts(teacher, teacher, rated(50))["sts_spearman_loss"]
+    assert (loss.value, loss.low, loss.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("sign", [-1, 0])
+def test_sts_loss_against_a_teacher_that_rates_wrongly_passes_no_gate(sign: int) -> None:
+    own = similar_pairs(50, 0.2, 1)
+    teacher = {**own, "sts_second": own["sts_second"] * np.float32(sign)}
+    loss = compare_sts(own, teacher, rated(50))["sts_spearman_loss"]
+    assert math.isnan(loss.value)
+    assert (
+        judge({"sts_spearman_loss": loss}, [Check(metric="sts_spearman_loss", kind="max", limit=1)]).verdict == "fail"
+    )
 
 
 def test_comparison_with_itself_is_perfect() -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from registry.manifest import digest_of, read_manifest, verify_bundle
 from serving.engines import open_engine
 from serving.tokenizer import pad_batch
 from tasks.artifacts import Artifact
+from tasks.errors import ArtifactChanged
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
 from tests.forge import Forge
 
@@ -79,6 +81,39 @@ def test_publish_pushes_once_and_again_to_the_same_digest(bundle: Path, forge: F
     assert sorted((tmp_path / "registry").rglob("*")) == files
     version = read_manifest(artifact.folder).version
     assert first == Published(name="tiny", variant="fp32-onnx", version=version, digest=digest_of(artifact.folder))
+
+
+def flip_one_byte(path: Path) -> bytes:
+    before = path.read_bytes()
+    path.write_bytes(before[:-9] + bytes([before[-9] ^ 1]) + before[-8:])
+    return before
+
+
+@pytest.mark.parametrize("what", ["candidate", "corpus", "teacher embeddings"])
+def test_bundle_is_not_made_of_files_that_were_changed(what: str, forge: Forge) -> None:
+    candidate = forge.study.find("fp32-onnx").candidate
+    folder, file = {
+        "candidate": (candidate.artifact.folder, candidate.engine.file),
+        "corpus": (forge.study.corpus.folder, "evaluation.jsonl"),
+        "teacher embeddings": (forge.teacher_embeddings.folder, "sentences.npy"),
+    }[what]
+    before = flip_one_byte(folder / file)
+    try:
+        with pytest.raises(ArtifactChanged, match=rf"files in {folder} were changed .* run again with --refresh"):
+            assemble_bundle.fn(forge.study, "fp32-onnx", forge.teacher_embeddings, ORIGIN)
+    finally:
+        (folder / file).write_bytes(before)
+
+
+def test_bundle_that_was_changed_is_not_published(forge: Forge, tmp_path: Path) -> None:
+    artifact = assemble_bundle.fn(forge.study, "fp32-onnx", forge.teacher_embeddings, ORIGIN)
+    flip_one_byte(artifact.folder / "manifest.json")
+    try:
+        with pytest.raises(ArtifactChanged, match="run again with --refresh"):
+            publish.fn(artifact, "fp32-onnx", tmp_path / "registry")
+        assert not (tmp_path / "registry").exists()
+    finally:
+        shutil.rmtree(artifact.folder)
 
 
 @flow(validate_parameters=False)

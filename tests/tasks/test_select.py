@@ -56,7 +56,7 @@ def speeds(points: dict[str, tuple[float, float]]) -> SpeedReport:
         hardware="here",
         mean_tokens=1,
         speeds={
-            name: Speed(latencies_ms=(latency,) * 8, batch_seconds=(32 / throughput,) * 32, peak_memory_mb=1)
+            name: Speed(latencies_ms=(latency,) * 8, batch_seconds=(32 / throughput,) * 48, peak_memory_mb=1)
             for name, (throughput, latency) in points.items()
         },
     )
@@ -103,7 +103,7 @@ def test_select_judges_fastest_first_and_chooses_the_fastest_that_passes() -> No
     judged = select.fn([candidate(n) for n in names], qualities, speeds(found), GateLimits())
     assert [row.name for row in judged] == ["int8-dynamic", "int8-openvino", "fp32-onnx"]
     assert [row.gate.verdict for row in judged] == ["fail", "pass", "pass"]
-    assert [row.speedup_vs_torch for row in judged] == [6, 4, 2]
+    assert [row.speedup_vs_torch for row in judged] == pytest.approx([6, 4, 2])
     winner = choose(judged)
     assert winner is not None
     assert winner.name == "int8-openvino"
@@ -126,6 +126,14 @@ def test_select_of_a_corpus_without_queries_fails_the_gate() -> None:
     assert judged[0].gate.verdict == "fail"
     assert "ndcg_at_10_loss" in judged[0].gate.reason
     assert choose(judged) is None
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(0.01, "pass"), (0.02, "fail"), (None, "fail")])
+def test_select_with_sts_checks_its_loss(loss: float | None, verdict: str) -> None:
+    found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (100.0, 4.0)})
+    own = quality(**({} if loss is None else {"sts_spearman_loss": measured(loss)}))
+    judged = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), with_sts=True)
+    assert judged[0].gate.verdict == verdict
 
 
 @pytest.mark.parametrize(("throughput", "verdict"), [(300.0, "pass"), (285.0, "pass"), (270.0, "fail")])

@@ -69,8 +69,21 @@ def test_loss_interval_of_a_teacher_that_scores_almost_nothing_does_not_pass_a_g
     assert not measured.high <= 0.01
 
 
+def test_statistic_interval_resamples_each_sample_by_itself() -> None:
+    drawn: list[tuple[tuple[int, ...], ...]] = []
+
+    def statistic(*rows: np.ndarray) -> np.ndarray:
+        drawn.append(tuple(part.shape for part in rows))
+        assert [int(part.max()) < size for part, size in zip(rows, (3, 50), strict=True)] == [True, True]
+        return np.asarray(rows[0].mean(axis=1) + rows[1].mean(axis=1))
+
+    assert statistic_interval(statistic, 3, 50).value == 1 + 24.5
+    assert drawn[0] == ((1, 3), (1, 50))
+    assert set(drawn[1:]) == {((200, 3), (200, 50))}
+
+
 def test_statistic_interval_contains_its_point_even_where_resamples_never_reach_it() -> None:
     values = np.arange(200.0)
-    measured = statistic_interval(lambda rows: values[rows].min(axis=1), len(values), float(values.min()))
+    measured = statistic_interval(lambda rows: values[rows].min(axis=1), len(values))
     assert measured.value == measured.low == 0
     assert measured.high > 0

@@ -154,6 +154,7 @@ def test_sts_reads_scores_and_sentences(tmp_path: Path) -> None:
         (b"score\tsentence1\tsentence2\nnan\ta\tb\n1\ta\tb\n", r"sts\.tsv:2 is not 'score"),
         (b"score\tsentence1\tsentence2\n1\ta\tb\n", "holds 1 rated pairs"),
         (b"score\tsentence1\tsentence2\n1\ta\tb\n1\tc\td\n", "the same score"),
+        (b"score\tsentence1\tsentence2\n1\ta\x00\tb\n", r"sts\.tsv:2 holds a NUL byte"),
         (b"score\tsentence1\tsentence2\n1\ta\xff\tb\n", r"sts\.tsv:2 is not UTF-8"),
     ],
 )
