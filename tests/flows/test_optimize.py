@@ -19,11 +19,13 @@ from flows.optimize import Outcome, pull_champion
 from flows.run import describe_outcome, run_optimize
 from registry.channel import move_channel
 from registry.client import list_bundles, pull
+from registry.errors import StoreFull
 from registry.manifest import read_manifest, verify_bundle
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
 from tasks.errors import CorpusRejected
 from tasks.teacher import open_teacher
+from tests.disks import mounted_disk
 from tests.forge import write_corpus, write_sts
 from tests.texts import make_sentences
 
@@ -255,3 +257,24 @@ def test_optimize_refuses_bad_input_at_once_and_without_a_stack_of_the_engine(
     failed = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert failed
     assert not any(record.exc_info for record in failed)
+
+
+def test_optimize_on_a_full_disk_names_the_folder_and_leaves_nothing_half_written(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {kind: disk_kibibytes(runs.state, kind) for kind in ("corpus", "export", "fp32-onnx")}
+    monkeypatch.setenv("THORFORGE_HOME", str(tmp_path / "state"))
+    config = runs.config.model_copy(update={"registry": tmp_path / "registry"})
+    room = sizes["corpus"] + sizes["export"] + sizes["fp32-onnx"] // 2
+    with mounted_disk(tmp_path / "state" / "artifacts", room) as disk:
+        with pytest.raises(StoreFull, match=rf"^{disk} is full: \d+ bytes free$"):
+            run_optimize(config, refresh=True)
+        assert {path.name.rpartition("-")[0] for path in disk.iterdir()} == {"corpus", "export"}
+    assert not config.registry.exists()
+    assert [run.info.status for run in mlflow_runs(tmp_path / "state")] == ["FAILED"]
+
+
+def disk_kibibytes(state: Path, kind: str) -> int:
+    """Whole pages that the largest artifact of a kind takes, in units of 2^10 bytes."""
+    folders = (state / "artifacts").glob(f"{kind}-*")
+    return max(sum(4 * (p.stat().st_size // 4096 + 1) for p in f.rglob("*") if p.is_file()) for f in folders)
