@@ -30,8 +30,8 @@ TORCH = "fp32-torch"
 CHAMPION = "champion"
 BATCH_SIZE = 32
 _ROUNDS = 3
-_TEXTS_PER_TURN = 68
-NUM_BATCHES = 6
+_TEXTS_PER_TURN = 50
+NUM_BATCHES = 5
 _UNTIMED = 2  # calls at the start of a turn, the largest: the engine's memory grows there
 
 Batch = tuple[Ids, Ids]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry.gate import GateLimits, Measurement
-from tasks.benchmark import CHAMPION, TORCH, Speed, SpeedReport
+from tasks.benchmark import CHAMPION, NUM_BATCHES, TORCH, Speed, SpeedReport
 from tasks.evaluate import Quality
 from tasks.quantize import Candidate
 from tasks.select import choose, judge_compatibility, pareto_front, select
@@ -56,7 +56,9 @@ def speeds(points: dict[str, tuple[float, float]]) -> SpeedReport:
         hardware="here",
         mean_tokens=1,
         speeds={
-            name: Speed(latencies_ms=(latency,) * 8, batch_seconds=(32 / throughput,) * 48, peak_memory_mb=1)
+            name: Speed(
+                latencies_ms=(latency,) * 8, batch_seconds=(32 / throughput,) * 8 * NUM_BATCHES, peak_memory_mb=1
+            )
             for name, (throughput, latency) in points.items()
         },
     )
