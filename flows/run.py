@@ -64,6 +64,8 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         *(Column(name, no_wrap=True) for name in _COLUMNS),
         title=f"{outcome.study.teacher.name} on {outcome.study.corpus_uri}",
         box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     for row in result_rows(outcome.study.judged):
