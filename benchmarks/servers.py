@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, PathDistribution, version
 from pathlib import Path
@@ -82,8 +82,12 @@ class Server:
         return float(sum(process.memory_info().rss for process in [own, *own.children(recursive=True)])) / 1e6
 
     def pause(self) -> None:
-        """Stop it where it is, so that it takes no processor time from another's turn."""
+        """Stop it where it is, so that it takes no processor time from another's turn; returns once it stands."""
         self._signal(signal.SIGSTOP)
+        if self.process is not None:
+            # A stop signal is delivered some time after it was sent. WNOWAIT: an end stays for `process` to notice.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Let it go on."""

@@ -34,7 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document inst
 
 
 def _complete_variant(incomplete: str) -> list[str]:
-    from tasks.quantize import VARIANTS  # noqa: PLC0415  only completion needs the names here
+    from tasks.variants import VARIANTS  # noqa: PLC0415  only completion needs the names here
 
     return [name for name in VARIANTS if name.startswith(incomplete)]
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from registry.gate import GateLimits
 from registry.manifest import SafeName, describe_validation
 from tasks.errors import TaskError
-from tasks.quantize import VariantName
+from tasks.variants import VariantName
 
 CONFIG_NAME = "thorforge.toml"
 

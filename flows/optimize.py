@@ -22,12 +22,13 @@ from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
-from tasks.quantize import VARIANTS, quantize
+from tasks.quantize import quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
 from tasks.teacher import embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
+from tasks.variants import VARIANTS
 
 
 class Outcome(BaseModel):

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect import task
 from pydantic import BaseModel, ConfigDict
 
-from registry.manifest import EngineEntry, Precision, Quantization, Runtime, hash_file
+from registry.manifest import EngineEntry, Quantization, hash_file
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
@@ -20,46 +20,7 @@ from tasks.corpus import read_part
 from tasks.errors import QuantizationFailed
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
-
-VariantName = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
-
-
-class Variant(BaseModel):
-    """A recipe: how the exported graph becomes an engine file, and what runs it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: VariantName
-    runtime: Runtime
-    precision: Precision
-    method: str
-    compute: Literal["f32", "bf16"] = "f32"
-    is_calibrated: bool = False
-
-
-VARIANTS: dict[VariantName, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant(name="fp32-onnx", runtime="onnxruntime", precision="fp32", method="export"),
-        Variant(name="int8-dynamic", runtime="onnxruntime", precision="int8", method="dynamic, per channel"),
-        Variant(
-            name="int8-static",
-            runtime="onnxruntime",
-            precision="int8",
-            method="static QDQ, MinMax, per channel",
-            is_calibrated=True,
-        ),
-        Variant(
-            name="int8-openvino",
-            runtime="openvino",
-            precision="int8",
-            method="NNCF post-training; attention products and FFN-down in bf16",
-            compute="bf16",
-            is_calibrated=True,
-        ),
-        Variant(name="bf16-openvino", runtime="openvino", precision="bf16", method="bf16 arithmetic", compute="bf16"),
-    )
-}
+from tasks.variants import Variant, VariantName
 
 
 class Candidate(BaseModel):

@@ -6,7 +6,8 @@ import pytest
 from registry.manifest import hash_file
 from tasks.errors import QuantizationFailed
 from tasks.evaluate import open_candidate
-from tasks.quantize import VARIANTS, VariantName, quantize
+from tasks.quantize import quantize
+from tasks.variants import VARIANTS, VariantName
 from tests.forge import CALIBRATION_SIZE, Forge
 
 NAMES: tuple[VariantName, ...] = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
