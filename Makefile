@@ -21,7 +21,7 @@ demo: $(STAMP) ## Forge, judge, publish and serve the real all-MiniLM-L6-v2
 	$(BIN)/python -m flows.demo
 
 test: $(STAMP) check ## Linters, types, import contracts and every test that needs nothing but pip
-	$(BIN)/python -m pytest -m "not e2e and not gpu" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 -m "not e2e and not gpu" --cov --cov-report=term:skip-covered
 
 e2e: $(STAMP) ## The tests that need servers or a browser from the system's packages, or minutes
 	$(BIN)/python -m tests.e2e.prepare
