@@ -119,4 +119,4 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_file(page)
     if published and winner and bundle:
         tracker.log_file(bundle.folder / MANIFEST_NAME)
-        tracker.register(published, winner, bundle.folder)
+        tracker.register(published, winner)
