@@ -4,7 +4,7 @@ The ledger's entry decides: to create it is to win the race, and who dies before
 whoever comes next (`settle`).
 """
 
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from pydantic import ValidationError
@@ -16,7 +16,7 @@ from registry.ledger import COLLECTED, Collected, Entry, Moved, append, as_move,
 from registry.manifest import describe_validation
 from registry.store import Store
 
-__all__ = ["find_unfinished", "move_channel", "record_move", "settle"]
+__all__ = ["Grounds", "find_unfinished", "move_channel", "record_move", "settle"]
 
 
 def move_channel(
@@ -26,25 +26,24 @@ def move_channel(
 
     Raises what `record_move` raises.
     """
-    record_move(store, model, channel, digest, expected, kind="set", moved_by=moved_by)
+    record_move(store, model, channel, digest, expected, Grounds("set", moved_by))
     record, _ = read_channel_bytes(store, model, channel)
     assert record is not None
     return record
 
 
-def record_move(
-    store: Store,
-    model: str,
-    channel: str,
-    digest: str,
-    expected: str | None,
-    *,
-    kind: Literal["move", "rollback", "set"],
-    moved_by: str,
-    reason: str = "",
-    gate: str | None = None,
-    approvals: Sequence[Approval] = (),
-) -> Entry:
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """Why a channel moves: how, by whom, and on which gate report and approvals."""
+
+    kind: Literal["move", "rollback", "set"]
+    moved_by: str
+    reason: str = ""
+    gate: str | None = None
+    approvals: tuple[Approval, ...] = ()
+
+
+def record_move(store: Store, model: str, channel: str, digest: str, expected: str | None, grounds: Grounds) -> Entry:
     """Point a channel at `digest` if it still points at `expected` (None: was never set); returns the ledger's entry.
 
     Moving a channel to where it already points changes nothing and returns the entry that moved it there. Raises
@@ -59,21 +58,7 @@ def record_move(
             return None
         if (current.digest if current else None) != expected:
             raise _moved(current, model, channel, expected)
-        fields = {
-            "kind": kind,
-            "channel": channel,
-            "bundle": digest,
-            "replaced": current.digest if current else None,
-            "number": current.sequence + 1 if current else 1,
-            "moved_by": moved_by,
-            "reason": reason,
-            "gate": gate,
-            "approvals": tuple(approvals),
-        }
-        try:
-            return Moved.model_validate(fields)
-        except ValidationError as error:
-            raise RecordInvalid(f"channel {channel} of {model}: {describe_validation(error)}") from None
+        return _next_move(current, model, channel, digest, grounds)
 
     entry = append(store, model, propose) or next(read_moves(store, model, channel), None)
     if entry is None:
@@ -105,6 +90,22 @@ def find_unfinished(store: Store, model: str, channel: str) -> Entry | None:
     if move is None or (record is not None and record.sequence >= as_move(move).number):
         return None
     return move
+
+
+def _next_move(current: ChannelRecord | None, model: str, channel: str, digest: str, grounds: Grounds) -> Moved:
+    try:
+        return Moved.model_validate(
+            {
+                **asdict(grounds),
+                "channel": channel,
+                "bundle": digest,
+                "replaced": current.digest if current else None,
+                "number": current.sequence + 1 if current else 1,
+                "approvals": grounds.approvals,
+            }
+        )
+    except ValidationError as error:
+        raise RecordInvalid(f"channel {channel} of {model}: {describe_validation(error)}") from None
 
 
 def _record_of(move: Entry) -> ChannelRecord:

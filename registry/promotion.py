@@ -20,7 +20,7 @@ from registry.ledger import (
     read_newest,
     recorded_refusals,
 )
-from registry.moves import find_unfinished, record_move, settle
+from registry.moves import Grounds, find_unfinished, record_move, settle
 from registry.store import Store
 
 __all__ = ["CURRENT", "Status", "promote", "rollback", "status"]
@@ -69,7 +69,6 @@ def promote(
 
     Raises PromotionRefused, ChannelMoved, BundleNotFound, and what verifying the stored bundle raises.
     """
-    now = now or datetime.now(UTC)
     with recorded_refusals(store, model, "promote", digest, requested_by):
         if expected == CURRENT:
             current = settle(store, model, channel, read_newest(store, model))
@@ -77,20 +76,12 @@ def promote(
         append_once(store, model, Judged(bundle=digest, report=gate))
         for approval in approvals:
             append_once(store, model, Decided(approval=approval))
-        counted = check_approvals(policy, digest, gate, approvals, requested_by=requested_by, now=now)
-        verify_stored(store, model, digest)
-        return record_move(
-            store,
-            model,
-            channel,
-            digest,
-            expected,
-            kind="move",
-            moved_by=requested_by,
-            reason=reason,
-            gate=gate.digest,
-            approvals=counted,
+        counted = check_approvals(
+            policy, digest, gate, approvals, requested_by=requested_by, now=now or datetime.now(UTC)
         )
+        verify_stored(store, model, digest)
+        grounds = Grounds("move", requested_by, reason, gate.digest, counted)
+        return record_move(store, model, channel, digest, expected, grounds)
 
 
 def rollback(
@@ -122,7 +113,7 @@ def rollback(
         _check_was_there(store, current, target)
         check_stored(store, model, target)
         expected = current.digest if expected == CURRENT else expected
-        return record_move(store, model, channel, target, expected, kind="rollback", moved_by=asked_by, reason=reason)
+        return record_move(store, model, channel, target, expected, Grounds("rollback", asked_by, reason))
 
 
 def status(store: Store, model: str, channel: str = "production") -> Status | None:
