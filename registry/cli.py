@@ -19,9 +19,10 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from registry import client
-from registry.channel import CHANNELS, ChannelRecord, move_channel, read_channel, read_channels
+from registry.channel import CHANNELS, ChannelRecord, read_channel, read_channels
 from registry.errors import ChannelNotFound, RecordInvalid, ReferenceInvalid, RegistryError
 from registry.manifest import digest_of, verify_bundle
+from registry.moves import move_channel
 from registry.store import REGISTRY_VARIABLE, FolderStore, Progress, default_registry
 
 __all__ = ["app"]

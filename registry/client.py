@@ -28,7 +28,7 @@ from registry.manifest import (
 from registry.staging import Progress, copy_files, make_folder, needs_room, rename_folder, staged_folder
 from registry.store import Store
 
-__all__ = ["StoredBundle", "list_bundles", "pull", "push", "read_stored", "resolve", "verify_stored"]
+__all__ = ["StoredBundle", "check_stored", "list_bundles", "pull", "push", "read_stored", "resolve", "verify_stored"]
 
 MIN_PREFIX = 8
 
@@ -101,6 +101,14 @@ def resolve(store: Store, model: str, reference: str) -> str:
 def read_stored(store: Store, model: str, digest: str) -> Manifest:
     """Read a stored manifest. Raises BundleNotFound, BundleIncomplete, DigestMismatch or ManifestInvalid."""
     return _read_manifest(store, model, digest)[0]
+
+
+def check_stored(store: Store, model: str, digest: str) -> Manifest:
+    """Check that a stored bundle has its manifest and every file of it, without hashing the files.
+
+    Raises BundleNotFound, BundleIncomplete, DigestMismatch or ManifestInvalid.
+    """
+    return _stored_files(store, model, digest)[0]
 
 
 def verify_stored(store: Store, model: str, digest: str, progress: Progress | None = None) -> Manifest:

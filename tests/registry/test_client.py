@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from registry.channel import move_channel
 from registry.client import list_bundles, pull, push, read_stored, resolve, verify_stored
 from registry.errors import (
     AmbiguousDigest,
@@ -19,6 +18,7 @@ from registry.errors import (
     TargetExists,
 )
 from registry.manifest import digest_of, read_manifest, verify_bundle
+from registry.moves import move_channel
 from registry.store import FolderStore
 from tests.registry.damage import FILES, edit_manifest, flip_byte
 
