@@ -73,6 +73,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
             sts=config.sts,
             speeds=speeds,
             limits=config.gate,
+            champion=champion.name if champion else None,
             judged=tuple(select(candidates, qualities, speeds, config.gate, with_sts=bool(config.sts))),
         )
         published, bundle = None, None

@@ -63,8 +63,10 @@ class TextTokenizer:
         return [np.asarray(_ids_of_end(each) if keep_end else each.ids, dtype=np.int64) for each in encodings]
 
     def decode(self, rows: Sequence[Ids]) -> list[str]:
-        """A text for each row of ids, without special tokens. Encoding it anew may give other ids: case is lost."""
-        texts: list[str] = self._tokenizer.decode_batch([row.tolist() for row in rows])
+        """A text for each row of ids, without the frame of special tokens. Encoding it anew may give other ids."""
+        frame = set(self._tokenizer.encode("").ids)
+        content = [[id_ for id_ in row.tolist() if id_ not in frame] for row in rows]
+        texts: list[str] = self._tokenizer.decode_batch(content, skip_special_tokens=False)
         return texts
 
     def _describe_too_long(self, index: int, chars: int, dropped: bool, encoding: Encoding) -> str:

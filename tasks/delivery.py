@@ -15,6 +15,7 @@ from registry.manifest import SafeName, verify_bundle
 from registry.store import Store
 from serving.tokenizer import TextTokenizer
 from tasks.errors import VerificationFailed
+from tasks.state import state_dir
 
 _POLL_SECONDS = 0.2
 _REQUEST_SECONDS = 30.0
@@ -61,16 +62,15 @@ class Proof(BaseModel):
         )
 
 
-def deliver(worker: WorkerConfig, store: Store, model: str, digest: str, bundle: Path) -> Proof:
-    """Have `worker` serve the bundle `digest`, of which `bundle` is a verified copy, and prove that it does.
+def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proof:
+    """Have `worker` serve the bundle `digest`, and prove that it does.
 
     A worker with a `root` is told through its admin API; another one follows its channel and is waited for. Raises
-    VerificationFailed, which says what the worker answered instead.
+    VerificationFailed, which says what the worker answered instead, and what `pull` raises.
     """
     started = time.monotonic()
-    if worker.root is not None:
-        pull(store, model, digest, worker.root / model / digest)
-    with _Client(worker, worker.name or model) as client:
+    bundle = pull_bundle(store, model, digest, worker.root)
+    with WorkerClient(worker, worker.name or model) as client:
         if worker.root is not None:
             client.swap(f"{model}/{digest}")
         version = client.wait_until_served(digest, started + worker.timeout_seconds)
@@ -89,7 +89,14 @@ def deliver(worker: WorkerConfig, store: Store, model: str, digest: str, bundle:
     )
 
 
-class _Client:
+def pull_bundle(store: Store, model: str, digest: str, root: Path | None = None) -> Path:
+    """A copy of the bundle in `root`, or below the state folder, every byte verified. Raises what `pull` raises."""
+    folder = (root or state_dir() / "bundles") / model / digest
+    pull(store, model, digest, folder)
+    return folder
+
+
+class WorkerClient:
     """One worker, asked about one model; every answer that is not the expected one raises VerificationFailed."""
 
     def __init__(self, worker: WorkerConfig, name: str) -> None:
@@ -98,13 +105,14 @@ class _Client:
         if worker.api_key_file is not None:
             self._http.headers["authorization"] = f"Bearer {_first_line(worker.api_key_file)}"
 
-    def __enter__(self) -> "_Client":
+    def __enter__(self) -> "WorkerClient":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
     def swap(self, bundle: str) -> None:
+        """Put a bundle below the worker's root in the place of what it serves."""
         headers = {}
         if self._worker.admin_token_file is not None:
             headers["authorization"] = f"Bearer {_first_line(self._worker.admin_token_file)}"

@@ -9,6 +9,7 @@ TaskError
 ├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
 ├── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
 ├── VerificationFailed  a running worker does not serve the bundle it should, or not as well
+├── NotWaiting        no promotion waits for an answer under that name
 └── TrackingFailed    the tracking server cannot be reached, or refuses
 """
 
@@ -51,3 +52,7 @@ class VerificationFailed(TaskError):
 
 class TrackingFailed(TaskError):
     """MLflow cannot be reached or refuses what it is asked."""
+
+
+class NotWaiting(TaskError):
+    """No promotion waits for an answer under that name, or it takes none any more."""

@@ -28,7 +28,8 @@ class WebhookConfig(BaseModel):
 
     url: str = Field(pattern=r"^https?://", description="where to post; may hold a secret, so only its host is logged")
     secret_file: Path | None = Field(
-        default=None, description="file whose content, stripped, is the key of the HMAC-SHA256 signature; None: unsigned"
+        default=None,
+        description="file that holds the key of the HMAC-SHA256 signature; None: unsigned",
     )
     events: tuple[Event, ...] = Field(default=EVENTS, description="which events it gets")
     attempts: int = Field(default=3, ge=1, le=10, description="how often a post is tried before it is given up")

@@ -117,6 +117,9 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
     teacher = study.teacher
     checksum = payload_checksum(files)
     variant = judged.candidate.variant
+    parents = {"teacher": teacher.digest, "corpus": study.corpus.digest}
+    if study.champion is not None:
+        parents["champion"] = study.champion  # the gate's ratios are to this one, and mean nothing beside another
     return Manifest(
         model_name=teacher.name,
         model_id=teacher.uri,
@@ -133,7 +136,7 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         performance=_performance(judged, study.speeds),
         validation=_validation(judged, study),
         lineage=Lineage(
-            parents={"teacher": teacher.digest, "corpus": study.corpus.digest},
+            parents=parents,
             recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
             git_commit=origin.git_commit,
             mlflow_run_id=origin.mlflow_run_id,

@@ -135,6 +135,15 @@ class ModelAliases:
                 for key, value in (tags or {}).items():
                     self._client.set_model_version_tag(self._model, version, key, value)
 
+    def find_report(self, run_id: str | None) -> str | None:
+        """The page of the run's HTML report on an MLflow server; None where there is no such run, or no server."""
+        uri = self._client.tracking_uri
+        if run_id is None or not uri.startswith(("http://", "https://")):
+            return None
+        with _failures_named(uri):
+            experiment = self._client.get_run(run_id).info.experiment_id
+        return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/report.html"
+
     def _digest_of(self, version: str) -> str:
         tags = self._client.get_model_version(self._model, version).tags
         return str(tags.get("digest") or f"version {version}")

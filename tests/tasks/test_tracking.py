@@ -180,7 +180,7 @@ def test_tracking_aliases_show_a_version_without_a_digest(uri: str) -> None:
 
 def test_tracking_names_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(TrackingFailed, match="MLflow.*refused"):
+    with pytest.raises(TrackingFailed, match=r"MLflow.*refused"):
         ModelAliases(f"http://127.0.0.1:{free_port()}", "tiny").read()
 
 
