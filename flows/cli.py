@@ -75,7 +75,7 @@ def optimize(
     sts: _Sts = None,
     variant: _Variants = None,
     calibration_size: Annotated[int | None, typer.Option(help="texts to calibrate static quantisation on")] = None,
-    registry: Annotated[Path | None, typer.Option(help="folder registry to publish to")] = None,
+    registry: Annotated[str | None, typer.Option(help="registry to publish to: a folder or s3://bucket/prefix")] = None,
     config: Annotated[
         Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
     ] = None,

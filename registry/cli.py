@@ -23,7 +23,7 @@ from registry.channel import CHANNELS, ChannelRecord, read_channel, read_channel
 from registry.errors import ChannelNotFound, RecordInvalid, ReferenceInvalid, RegistryError
 from registry.manifest import digest_of, verify_bundle
 from registry.moves import move_channel
-from registry.store import REGISTRY_VARIABLE, FolderStore, Progress, default_registry
+from registry.store import REGISTRY_VARIABLE, Progress, Store, open_store
 
 __all__ = ["app"]
 
@@ -69,21 +69,17 @@ def _complete_reference(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in (*CHANNELS, *(d[:SHORT_DIGEST] for d in digests)) if name.startswith(incomplete)]
 
 
-def _completion_store(ctx: typer.Context) -> FolderStore:
-    return _open_store(ctx.params.get("registry"))
-
-
-def _open_store(registry: Path | None) -> FolderStore:
-    return FolderStore(registry or default_registry())
+def _completion_store(ctx: typer.Context) -> Store:
+    return open_store(ctx.params.get("registry"))
 
 
 RegistryOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--registry",
-        metavar="DIR",
+        metavar="PLACE",
         envvar=REGISTRY_VARIABLE,
-        help="The registry's folder; by default registry in $THORFORGE_HOME (.thorforge).",
+        help="The registry: a folder or s3://bucket/prefix; by default registry in $THORFORGE_HOME (.thorforge).",
         show_default=False,
     ),
 ]
@@ -112,7 +108,7 @@ def push(
     Pushing a bundle that is already there changes nothing.
     """
     with _progress_bar("pushing") as progress:
-        typer.echo(client.push(bundle, _open_store(registry), progress))
+        typer.echo(client.push(bundle, open_store(registry), progress))
 
 
 @app.command(epilog="Example: thorforge registry pull minilm production /srv/models/minilm")
@@ -126,7 +122,7 @@ def pull(
 ) -> None:
     """Copy a bundle into a folder, every byte verified, and print its digest."""
     with _progress_bar("pulling") as progress:
-        client.pull(_open_store(registry), model, reference, target, progress)
+        client.pull(open_store(registry), model, reference, target, progress)
     typer.echo(digest_of(target))
 
 
@@ -139,7 +135,7 @@ def list_(
     registry: RegistryOption = None,
 ) -> None:
     """Compare the stored bundles: quality, speed and the channels that point at them."""
-    store = _open_store(registry)
+    store = open_store(registry)
     bundles = client.list_bundles(store, model)
     for bundle in bundles:
         if bundle.fault:
@@ -160,7 +156,7 @@ def show(
     registry: RegistryOption = None,
 ) -> None:
     """Print everything a bundle's manifest says."""
-    store = _open_store(registry)
+    store = open_store(registry)
     digest = client.resolve(store, model, reference)
     contents = client.read_stored(store, model, digest)
     channels = tuple(record.channel for record in read_channels(store, model) if record.digest == digest)
@@ -194,7 +190,7 @@ def verify(
         digest = digest_of(Path(subject))
         verify_bundle(Path(subject), digest)
     else:
-        store = _open_store(registry)
+        store = open_store(registry)
         digest = client.resolve(store, model, reference)
         with _progress_bar("verifying") as progress:
             client.verify_stored(store, model, digest, progress)
@@ -212,7 +208,7 @@ def get_channel(
     registry: RegistryOption = None,
 ) -> None:
     """Print the digest a channel points at or, without CHANNEL, all of a model's channels."""
-    store = _open_store(registry)
+    store = open_store(registry)
     records = read_channels(store, model) if channel is None else [read_channel(store, model, channel)]
     if as_json:
         documents = [record.model_dump(mode="json") for record in records]
@@ -250,7 +246,7 @@ def set_channel(
     registry: RegistryOption = None,
 ) -> None:
     """Point a channel at a bundle and print the digest; refused where somebody else moved it first."""
-    store = _open_store(registry)
+    store = open_store(registry)
     digest = client.resolve(store, model, reference)
     expected = _expected_digest(store, model, channel, expect)
     record = move_channel(store, model, channel, digest, expected, moved_by=_user_name() if by is None else by)
@@ -258,7 +254,7 @@ def set_channel(
     typer.echo(record.digest)
 
 
-def _expected_digest(store: FolderStore, model: str, channel: str, expect: str | None) -> str | None:
+def _expected_digest(store: Store, model: str, channel: str, expect: str | None) -> str | None:
     """What the channel must point at: the full digest where `expect` abbreviates the current one."""
     try:
         current = read_channel(store, model, channel).digest

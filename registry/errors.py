@@ -12,6 +12,7 @@ RegistryError
 ├── RecordInvalid       a record in the store is not one we can read
 ├── TargetExists        something else lies where the bundle should go
 ├── StoreFull           the disk has no room
+├── StoreUnavailable    the S3 server does not answer, or refuses us
 ├── LedgerBroken        the ledger is not the chain that was written
 └── PromotionRefused    a bundle may not be promoted, or a channel not rolled back
     ├── GateFailed          the gate said no
@@ -73,6 +74,10 @@ class TargetExists(RegistryError):
 
 class StoreFull(RegistryError):
     """The disk ran out of space; nothing was published, pulled or kept."""
+
+
+class StoreUnavailable(RegistryError):
+    """The S3 server cannot be reached, keeps failing, or refuses with a reason of its own."""
 
 
 class LedgerBroken(RegistryError):

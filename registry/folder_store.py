@@ -27,8 +27,8 @@ class FolderStore:
     `models/<model>/<digest>/` holds bundles, every other folder records. Hidden names are work in progress.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
 
     def __str__(self) -> str:
         return str(self.root)

@@ -24,7 +24,7 @@ from registry.manifest import (
     verify_bundle,
     write_manifest,
 )
-from registry.store import FolderStore
+from registry.store import open_store
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft, library_versions
 from tasks.benchmark import BATCH_SIZE, SpeedReport
@@ -79,12 +79,12 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
 
 
 @task(task_run_name="publish-{variant}", cache_policy=NO_CACHE)
-def publish(bundle: Artifact, variant: str, registry: Path) -> Published:
-    """Push a bundle to the folder registry; pushing what is there already changes nothing.
+def publish(bundle: Artifact, variant: str, registry: str | None) -> Published:
+    """Push a bundle to the registry (None: the default one); pushing what is there already changes nothing.
 
     Raises ArtifactChanged, StoreFull.
     """
-    digest = push(bundle.verify(), FolderStore(registry))
+    digest = push(bundle.verify(), open_store(registry))
     manifest = verify_bundle(bundle.folder, digest)
     return Published(name=manifest.model_name, variant=variant, version=manifest.version, digest=digest)
 
