@@ -18,7 +18,7 @@ from registry.ledger import Decided, Moved, Refused, append_once, read_ledger
 from tasks.case_page import describe_case
 from tasks.promotion import Case
 
-_POLL_SECONDS = 2
+_POLL_SECONDS = 1
 # A suspended run can be answered this much longer than the answer counts, so that one too late is on record too.
 _GRACE = timedelta(days=1)
 
@@ -60,7 +60,7 @@ def collect_approvals(
     now = datetime.now(UTC)
     if automatic := approve_by_policy(case.digest, case.gate, policy, now=now):
         return (automatic,)
-    counted, attempt, note = _standing(case, policy, now), 1, ""
+    counted, attempt, note = standing_approvals(case, policy, now), 1, ""
     while not _is_enough(case, policy, counted):
         page = describe_case(case, policy, counted, note, report_url)
         if attempt == 1 and flow_run.run_count <= 1:  # more: it was suspended, and is run again from the top
@@ -92,15 +92,7 @@ def record_refusal(case: Case, asked_by: str, error: PromotionRefused) -> None:
     append_once(case.store, case.model, refused)
 
 
-def _is_enough(case: Case, policy: ApprovalPolicy, counted: tuple[Approval, ...]) -> bool:
-    try:
-        check_approvals(policy, case.digest, case.gate, counted, requested_by=case.requested_by, now=datetime.now(UTC))
-    except ApprovalMissing:
-        return False
-    return True
-
-
-def _standing(case: Case, policy: ApprovalPolicy, now: datetime) -> tuple[Approval, ...]:
+def standing_approvals(case: Case, policy: ApprovalPolicy, now: datetime) -> tuple[Approval, ...]:
     """Decisions in the ledger that count for this case: not used by a move yet, and made since the last no."""
     found: list[Approval] = []
     oldest = now - timedelta(hours=policy.valid_hours)
@@ -117,6 +109,14 @@ def _standing(case: Case, policy: ApprovalPolicy, now: datetime) -> tuple[Approv
                 continue
             found.insert(0, approval)
     return tuple(found)
+
+
+def _is_enough(case: Case, policy: ApprovalPolicy, counted: tuple[Approval, ...]) -> bool:
+    try:
+        check_approvals(policy, case.digest, case.gate, counted, requested_by=case.requested_by, now=datetime.now(UTC))
+    except ApprovalMissing:
+        return False
+    return True
 
 
 def _ask(case: Case, policy: ApprovalPolicy, key: str, page: str) -> tuple[ApprovalForm, datetime]:

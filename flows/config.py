@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from registry.approval import ApprovalPolicy
 from registry.gate import GateLimits
 from registry.manifest import SafeName, describe_validation
-from registry.store import FolderStore, Store, default_registry
+from registry.store import Store, open_store
 from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
 from tasks.notify import WebhookConfig
@@ -107,7 +107,7 @@ def load_settings(path: Path | None = None) -> Settings:
 
 def open_registry(settings: Settings) -> Store:
     """The registry that the flows share."""
-    return FolderStore(settings.optimize.registry or default_registry())
+    return open_store(settings.optimize.registry)
 
 
 def override(config: OptimizeConfig, **changes: Any) -> OptimizeConfig:

@@ -1,4 +1,4 @@
-"""Everything a promotion needs, running: Prefect and its worker, MLflow on PostgreSQL, a registry."""
+"""Everything a promotion needs, running: Prefect and its worker, MLflow on PostgreSQL, a registry on S3."""
 
 import base64
 import json
@@ -15,6 +15,7 @@ import numpy as np
 
 from tests.e2e.conftest import ROOT, Project, make_project
 from tests.forge import write_corpus
+from tests.registry.s3 import CREDENTIALS, s3_server
 from tests.servers import free_port, run_mlflow_server, run_postgres, run_prefect_server, run_process
 
 MODEL = "tiny"
@@ -61,6 +62,7 @@ class Stage:
     prefect_api: str
     prefect_ui: str
     mlflow: str
+    registry: str
     worker_port: int
 
     def thorforge(self, *arguments: str, status: int = 0, timeout: float = 300) -> str:
@@ -157,16 +159,21 @@ def run_stage(folder: Path, teacher: Path, webhook: str) -> Iterator[Stage]:
         mlflow_env = base.env | {"MLFLOW_SERVER_ALLOWED_HOSTS": "*"}
         artifacts = ["--artifacts-destination", (folder / "mlflow-artifacts").as_uri()]
         mlflow = stack.enter_context(run_mlflow_server(database, mlflow_env, free_port(), *artifacts))
+        registry = stack.enter_context(s3_server())
         prefect = stack.enter_context(run_prefect_server(base.env, free_port()))
-        env = base.env | {
-            "PREFECT_API_URL": prefect.api_url,
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PWD": str(folder),
-        }
+        env = (
+            base.env
+            | CREDENTIALS
+            | {
+                "PREFECT_API_URL": prefect.api_url,
+                "PREFECT_WORKER_QUERY_SECONDS": "1",
+                "PWD": str(folder),
+            }
+        )
         settings = {
             "teacher": teacher,
             "corpus": write_corpus(folder / "corpus.jsonl"),
-            "registry": folder / "store",
+            "registry": registry,
             "tracking_uri": mlflow,
             "worker": f"http://127.0.0.1:{worker_port}",
             "root": folder / "bundles",
@@ -183,7 +190,7 @@ def run_stage(folder: Path, teacher: Path, webhook: str) -> Iterator[Stage]:
         _deploy(project)
         serve = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "thor"]
         stack.enter_context(run_process(serve, env, folder))
-        yield Stage(project, folder, prefect.api_url, prefect.ui_url, mlflow, worker_port)
+        yield Stage(project, folder, prefect.api_url, prefect.ui_url, mlflow, registry, worker_port)
 
 
 def _deploy(project: Project) -> None:

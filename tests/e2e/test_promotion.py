@@ -52,7 +52,7 @@ def story(page: Page, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFacto
     with run_receiver() as webhook, run_stage(folder, tiny_teacher, webhook.url) as stage:
         first = stage.optimize("fp32-onnx")
         start = folder / "bundles" / "start"
-        stage.thorforge("registry", "pull", "--registry", str(folder / "store"), MODEL, first, str(start))
+        stage.thorforge("registry", "pull", "--registry", stage.registry, MODEL, first, str(start))
         options = ["--port", str(stage.worker_port), "--models-root", str(folder / "bundles")]
         tokens = {"AKIDB_EMBEDDING_SECURITY_ADMIN_TOKENS": ADMIN_TOKEN}
         with run_worker(start, *options, env=tokens):
