@@ -21,6 +21,7 @@ from tasks.promotion import Case
 _POLL_SECONDS = 1
 # A suspended run can be answered this much longer than the answer counts, so that one too late is on record too.
 _GRACE = timedelta(days=1)
+_DIGEST = "^[0-9a-f]{64}$"
 
 
 class ApprovalForm(RunInput):
@@ -30,8 +31,8 @@ class ApprovalForm(RunInput):
     decision: Literal["approve", "reject"] = Field(title="Decision")
     reason: str = Field(default="", title="Reason", max_length=4096)
     override: bool = Field(default=False, title="Approve in spite of a caution (needs a reason)")
-    bundle: str = Field(title="Bundle (digest)", pattern="^[0-9a-f]{64}$")
-    gate: str = Field(title="Gate report (digest)", pattern="^[0-9a-f]{64}$")
+    bundle: str = Field(pattern=_DIGEST)
+    gate: str = Field(pattern=_DIGEST)
 
     def to_approval(self, case: Case, policy: ApprovalPolicy, decided_at: datetime) -> Approval:
         """The decision as the registry records it."""
@@ -127,8 +128,8 @@ def _ask(case: Case, policy: ApprovalPolicy, key: str, page: str) -> tuple[Appro
     """
     form = ApprovalForm.with_initial_data(
         description=page,
-        bundle=Field(default=case.digest, title="Bundle (leave as it is)"),
-        gate=Field(default=case.gate.digest, title="Gate report (leave as it is)"),
+        bundle=Field(default=case.digest, title="Bundle (leave as it is)", pattern=_DIGEST),
+        gate=Field(default=case.gate.digest, title="Gate report (leave as it is)", pattern=_DIGEST),
     )
     valid = timedelta(hours=policy.valid_hours)
     is_deployed = deployment.id is not None
