@@ -3,31 +3,37 @@
 Results go to stdout, progress and remarks to stderr. A refusal is one `error:` line and exit status 1.
 """
 
-import getpass
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from typer.core import TyperGroup
 
 from registry import client
 from registry.channel import CHANNELS, ChannelRecord, read_channel, read_channels
-from registry.errors import ChannelNotFound, RecordInvalid, ReferenceInvalid, RegistryError
+from registry.errors import ChannelNotFound, RegistryError
+from registry.keys import user_name
 from registry.manifest import digest_of, verify_bundle
 from registry.moves import move_channel
-from registry.store import REGISTRY_VARIABLE, Progress, Store, open_store
+from registry.options import (
+    SHORT_DIGEST,
+    JsonOption,
+    ModelArgument,
+    ReferenceArgument,
+    RegistryOption,
+    complete_channel,
+    complete_model,
+    progress_bar,
+)
+from registry.store import Store, open_store
+from registry.upkeep import app as upkeep_app
 
 __all__ = ["app"]
-
-SHORT_DIGEST = 12
 
 
 class _OneLineErrors(TyperGroup):
@@ -51,51 +57,7 @@ app = typer.Typer(
 )
 channel_app = typer.Typer(no_args_is_help=True, help="Read and move channels: production and canary.")
 app.add_typer(channel_app, name="channel")
-
-
-def _complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
-    return [name for name in _completion_store(ctx).list_models() if name.startswith(incomplete)]
-
-
-def _complete_channel(incomplete: str) -> list[str]:
-    return [name for name in CHANNELS if name.startswith(incomplete)]
-
-
-def _complete_reference(ctx: typer.Context, incomplete: str) -> list[str]:
-    try:
-        digests = _completion_store(ctx).list_digests(ctx.params.get("model") or "")
-    except ReferenceInvalid:
-        digests = []
-    return [name for name in (*CHANNELS, *(d[:SHORT_DIGEST] for d in digests)) if name.startswith(incomplete)]
-
-
-def _completion_store(ctx: typer.Context) -> Store:
-    return open_store(ctx.params.get("registry"))
-
-
-RegistryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--registry",
-        metavar="PLACE",
-        envvar=REGISTRY_VARIABLE,
-        help="The registry: a folder or s3://bucket/prefix; by default registry in $THORFORGE_HOME (.thorforge).",
-        show_default=False,
-    ),
-]
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=_complete_model, show_default=False)
-]
-ReferenceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="REFERENCE",
-        help="A channel, a digest or its first 8 or more hex digits.",
-        autocompletion=_complete_reference,
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+app.add_typer(upkeep_app)
 
 
 @app.command(epilog="Example: thorforge registry push build/minilm-int8")
@@ -107,7 +69,7 @@ def push(
 
     Pushing a bundle that is already there changes nothing.
     """
-    with _progress_bar("pushing") as progress:
+    with progress_bar("pushing") as progress:
         typer.echo(client.push(bundle, open_store(registry), progress))
 
 
@@ -121,7 +83,7 @@ def pull(
     registry: RegistryOption = None,
 ) -> None:
     """Copy a bundle into a folder, every byte verified, and print its digest."""
-    with _progress_bar("pulling") as progress:
+    with progress_bar("pulling") as progress:
         client.pull(open_store(registry), model, reference, target, progress)
     typer.echo(digest_of(target))
 
@@ -129,7 +91,7 @@ def pull(
 @app.command("list", epilog="Example: thorforge registry list minilm")
 def list_(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Only this model.", autocompletion=_complete_model)
+        str | None, typer.Argument(metavar="MODEL", help="Only this model.", autocompletion=complete_model)
     ] = None,
     as_json: JsonOption = False,
     registry: RegistryOption = None,
@@ -192,7 +154,7 @@ def verify(
     else:
         store = open_store(registry)
         digest = client.resolve(store, model, reference)
-        with _progress_bar("verifying") as progress:
+        with progress_bar("verifying") as progress:
             client.verify_stored(store, model, digest, progress)
     typer.echo(digest)
 
@@ -202,7 +164,7 @@ def get_channel(
     model: ModelArgument,
     channel: Annotated[
         str | None,
-        typer.Argument(metavar="CHANNEL", help="Only this channel.", autocompletion=_complete_channel),
+        typer.Argument(metavar="CHANNEL", help="Only this channel.", autocompletion=complete_channel),
     ] = None,
     as_json: JsonOption = False,
     registry: RegistryOption = None,
@@ -229,7 +191,7 @@ def set_channel(
     channel: Annotated[
         str,
         typer.Argument(
-            metavar="CHANNEL", help=" or ".join(CHANNELS), autocompletion=_complete_channel, show_default=False
+            metavar="CHANNEL", help=" or ".join(CHANNELS), autocompletion=complete_channel, show_default=False
         ),
     ],
     reference: ReferenceArgument,
@@ -249,7 +211,7 @@ def set_channel(
     store = open_store(registry)
     digest = client.resolve(store, model, reference)
     expected = _expected_digest(store, model, channel, expect)
-    record = move_channel(store, model, channel, digest, expected, moved_by=_user_name() if by is None else by)
+    record = move_channel(store, model, channel, digest, expected, moved_by=user_name() if by is None else by)
     typer.echo(f"{channel} of {model} was {record.previous or 'never set'} (move {record.sequence})", err=True)
     typer.echo(record.digest)
 
@@ -266,13 +228,6 @@ def _expected_digest(store: Store, model: str, channel: str, expect: str | None)
         return None
     is_current = current is not None and len(expect) >= client.MIN_PREFIX and current.startswith(expect)
     return current if is_current else expect
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's bare user id has no name
-        raise RecordInvalid("this user has no name to record: give --by NAME") from None
 
 
 def _as_json(bundle: client.StoredBundle) -> dict[str, Any]:
@@ -341,14 +296,3 @@ def _print(table: Table) -> None:
     # Into a file or a pipe every row is one line, however long.
     console = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)
     console.print(table)
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Progress | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with ProgressBar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,6 +2,9 @@
 
 RegistryError
 ├── ManifestInvalid     the manifest is not one we can read
+├── SignatureMissing    a bundle nobody signed where a public key is configured
+├── SignatureInvalid    a signature that no configured key made
+├── BundleTooLarge      a bundle over the limit
 ├── DigestMismatch      a file, manifest or bundle is not the one its digest names
 ├── BundleIncomplete    a file the manifest lists is not there
 ├── ReferenceInvalid    a model, channel or digest spelled in a way that can name nothing
@@ -34,6 +37,18 @@ class RegistryError(Exception):
 
 class ManifestInvalid(RegistryError):
     """The manifest is missing, is not JSON, has unknown keys or a value out of range."""
+
+
+class SignatureMissing(RegistryError):
+    """A public key is configured and the bundle is not signed."""
+
+
+class SignatureInvalid(RegistryError):
+    """The signature was made by none of the configured keys, or over another manifest; or a key file is none."""
+
+
+class BundleTooLarge(RegistryError):
+    """The bundle's files are larger, all together, than the limit."""
 
 
 class DigestMismatch(RegistryError):

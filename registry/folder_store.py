@@ -1,18 +1,19 @@
 """The store in a folder of one file system."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
 from registry import keys, manifest
-from registry.errors import BundleIncomplete, BundleNotFound
-from registry.manifest import MANIFEST_NAME, FileEntry, Manifest
+from registry.errors import BundleIncomplete, BundleNotFound, SignatureInvalid
+from registry.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest
 from registry.staging import (
     Progress,
     copy_files,
     exclusive_lock,
     make_folder,
     needs_room,
+    remove_dead_folders,
     rename_folder,
     replace_file,
     staged_folder,
@@ -80,12 +81,25 @@ class FolderStore:
                 # Somebody else's copy of the same digest holds the same bytes, so losing that race is success.
                 rename_folder(staged, target)
 
+    def put_signature(self, model: str, digest: str, signature: bytes) -> None:
+        """Add its signature to a bundle, once. Raises BundleNotFound, SignatureInvalid (it has another), StoreFull."""
+        target = self._existing(model, digest) / SIGNATURE_NAME
+        with needs_room(self.root, len(signature)), exclusive_lock(self.root / ".records.lock"):
+            if not target.exists():
+                replace_file(target, signature)
+            elif target.read_bytes() != signature:
+                raise SignatureInvalid(f"bundle {digest} of {model} in {self} has another signature already")
+
     def delete_bundle(self, model: str, digest: str) -> None:
         """Delete a bundle: it disappears whole, at once. Nothing happens where it is not there."""
         folder = self._bundle_folder(model, digest)
         if folder.is_dir():
             with staged_folder(self.root, "delete") as staged:
                 rename_folder(folder, staged)
+
+    def delete_leftovers(self, min_age: timedelta) -> int:
+        """Drop what killed processes have left behind, however old: their locks say that they are dead."""
+        return sum(remove_dead_folders(self.root, purpose) for purpose in ("push", "delete"))
 
     def read_record(self, key: str) -> bytes | None:
         """The record's bytes, or None where there is none."""

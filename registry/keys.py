@@ -1,9 +1,12 @@
-"""What may become part of a path or an object's key: model names, digests and the keys of records."""
+"""What may become part of a path, of an object's key or of a record: names, digests, keys."""
+
+import getpass
+import os
 
 from registry import manifest
-from registry.errors import ReferenceInvalid
+from registry.errors import RecordInvalid, ReferenceInvalid
 
-__all__ = ["check_digest", "check_model_name", "split_record_key"]
+__all__ = ["check_digest", "check_model_name", "split_record_key", "user_name"]
 
 _NO_RECORDS = ("models", "index")
 
@@ -26,3 +29,13 @@ def split_record_key(key: str) -> list[str]:
     if len(parts) < 2 or parts[0] in _NO_RECORDS or not all(map(manifest.is_name, parts)):
         raise ReferenceInvalid(f"{key!r} is not the key of a record: use names joined by '/'")
     return parts
+
+
+def user_name(or_number: bool = False) -> str:
+    """Who runs this process, for records. A user without a name is a number where that will do, else RecordInvalid."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's bare user id has no name
+        if or_number:
+            return f"uid {os.getuid()}"
+        raise RecordInvalid("this user has no name to record: give --by NAME") from None

@@ -24,6 +24,7 @@ from registry.store import Store, check_model_name
 __all__ = [
     "COLLECTED", "Collected", "Decided", "Entry", "Event", "Judged", "Moved", "Refused", "append", "append_once",
     "as_move", "read_entry", "read_ledger", "read_moves", "read_newest", "recorded_refusals", "verify_ledger",
+    "walk_back",
 ]  # fmt: skip
 
 COLLECTED = "collected"
@@ -150,7 +151,7 @@ def append_once(store: Store, model: str, event: Event) -> None:
     """Write `event` unless one of the newest entries is this very event: for steps that are run again."""
 
     def propose(newest: Entry | None) -> Event | None:
-        recent = islice(_walk_back(store, newest), _NUM_RECENT)
+        recent = islice(walk_back(store, newest), _NUM_RECENT)
         return None if any(entry.event == event for entry in recent) else event
 
     append(store, model, propose)
@@ -191,7 +192,7 @@ def read_ledger(store: Store, model: str, limit: int | None = None) -> Iterator[
 
     Raises LedgerBroken, RecordInvalid.
     """
-    yield from islice(_walk_back(store, read_newest(store, model)), limit)
+    yield from islice(walk_back(store, read_newest(store, model)), limit)
 
 
 def read_moves(store: Store, model: str, channel: str, newest: Entry | None = None) -> Iterator[Entry]:
@@ -221,17 +222,25 @@ def verify_ledger(store: Store, model: str) -> int:
 
     Returns how many entries there are. Raises LedgerBroken, which names the entry, or RecordInvalid.
     """
-    length, later_moves = 0, dict[str, Moved]()
+    length, later_moves, unseen_gates = 0, dict[str, Moved](), dict[str, int]()
     for entry in read_ledger(store, model):
         length = max(length, entry.sequence)
+        if isinstance(entry.event, Judged):
+            unseen_gates.pop(entry.event.report.digest, None)
         if entry.sequence == 1 and (entry.previous is not None or entry.latest):
             raise LedgerBroken(f"entry 1 of {model} in {store} follows something")
         if isinstance(entry.event, Moved):
             _check_line(entry, later_moves.get(entry.event.channel), store)
             later_moves[entry.event.channel] = entry.event
+            if entry.event.gate:
+                unseen_gates[entry.event.gate] = entry.sequence
     for channel, move in later_moves.items():
         if move.number != 1 or move.replaced is not None:
             raise LedgerBroken(f"the first recorded move of {channel} of {model} in {store} is move {move.number}")
+    for gate, sequence in unseen_gates.items():
+        raise LedgerBroken(
+            f"entry {sequence} of {model} in {store} names gate report {gate}, which nothing before it is"
+        )
     return length
 
 
@@ -267,7 +276,8 @@ def _read_on(store: Store, model: str, newest: Entry | None) -> Entry | None:
         newest = _parse(data, store, model, sequence)
 
 
-def _walk_back(store: Store, newest: Entry | None) -> Iterator[Entry]:
+def walk_back(store: Store, newest: Entry | None) -> Iterator[Entry]:
+    """`newest` and the entries before it; every link is checked. Raises LedgerBroken, RecordInvalid."""
     while newest is not None:
         yield newest
         newest = _read_before(store, newest) if newest.sequence > 1 else None

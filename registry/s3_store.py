@@ -1,12 +1,12 @@
 """The store in an S3 bucket: the same folders as keys. A bundle is there once `index/<model>/<digest>` is."""
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO
 
 from registry import keys, manifest
-from registry.errors import BundleIncomplete, BundleNotFound
-from registry.manifest import MANIFEST_NAME, FileEntry, Manifest
+from registry.errors import BundleIncomplete, BundleNotFound, SignatureInvalid
+from registry.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest
 from registry.staging import Progress
 from registry.store import Bucket
 from registry.transfer import open_object, upload_file
@@ -86,6 +86,13 @@ class S3Store:
             upload_file(self.bucket, prefix + name, bundle / name, entry, advance)
         self.bucket.put(_index_key(contents.model_name, digest), b"")
 
+    def put_signature(self, model: str, digest: str, signature: bytes) -> None:
+        """Add its signature to a bundle, once. Raises BundleNotFound, SignatureInvalid (it has another)."""
+        if not self.has_bundle(model, digest):
+            raise BundleNotFound(f"no bundle {digest} of {model} in {self}")
+        if not self.bucket.put(_bundle_prefix(model, digest) + SIGNATURE_NAME, signature):
+            raise SignatureInvalid(f"bundle {digest} of {model} in {self} has another signature already")
+
     def delete_bundle(self, model: str, digest: str) -> None:
         """Delete a bundle: it disappears whole, at once, then its bytes go. Nothing happens where it is not."""
         prefix = _bundle_prefix(model, digest)
@@ -93,8 +100,9 @@ class S3Store:
         for item in self.bucket.list_keys(prefix, is_flat=True):
             self.bucket.delete(item.key)
 
-    def delete_leftovers(self, before: datetime) -> int:
-        """Drop uploads begun, and files without a bundle last touched, before that time; returns how many."""
+    def delete_leftovers(self, min_age: timedelta) -> int:
+        """Drop uploads that were begun, and files of no bundle that were written, that long ago; returns how many."""
+        before = datetime.now(UTC) - min_age
         old = [(key, upload_id) for key, upload_id, begun in self.bucket.list_uploads("models/") if begun < before]
         for key, upload_id in old:
             self.bucket.abort_upload(key, upload_id)

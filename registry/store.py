@@ -8,7 +8,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import parse_qs, urlsplit
@@ -79,8 +80,16 @@ class Store(Protocol):
         """
         ...
 
+    def put_signature(self, model: str, digest: str, signature: bytes) -> None:
+        """Add its signature to a bundle, once. Raises BundleNotFound, SignatureInvalid (it has another), StoreFull."""
+        ...
+
     def delete_bundle(self, model: str, digest: str) -> None:
         """Delete a bundle: it disappears whole, at once; its bytes may go later. Nothing happens where it is not."""
+        ...
+
+    def delete_leftovers(self, min_age: timedelta) -> int:
+        """Drop what pushes that never ended have left behind, if it is that old; returns how many things."""
         ...
 
     def read_record(self, key: str) -> bytes | None:
@@ -161,10 +170,6 @@ class Bucket:
 
     def __str__(self) -> str:
         return self.url
-
-    def close(self) -> None:
-        """Close its connections."""
-        self._client.close()
 
     def read_part(self, key: str, start: int, length: int, etag: str | None = None) -> Part | None:
         """Up to `length` bytes from `start`, or None where there is no such object, or not with that `etag` any more.
@@ -352,6 +357,7 @@ def _split_url(url: str) -> tuple[str, str, str | None]:
     return parts.netloc, f"{prefix}/" if prefix else "", options.get("endpoint", [None])[0]
 
 
+@lru_cache(maxsize=16)  # half a second each, and safe to share among threads
 def _connect(endpoint: str | None, timeout_seconds: float) -> tuple[Any, tuple[type[Exception], ...]]:
     """A client, and the errors that may pass. It does not try again by itself: `Bucket` does, where it is safe."""
     import boto3  # noqa: PLC0415  half a second that a folder's users need not wait

@@ -14,8 +14,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-# Another server than moto's: s3://bucket?endpoint=https://… of a bucket that is there, with credentials in AWS's variables.
+# Another server than moto's, s3://bucket?endpoint=https://…: the bucket is there, credentials are in AWS's variables.
 ENDPOINT_VARIABLE = "THORFORGE_TEST_S3"
+# Parts may be small, and a listing has several pages.
+_SMALL = {
+    "S3_UPLOAD_PART_MIN_SIZE": "1024",
+    "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(16 << 20),
+    "MOTO_S3_DEFAULT_MAX_KEYS": "3",
+}
 
 
 @contextmanager
@@ -29,7 +35,7 @@ def s3_server() -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **CREDENTIALS},
+        env={**os.environ, **CREDENTIALS, **_SMALL},
     )
     try:
         assert process.stderr is not None
