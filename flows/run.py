@@ -93,6 +93,9 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         else "Published nothing.",
         soft_wrap=True,
     )
+    if published:
+        command = f"thorforge promote {published.digest[:12]} --model {published.name}"
+        console.print(f"Put it into production: {command}", soft_wrap=True, highlight=False)
     console.print(f"Report: {outcome.report}", soft_wrap=True)
 
 

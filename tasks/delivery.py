@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from registry.client import pull
+from registry.client import fetch
 from registry.manifest import SafeName, verify_bundle
 from registry.store import Store
 from serving.tokenizer import TextTokenizer
@@ -66,7 +66,7 @@ def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proo
     """Have `worker` serve the bundle `digest`, and prove that it does.
 
     A worker with a `root` is told through its admin API; another one follows its channel and is waited for. Raises
-    VerificationFailed, which says what the worker answered instead, and what `pull` raises.
+    VerificationFailed, which says what the worker answered instead, and what `fetch` raises.
     """
     started = time.monotonic()
     bundle = pull_bundle(store, model, digest, worker.root)
@@ -90,10 +90,8 @@ def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proo
 
 
 def pull_bundle(store: Store, model: str, digest: str, root: Path | None = None) -> Path:
-    """A copy of the bundle in `root`, or below the state folder, every byte verified. Raises what `pull` raises."""
-    folder = (root or state_dir() / "bundles") / model / digest
-    pull(store, model, digest, folder)
-    return folder
+    """A copy of the bundle in `root`, or below the state folder, every byte verified. Raises what `fetch` raises."""
+    return fetch(store, model, digest, root or state_dir() / "bundles")
 
 
 class WorkerClient:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-_START_SECONDS = 120
+_START_SECONDS = 300  # on a machine that is busy with other things
 _POLL_SECONDS = 0.25
 
 

@@ -9,10 +9,13 @@ from registry.errors import BundleIncomplete, BundleNotFound, GateFailed
 from registry.gate import GateLimits
 from registry.ledger import Judged, Refused, read_ledger
 from registry.manifest import read_manifest
+from registry.promotion import status
 from registry.store import FolderStore
 from tasks.case_page import describe_case
-from tasks.promotion import Case, judge_published, move, open_case, wanted_aliases
+from tasks.delivery import WorkerConfig
+from tasks.promotion import Case, judge_published, move, open_case, put_back, wanted_aliases
 from tests.published import QUALITY, publish_bundle
+from tests.servers import free_port
 
 
 @pytest.fixture
@@ -107,6 +110,28 @@ def test_aliases_follow_the_channels(store: FolderStore, tmp_path: Path) -> None
     second = publish_bundle(store, tmp_path / "second", seed=1, champion=first)
     approve_and_move(open_published(store, second))
     assert wanted_aliases(store, "tiny") == {"champion": second, "previous": first, "candidate": None}
+
+
+def test_promotion_that_fails_is_put_back_on_record(
+    store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channel first, then workers and aliases: those that cannot be reached are named, and stop nothing."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    first = publish_bundle(store, tmp_path / "first")
+    only = open_published(store, first)
+    approve_and_move(only)
+    dead = f"http://127.0.0.1:{free_port()}"
+    assert "nothing" in put_back.fn(only, [], dead, "a worker failed")
+    case = open_published(store, publish_bundle(store, tmp_path / "second", seed=1, champion=first))
+    approve_and_move(case)
+    said = put_back.fn(case, [WorkerConfig(url=dead)], dead, "a worker failed")
+    assert said.startswith(f"production is {first} again; {dead}/api/v1/models: ConnectError")
+    assert "thorforge reconcile --repair" in said
+    production = status(store, "tiny")
+    assert production is not None
+    assert (production.channel.digest, production.channel.sequence) == (first, 3)
+    assert production.move is not None
+    assert (production.move.kind, production.move.reason) == ("rollback", "promotion undone: a worker failed")
 
 
 def test_page_holds_what_an_approver_needs(store: FolderStore, tmp_path: Path) -> None:
