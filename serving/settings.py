@@ -33,6 +33,9 @@ def check_secret(secret: str, place: str) -> str:
 
 
 Weight = Annotated[float, Field(ge=0, le=1e9)]
+EngineName = Literal["auto", "onnxruntime", "openvino", "cuda"]
+NumThreads = Annotated[int, Field(ge=0, le=1024)]
+NumInstances = Annotated[int, Field(ge=0, le=64)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_secrets), AfterValidator(_check_secrets)]
 
 
@@ -121,14 +124,12 @@ class ModelSource(_Section):
         description="folder of the bundle, or a file that names it: a channel of a registry, or its path"
     )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
-    engine: Literal["auto", "onnxruntime", "openvino", "cuda"] = Field(
-        default="auto", description="auto: the fastest that loads, as measured on this node"
+    engine: EngineName = Field(default="auto", description="auto: the fastest that loads, as measured on this node")
+    num_threads: NumThreads = Field(
+        default=0, description="threads of one engine run; 0: the cores, shared among the runs"
     )
-    num_threads: int = Field(
-        default=0, ge=0, le=1024, description="threads of one engine run; 0: the cores, shared among the runs"
-    )
-    num_instances: int = Field(
-        default=0, ge=0, le=64, description="engine runs at a time; 0: measured, or one where num_threads is given"
+    num_instances: NumInstances = Field(
+        default=0, description="engine runs at a time; 0: measured, or one where num_threads is given"
     )
 
 
@@ -172,7 +173,8 @@ class SecuritySettings(_Section):
         default=None, description="file of admin tokens, one a line, re-read when it changes"
     )
     open_paths: tuple[str, ...] = Field(
-        default=("/healthz", "/readyz", "/metrics"), description="paths that answer without an API key, a JSON list"
+        default=("/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"),
+        description="paths that answer without an API key, a JSON list; the two pages hold no data, they ask for a key",
     )
 
 
