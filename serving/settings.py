@@ -74,7 +74,7 @@ class LimitsSettings(_Section):
         default=16_384, ge=1024, le=1_048_576, description="request line and headers; more get 431"
     )
     max_headers: int = Field(default=64, ge=8, description="header lines of a request; more get 431")
-    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="larger request bodies get 413")
+    max_body_bytes: int = Field(default=6 * 1024 * 1024, ge=1024, description="larger request bodies get 413")
     max_text_chars: int = Field(default=1_000_000, ge=1, description="characters of one text; a longer one gets 400")
     header_timeout_seconds: float = Field(default=10, gt=0, description="time a request's headers have to arrive")
     body_timeout_seconds: float = Field(default=30, gt=0, description="time a request's body has to arrive")

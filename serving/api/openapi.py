@@ -15,9 +15,9 @@ Json = dict[str, Any]
 _NUMBER, _INTEGER, _STRING, _BOOLEAN = ({"type": name} for name in ("number", "integer", "string", "boolean"))
 _VECTOR: Json = {"oneOf": [{"type": "array", "items": _NUMBER}, {**_STRING, "format": "byte"}]}
 
-_EMBED_ERRORS = (400, 401, 404, 408, 413, 429, 431, 500, 503, 504)
-_ADMIN_ERRORS = (400, 401, 403, 404, 408, 409, 413, 422, 431, 503)
-_TEI_ERRORS = (401, 404, 408, 413, 422, 424, 429, 431, 503)
+_EMBED_ERRORS = (400, 401, 404, 408, 413, 415, 429, 431, 500, 503, 504)
+_ADMIN_ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 422, 431, 503)
+_TEI_ERRORS = (401, 404, 408, 413, 415, 422, 424, 429, 431, 503)
 _COMMON_ERRORS = (400, 401, 408, 431, 503)  # what any path may answer before it is looked at
 
 
@@ -295,7 +295,7 @@ def _admin_paths(model: str) -> Json:
         "one version": {"model": model, "version": _VERSION},
         "the whole model": {"model": model},
     }
-    weights: dict[str, Json] = {"model": model, "weights": {_VERSION: 90, "fp32-onnx-0a1b2c3d4e5f": 10}}
+    weights: Json = {"model": model, "weights": {_VERSION: 90, "fp32-onnx-0a1b2c3d4e5f": 10}}
     paths: Json = {
         "models": _get("Versions served and draining, bundles by name", "AdminModels", 403),
         "models/load": _admin("post", "Serve one more version or model", "BundleRequest", "Change", bundle),

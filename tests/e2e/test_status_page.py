@@ -128,7 +128,9 @@ def test_documentation_page_sends_the_admin_token_it_is_given(page: Page, shared
     expect(view.locator("pre").first).to_contain_text("200 OK")
 
 
-def test_status_page_shares_weights_out_and_compares_only_what_is_served(page: Page, shared: RunningWorker) -> None:
+def test_status_page_shares_weights_out_and_compares_only_what_is_served(
+    page: Page, shared: RunningWorker, tmp_path: Path
+) -> None:
     major, minor = versions(shared)
     page.goto(shared.base_url)
     expect(page.get_by_role("status")).to_contain_text("wants an API key")
@@ -137,10 +139,17 @@ def test_status_page_shares_weights_out_and_compares_only_what_is_served(page: P
     expect(page.get_by_role("row", name=minor)).to_contain_text("10 %")
     listed = httpx.get(f"{shared.base_url}/api/v1/models", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
     document = listed.json()
-    draining = document["models"][0] | {"version": "old", "weight": 0, "state": "draining", "ready": False}
+    draining = document["models"][0] | {
+        "version": "old",
+        "weight": 0,
+        "state": "draining",
+        "ready": False,
+        "default": False,
+    }
     document["models"].append(draining)  # a version drains for an instant only: too short to be looked at
     page.route("**/api/v1/models", lambda route: route.fulfill(json=document))
     expect(page.get_by_role("row", name="tiny old")).to_contain_text("draining")
     assert page.locator("#version-a option").all_text_contents() == [f"tiny · {name}" for name in (major, minor)]
+    page.screenshot(path=tmp_path / "status.png", full_page=True)
     table = page.locator("#models")
     assert table.evaluate("node => node.scrollWidth <= node.parentElement.clientWidth")  # nothing is cut off

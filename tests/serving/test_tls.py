@@ -2,8 +2,11 @@
 
 import datetime
 import ipaddress
+import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -61,6 +64,15 @@ def test_https_is_spoken_and_plain_http_is_not(bundle: Path, pair: tuple[Path, P
             httpx.get(f"{url}/healthz")  # not signed by anybody
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(f"{url.replace('https', 'http')}/healthz")
+
+
+def test_handshake_has_to_end_in_time(bundle: Path, pair: tuple[Path, Path]) -> None:
+    limits = {"header_timeout_seconds": 0.2}
+    settings = make_settings(bundle, tls={"certificate": pair[0], "key": pair[1]}, limits=limits)
+    with serve(settings, load_model(ModelSource(path=bundle))) as (url, _):
+        host, port = urlsplit(url).netloc.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as half_open, suppress(ConnectionResetError):
+            assert half_open.recv(1) == b""  # without a limit of ours the loop's own, a minute, holds
 
 
 def test_no_certificate_means_http() -> None:
