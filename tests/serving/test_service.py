@@ -140,7 +140,7 @@ def test_request_larger_than_every_limit_is_split(bundle: Path, model: LoadedMod
 
 
 def test_request_that_must_time_out_is_refused_at_once(bundle: Path, model: LoadedModel) -> None:
-    """At 10 ms a token, as learned, 500 tokens fit into the timeout of 5 s."""
+    """At 10 ms a token, as learned, hardly 500 tokens fit into the timeout of 5 s."""
     engine = WrappedEngine(model.engine)
     slow = replace(model.cost, runs=tuple(Run(tokens, 0.01 * tokens) for tokens in (10, 100)))
 
@@ -148,7 +148,7 @@ def test_request_that_must_time_out_is_refused_at_once(bundle: Path, model: Load
         with pytest.raises(RequestTooLarge, match=r"2500 tokens, .* 25 s, limit 5 s: send at most (499|500) in"):
             await service.embed(ask(*DISTINCT))
         assert engine.shapes == []
-        assert len((await service.embed(ask(*DISTINCT[:100]))).vectors) == 100
+        assert len((await service.embed(ask(*DISTINCT[:90]))).vectors) == 90
         same = await service.embed(ask(*[DISTINCT[0]] * 500))  # one row for the engine
         assert same.num_tokens == 2500
 
