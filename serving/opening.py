@@ -104,7 +104,8 @@ class Opener:
         if choice != Choice(setup, setup):
             engine.close()
             engine = self.open_choice(choice)
-        _log.info("engine chosen setup=%s measured=%s", choice.large, " ".join(map(str, measured)))
+        small = "" if choice.small == choice.large else f" small={choice.small}"
+        _log.info("engine chosen setup=%s%s measured=%s", choice.large, small, " ".join(map(str, measured)))
         write_choice(path, key, choice, measured)
         return self._opened(choice, engine)
 

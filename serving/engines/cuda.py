@@ -260,7 +260,7 @@ def _require_gpu(compute: str) -> Any:
         import torch  # noqa: PLC0415  only this engine needs them
         import triton  # noqa: F401, PLC0415
     except ImportError as error:
-        raise EngineUnavailable(f"{error.name} is not installed: pip install 'thorforge[gpu]'") from None
+        raise EngineUnavailable(f"{error.name} is not installed: pip install '.[gpu]' in the checkout") from None
     if compute not in _LEAST_CAPABILITY:
         raise EngineUnavailable(f"the cuda engine computes in {' or '.join(_LEAST_CAPABILITY)}, not in {compute}")
     if not torch.backends.cuda.is_built():
