@@ -104,8 +104,7 @@ class Opener:
         if choice != Choice(setup, setup):
             engine.close()
             engine = self.open_choice(choice)
-        small = "" if choice.small == choice.large else f" small={choice.small}"
-        _log.info("engine chosen setup=%s%s measured=%s", choice.large, small, " ".join(map(str, measured)))
+        _log.info("engine chosen %s measured=%s", describe_choice(choice), " ".join(map(str, measured)))
         write_choice(path, key, choice, measured)
         return self._opened(choice, engine)
 
@@ -165,6 +164,12 @@ class Opener:
         self._on_fallback(self._manifest, runtime)
         name = self._manifest.model_name
         _log.warning("engine fallback model=%s engine=%s reason=%s", name, runtime, error)
+
+
+def describe_choice(choice: Choice) -> str:
+    """`setup=` as it runs batches and, where that differs, `small=` as it runs a lone text."""
+    large = f"setup={choice.large}"
+    return large if choice.small == choice.large else f"{large} small={choice.small}"
 
 
 def _measure_checked(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measured:

@@ -172,7 +172,9 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
 def track_run(uri: str | None, experiment: str, params: dict[str, str], name: str | None = None) -> Iterator[Tracker]:
     """Open a parent run called `name` at `uri` (None: SQLite in the state folder).
 
-    Raises TrackingFailed, before any work, where there is no MLflow. It ends FINISHED, FAILED on an error, or KILLED on Ctrl-C and termination.
+    Raises TrackingFailed, before any work, where there is no MLflow.
+
+    It ends FINISHED, FAILED on an error, or KILLED on Ctrl-C and termination.
 
     A run that died too fast to say so (kill -9, power) is marked KILLED here, by the next run.
     """

@@ -139,10 +139,11 @@ def test_status_page_shares_weights_out_and_compares_only_what_is_served(
     expect(page.get_by_role("row", name=minor)).to_contain_text("10 %")
     listed = httpx.get(f"{shared.base_url}/api/v1/models", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
     document = listed.json()
-    draining = {"version": "old", "weight": 0, "state": "draining", "ready": False, "default": False}
-    document["models"].append(document["models"][0] | draining)  # a real one drains too briefly to be looked at
+    draining = {"weight": 0, "state": "draining", "ready": False, "default": False}
+    long = {"version": "int8-openvino-f90db384ea29", "engine": "openvino 2026.4.1 + onnxruntime 1.31.1"}
+    document["models"].append(document["models"][0] | draining | long)  # a real one drains too briefly to be looked at
     page.route("**/api/v1/models", lambda route: route.fulfill(json=document))
-    expect(page.get_by_role("row", name="tiny old")).to_contain_text("draining")
+    expect(page.get_by_role("row", name="int8-openvino-f90db384ea29")).to_contain_text("draining")
     assert page.locator("#version-a option").all_text_contents() == [f"tiny · {name}" for name in (major, minor)]
     page.screenshot(path=tmp_path / "status.png", full_page=True)
     table = page.locator("#models")

@@ -11,7 +11,7 @@ from registry.manifest import digest_of, read_manifest
 from serving.autotune import Choice, Setup, record_path
 from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
-from serving.opening import Opener, SwitchedEngine
+from serving.opening import Opener, SwitchedEngine, describe_choice
 from serving.settings import ModelSource
 from tests.serving.engines import HeldEngine, WrappedEngine
 from tests.serving.test_models import engine_entries, rewrite
@@ -52,6 +52,12 @@ def test_measured_choice_is_remembered_and_taken_again(
     unasked = worst | {"num_threads": 77}
     record_path(folder).write_text(json.dumps(document | {"large": unasked, "small": unasked}))
     assert open_best(folder)[1].num_threads != 77
+
+
+def test_log_names_both_setups_where_they_differ() -> None:
+    large, small = Setup("openvino", 1, 2), Setup("onnxruntime", 2, 1)
+    assert describe_choice(Choice(large, large)) == "setup=openvino:2x1"
+    assert describe_choice(Choice(large, small)) == "setup=openvino:2x1 small=onnxruntime:1x2"
 
 
 def test_remembered_engine_that_does_not_load_is_measured_anew(bundle: Path, tmp_path: Path) -> None:
