@@ -110,13 +110,17 @@ def _write_golden(folder: Path, study: Study, teacher_embeddings: Artifact) -> N
 def _write_reports(folder: Path, judged: Judged) -> None:
     (folder / "reports").mkdir()
     for name, report in (("quality", judged.quality), ("speed", judged.speed), ("gate", judged.gate)):
-        (folder / "reports" / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        text = report.model_dump_json(indent=1, exclude={"scores"})  # query by query: ten times the rest
+        (folder / "reports" / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, FileEntry]) -> Manifest:
     teacher = study.teacher
     checksum = payload_checksum(files)
     variant = judged.candidate.variant
+    parents = {"teacher": teacher.digest, "corpus": study.corpus.digest}
+    if study.champion is not None:
+        parents["champion"] = study.champion  # the gate's ratios are to this one, and mean nothing beside another
     return Manifest(
         model_name=teacher.name,
         model_id=teacher.uri,
@@ -133,7 +137,7 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         performance=_performance(judged, study.speeds),
         validation=_validation(judged, study),
         lineage=Lineage(
-            parents={"teacher": teacher.digest, "corpus": study.corpus.digest},
+            parents=parents,
             recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
             git_commit=origin.git_commit,
             mlflow_run_id=origin.mlflow_run_id,
