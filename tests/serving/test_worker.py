@@ -12,6 +12,7 @@ import pytest
 
 from registry.signing import make_keys, sign
 from serving.app import create_app
+from serving.autotune import Choice
 from serving.errors import ChangeRefused, ConfigInvalid, InvalidRequest, LoadFailed, ModelNotFound, NotReady
 from serving.models import LoadedModel, load_model
 from serving.service import EmbeddingService, EmbedRequest
@@ -119,11 +120,11 @@ def test_model_answers_while_others_still_load(bundles: Path, monkeypatch: pytes
     entered, gate = threading.Event(), threading.Event()
 
     class Slow(Worker):
-        def _load_model(self, asked: ModelSource) -> LoadedModel:
+        def _load_model(self, asked: ModelSource, layout: Choice | None = None) -> LoadedModel:
             if asked.path.name == "other":
                 entered.set()
                 assert gate.wait(WAIT)
-            return super()._load_model(asked)
+            return super()._load_model(asked, layout)
 
     async def main() -> None:
         worker = Slow(settings_of(bundles, "v0", "other"))
