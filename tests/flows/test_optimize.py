@@ -241,7 +241,9 @@ def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch:
     outcome = run_optimize(runs.config.model_copy(update={"variants": ("fp32-onnx",)}))
     assert CHAMPION in outcome.study.speeds.speeds
     checked = {result.metric for result in outcome.study.judged[0].gate.results}
-    assert {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"} <= checked
+    ratios = {f"{name}_ratio_vs_champion" for name in ("latency", "p95", "throughput", "memory")}
+    assert ratios | {"ndcg_at_10_loss_vs_champion", "recall_at_10_loss_vs_champion"} <= checked
+    assert all(result.value is not None for result in outcome.study.judged[0].gate.results)
     champion = pull_champion(runs.config.registry, "tiny")
     assert champion is not None
     assert read_manifest(champion).version == runs.first.published.version
