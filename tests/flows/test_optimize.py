@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWar
 
 VARIANTS = ("fp32-onnx", "int8-dynamic", "bf16-openvino", "student1")
 STUDENT = {"name": "student1", "build": "fp32-onnx", "steps": [{"kind": "distill", "depth": 1, "epochs": 0.5}]}
-CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "benchmark"} | {
+CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "score-champion", "benchmark"} | {
     f"{verb}-{name}" for verb in ("quantize", "evaluate") for name in VARIANTS
 }
 FRESH_TASKS = {"load-teacher", "select", "report"}
@@ -298,13 +298,13 @@ def test_optimize_on_a_full_disk_names_the_folder_and_leaves_nothing_half_writte
 ) -> None:
     sizes = {kind: disk_kibibytes(runs.state, kind) for kind in ("corpus", "export", "fp32-onnx")}
     monkeypatch.setenv("THORFORGE_HOME", str(tmp_path / "state"))
-    config = runs.config.model_copy(update={"registry": tmp_path / "registry", "variants": VARIANTS[:3]})
+    config = runs.config.model_copy(update={"registry": str(tmp_path / "registry"), "variants": VARIANTS[:3]})
     room = sizes["corpus"] + sizes["export"] + sizes["fp32-onnx"] // 2
     with mounted_disk(tmp_path / "state" / "artifacts", room) as disk:
         with pytest.raises(StoreFull, match=rf"^{disk} is full: \d+ bytes free$"):
             run_optimize(config, refresh=True)
         assert {path.name.rpartition("-")[0] for path in disk.iterdir()} == {"corpus", "export"}
-    assert not config.registry.exists()
+    assert not (tmp_path / "registry").exists()
     assert [run.info.status for run in mlflow_runs(tmp_path / "state")] == ["FAILED"]
 
 

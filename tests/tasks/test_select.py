@@ -178,9 +178,9 @@ def test_select_compares_quality_with_the_champion_query_by_query() -> None:
     worse = {**champion, "ndcg_at_10": [0.48, 0.68] * 50}
     for scores, failed in ((champion, set()), (worse, {"ndcg_at_10_loss_vs_champion"})):
         own = quality().model_copy(update={"scores": scores})
-        gate = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), champion_scores=champion)[0].gate
+        gate = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), MODELS, champion_scores=champion)[0].gate
         assert {result.metric for result in gate.results if result.verdict == "fail"} == failed
-    unmeasured = select.fn([candidate("fp32-onnx")], [quality()], found, GateLimits(), champion_scores=champion)
+    unmeasured = select.fn([candidate("fp32-onnx")], [quality()], found, GateLimits(), MODELS, champion_scores=champion)
     assert "ndcg_at_10_loss_vs_champion" in unmeasured[0].gate.reason
 
 
