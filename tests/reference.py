@@ -15,6 +15,8 @@ from serving.errors import STATUS
 from serving.metrics import Metrics
 from tasks.delivery import WorkerConfig
 from tasks.notify import WebhookConfig
+from tasks.steps import DistillConfig
+from tasks.variants import Recipe
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
@@ -31,6 +33,8 @@ def render_reference() -> str:
             "",
             *_table(("key", "default", "meaning"), _fields("optimize", OptimizeConfig)),
             *_table(("key", "default", "meaning"), _fields("optimize.gate", GateSettings)),
+            *_table(("key of each `[[optimize.recipe]]`", "default", "meaning"), _fields("", Recipe)),
+            *_table(("key of a step that distils", "default", "meaning"), _fields("", DistillConfig)),
             *_table(("key", "default", "meaning"), _fields("promote.approval", ApprovalPolicy)),
             *_table(("key of each `[[promote.workers]]`", "default", "meaning"), _fields("", WorkerConfig)),
             *_table(("key of each `[[promote.webhooks]]`", "default", "meaning"), _fields("", WebhookConfig)),
