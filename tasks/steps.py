@@ -8,7 +8,7 @@ sentence-transformers (`copy_model`, the weights, `write_step`): `load_teacher` 
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -59,8 +59,35 @@ class DistillConfig(Training):
         return f"distill to {self.depth} layers"
 
 
-# More kinds make this a union: Annotated[DistillConfig | PruneConfig, Field(discriminator="kind")].
-Step = DistillConfig
+class PruneConfig(Training):
+    """The same depth with fewer heads and feed-forward neurons, then taught what the cut took."""
+
+    kind: Literal["prune"] = "prune"
+    ratio: float = Field(ge=0, lt=1, description="share of the layers' parameters to remove")
+    calibration_size: int = Field(default=1000, ge=1, description="calibration texts that importance is measured on")
+    embedding_rank: int | None = Field(
+        default=None, ge=1, description="rank to reduce the table of word embeddings to; by default it stays whole"
+    )
+    epochs: float = Field(default=1.0, gt=0, description="how often each text is met")
+    max_minutes: float = Field(default=10.0, gt=0, description="wall-clock budget of the teaching")
+
+    def __str__(self) -> str:
+        return f"prune {100 * self.ratio:g} % of the layers"
+
+
+class TrimConfig(BaseModel):
+    """A smaller vocabulary: the pieces that the corpus uses most."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["trim"] = "trim"
+    num_pieces: int = Field(ge=1, description="pieces to keep; special tokens and single characters always stay")
+
+    def __str__(self) -> str:
+        return f"trim the vocabulary to {self.num_pieces} pieces"
+
+
+Step = Annotated[DistillConfig | PruneConfig | TrimConfig, Field(discriminator="kind")]
 
 
 class StepRecord(BaseModel):
