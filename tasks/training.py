@@ -34,7 +34,7 @@ from tasks.weights import is_of_a_layer
 _JOB, _TOKENS, _RESULT = "job.json", "tokens.npz", "result.json"
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _NUM_POINTS = 20
-_WARMUP_SHARE = 0.05
+_WARMUP_STEPS, _WARMUP_SHARE = 100, 0.05  # whichever is shorter
 _TEMPERATURE = 0.05
 _SORTED_BATCHES = 50  # batches whose texts are sorted by length together
 
@@ -169,8 +169,9 @@ class Clock(TrainerCallback, ExportableState):
         return self.spent + time.monotonic() - self.started
 
     def share(self, step: int) -> float:
-        """Of the budget, 0 to 1."""
-        return min(1.0, max(step / self.job.max_steps, self.seconds / (60 * self.job.training.max_minutes)))
+        """Of the budget, 0 to 1: by steps alone, unless time runs out first, so that runs within it are alike."""
+        steps, time_ = step / self.job.max_steps, self.seconds / (60 * self.job.training.max_minutes)
+        return min(1.0, steps if time_ < _WARMUP_SHARE else max(steps, time_))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -213,9 +214,8 @@ class _Trainer(SentenceTransformerTrainer):
         return self.lr_scheduler
 
     def _factor(self, step: int) -> float:
-        share = self.clock.share(step)
-        warmup = min(1.0, (step + 1) / (_WARMUP_SHARE * self.clock.job.max_steps))
-        return min(warmup, (1 - share) / (1 - _WARMUP_SHARE))
+        warmup = min(_WARMUP_STEPS, _WARMUP_SHARE * self.clock.job.max_steps)
+        return min((step + 1) / max(warmup, 1), 1 - self.clock.share(step))
 
 
 class _LengthGrouped(DefaultBatchSampler):
@@ -339,7 +339,7 @@ def _arguments(folder: Path, job: Job) -> SentenceTransformerTrainingArguments:
         bf16=torch.cuda.is_bf16_supported() if has_gpu else bool(_BF16_FLAGS & set(cpu_flags())),
         use_cpu=not has_gpu,
         seed=training.seed,
-        dataloader_num_workers=8 if has_gpu else 0,
+        dataloader_num_workers=2 if has_gpu else 0,
         dataloader_drop_last=True,
         eval_strategy="steps",
         eval_steps=every,
