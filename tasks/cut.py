@@ -20,10 +20,10 @@ _WORDS = "embeddings.word_embeddings"
 _OWN_FIELDS = ("model_type", "architectures", "layer_heads", "layer_widths", "embedding_rank")
 
 
-def cut(model: Any, gone: Removals, rank: int | None, counts: Mapping[int, int]) -> Any:
+def cut(model: Any, gone: Removals, ratio: float, counts: Mapping[int, int]) -> Any:
     """A copy of a sentence-transformers BERT without the columns in `gone`.
 
-    With `rank` the table of word embeddings is the nearest of that rank, pieces weighted by how often they were met.
+    The table of word embeddings loses `ratio` of its rank: the nearest one, each piece as heavy as it is frequent.
     """
     encoder = model[0].auto_model
     head = encoder.encoder.layer[0].attention.self.attention_head_size
@@ -37,7 +37,9 @@ def cut(model: Any, gone: Removals, rank: int | None, counts: Mapping[int, int])
             for part in ("weight", "bias"):
                 state[f"{layer}.{name}.{part}"] = state[f"{layer}.{name}.{part}"][columns]
         state[f"{layer}.{_OUTPUT[kind]}.weight"] = state[f"{layer}.{_OUTPUT[kind]}.weight"][:, columns]
-    if rank:
+    rank = getattr(encoder.config, "embedding_rank", None)
+    if ratio:
+        rank = max(1, round((1 - ratio) * (rank or encoder.config.hidden_size)))
         state |= _factorise(encoder.get_input_embeddings(), rank, counts)
         state.pop(f"{_WORDS}.weight", None)
     fields = {key: value for key, value in encoder.config.to_dict().items() if key not in _OWN_FIELDS}
@@ -46,7 +48,7 @@ def cut(model: Any, gone: Removals, rank: int | None, counts: Mapping[int, int])
             **fields,
             layer_heads=[width // head for width in left["heads"]],
             layer_widths=left["neurons"],
-            embedding_rank=rank or getattr(encoder.config, "embedding_rank", None),
+            embedding_rank=rank,
         )
     )
     smaller.load_state_dict(state)

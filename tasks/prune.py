@@ -36,14 +36,14 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
     from tasks.importance import measure, order_all  # noqa: PLC0415
     from tasks.reconstruct import reconstruct  # noqa: PLC0415
 
-    _require_known(start, config)
+    _require_known(start)
     texts = _calibration_texts(corpus, config)
     rows = training_rows(start, corpus, config)
     model = load_sentence_transformer(start.folder)
     with progress("measure heads and neurons", len(texts)) as advance:
         removals = order_all(model, measure(model, texts, advance), WIDTH_MULTIPLE)
     gone = choose_removals(removals, config.ratio * start.num_encoder_parameters)
-    smaller = cut(model, gone, config.embedding_rank, count_pieces(start.tokenizer, seen_texts(corpus)))
+    smaller = cut(model, gone, config.embedding_ratio, count_pieces(start.tokenizer, seen_texts(corpus)))
     original = load_sentence_transformer(teacher.folder)
     with progress("fit the layers", len(removals) // 2) as advance:
         reconstruct(smaller, original, texts, advance)
@@ -55,15 +55,10 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
     return work.artifact
 
 
-def _require_known(start: Teacher, config: PruneConfig) -> None:
-    fields = json.loads((start.tokenizer.parent / "config.json").read_text(encoding="utf-8"))
-    if fields.get("model_type") not in _MODEL_TYPES:
-        raise StepRejected(
-            f"{start.name} is of type {fields.get('model_type')!r}: pruning knows {' and '.join(_MODEL_TYPES)}"
-        )
-    limit = fields.get("embedding_rank") or fields["hidden_size"]
-    if config.embedding_rank and config.embedding_rank >= limit:
-        raise StepRejected(f"embedding_rank {config.embedding_rank} is not below {limit}, which {start.name} has")
+def _require_known(start: Teacher) -> None:
+    kind = json.loads((start.tokenizer.parent / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in _MODEL_TYPES:
+        raise StepRejected(f"{start.name} is of type {kind!r}: pruning knows {' and '.join(_MODEL_TYPES)}")
 
 
 def _calibration_texts(corpus: Artifact, config: PruneConfig) -> list[str]:

@@ -65,26 +65,33 @@ class PruneConfig(Training):
     kind: Literal["prune"] = "prune"
     ratio: float = Field(ge=0, lt=1, description="share of the layers' parameters to remove")
     calibration_size: int = Field(default=1000, ge=1, description="calibration texts that importance is measured on")
-    embedding_rank: int | None = Field(
-        default=None, ge=1, description="rank to reduce the table of word embeddings to; by default it stays whole"
+    embedding_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the word embeddings' rank to remove, before they are widened again",
     )
     epochs: float = Field(default=1.0, gt=0, description="how often each text is met")
     max_minutes: float = Field(default=10.0, gt=0, description="wall-clock budget of the teaching")
 
     def __str__(self) -> str:
-        return f"prune {100 * self.ratio:g} % of the layers"
+        return (
+            f"prune {100 * self.ratio:g} % of the layers and {100 * self.embedding_ratio:g} % of the embeddings' rank"
+        )
 
 
 class TrimConfig(BaseModel):
-    """A smaller vocabulary: the pieces that the corpus uses most."""
+    """A smaller vocabulary, without the pieces that the corpus uses least."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["trim"] = "trim"
-    num_pieces: int = Field(ge=1, description="pieces to keep; special tokens and single characters always stay")
+    ratio: float = Field(
+        ge=0, lt=1, description="share of the word pieces to remove; special tokens and single characters always stay"
+    )
 
     def __str__(self) -> str:
-        return f"trim the vocabulary to {self.num_pieces} pieces"
+        return f"trim {100 * self.ratio:g} % of the vocabulary"
 
 
 Step = Annotated[DistillConfig | PruneConfig | TrimConfig, Field(discriminator="kind")]

@@ -25,9 +25,9 @@ _BATCH = 2000
 _ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 
-@task(task_run_name="trim-{config.num_pieces}", cache_policy=CACHED, persist_result=True, result_serializer="json")
+@task(task_run_name="trim-{config.ratio}", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def trim_vocabulary(start: Teacher, teacher: Teacher, config: TrimConfig, corpus: Artifact) -> Artifact:
-    """`start` with the `config.num_pieces` word pieces that the calibration and distillation parts use most.
+    """`start` without `config.ratio` of its word pieces, those that the calibration and distillation parts use least.
 
     Pieces that they use equally often, or never, stay in the order of the vocabulary, which for BERT's is by frequency
     in what it was made of. Raises StepRejected.
@@ -35,7 +35,9 @@ def trim_vocabulary(start: Teacher, teacher: Teacher, config: TrimConfig, corpus
     description = json.loads(start.tokenizer.read_text(encoding="utf-8"))
     _require_word_pieces(start, description)
     counts = count_pieces(start.tokenizer, seen_texts(corpus))
-    kept = choose_pieces(start.name, description, counts, config.num_pieces)
+    kept = choose_pieces(
+        start.name, description, counts, round((1 - config.ratio) * len(description["model"]["vocab"]))
+    )
     with draft("trim") as work:
         copy_model(start.folder, work.folder)
         place = transformer_folder(work.folder)
@@ -85,11 +87,9 @@ def _require_word_pieces(start: Teacher, description: dict[str, Any]) -> None:
 
 
 def choose_pieces(name: str, description: dict[str, Any], counts: Counter[int], num_pieces: int) -> list[int]:
-    """Ids to keep, ascending. Raises StepRejected for a number that cannot be kept."""
+    """Ids to keep, ascending. Raises StepRejected where that leaves out what must stay."""
     vocabulary: dict[str, int] = description["model"]["vocab"]
     prefix = description["model"]["continuing_subword_prefix"]
-    if num_pieces > len(vocabulary):
-        raise StepRejected(f"trimming to {num_pieces} pieces: {name} has {len(vocabulary)}")
     pinned = {token["id"] for token in description["added_tokens"]}
     pinned |= {number for piece, number in vocabulary.items() if len(piece.removeprefix(prefix)) == 1}
     if num_pieces < len(pinned):
