@@ -14,7 +14,7 @@ from tasks.corpus import read_part
 from tasks.errors import StepRejected
 from tasks.progress import progress
 from tasks.steps import PruneConfig, copy_model, describe_step, transformer_folder, write_step
-from tasks.teach import teach, training_rows
+from tasks.teach import require_same_tokenizer, teach, training_rows
 from tasks.teacher import Teacher, load_sentence_transformer
 from tasks.vocabulary import count_pieces, seen_texts
 from tasks.weights import write_weights
@@ -37,6 +37,7 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
     from tasks.reconstruct import reconstruct  # noqa: PLC0415
 
     _require_known(start)
+    require_same_tokenizer(start, teacher)
     texts = _calibration_texts(corpus, config)
     rows = training_rows(start, corpus, config)
     model = load_sentence_transformer(start.folder)

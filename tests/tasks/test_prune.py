@@ -18,8 +18,9 @@ from tasks.importance import Statistics, measure, order_all, order_removals, out
 from tasks.plots import plot_pruning_profile
 from tasks.prune import choose_removals, prune
 from tasks.reconstruct import reconstruct
-from tasks.steps import PruneConfig, read_step
+from tasks.steps import PruneConfig, TrimConfig, read_step
 from tasks.teacher import Teacher, load_sentence_transformer, load_teacher
+from tasks.vocabulary import trim_vocabulary
 from tests.forge import write_corpus
 from tests.teachers import HIDDEN
 from tests.texts import make_sentences
@@ -166,6 +167,12 @@ def test_prune_that_cannot_be_done_is_refused(
     config = PruneConfig.model_validate({"ratio": 0.3, "calibration_size": SIZE} | changes)
     with pytest.raises(StepRejected, match=message):
         prune.fn(teacher, teacher, config, corpus)
+
+
+def test_prune_after_trimming_is_refused(teacher: Teacher, corpus: Artifact) -> None:
+    start = load_teacher.fn(str(trim_vocabulary.fn(teacher, teacher, TrimConfig(ratio=0.1), corpus).folder))
+    with pytest.raises(StepRejected, match="another tokenizer than its teacher tiny: trim after the steps that train"):
+        prune.fn(start, teacher, CONFIG, corpus)
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -80,6 +80,7 @@ def test_trimmed_model_is_the_same_model_for_text_of_kept_pieces(tiny_teacher: P
     assert record is not None
     pieces = record.details["pieces_before"]
     assert teacher.num_parameters - trimmed.num_parameters == (pieces - round(0.7 * pieces)) * 32 + POOLER
+    assert record.before is None, "the teacher was made by no step"
     assert trimmed.num_encoder_parameters == teacher.num_encoder_parameters
     old, new = (Tokenizer.from_file(str(model.tokenizer)) for model in (teacher, trimmed))
     known = [text for text in seen_texts(corpus) if old.encode(text).tokens == new.encode(text).tokens]
