@@ -36,7 +36,7 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
     from tasks.importance import measure, order_all  # noqa: PLC0415
     from tasks.reconstruct import reconstruct  # noqa: PLC0415
 
-    _require_known(start)
+    require_known(start)
     require_same_tokenizer(start, teacher)
     texts = _calibration_texts(corpus, config)
     rows = training_rows(start, corpus, config)
@@ -56,7 +56,8 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
     return work.artifact
 
 
-def _require_known(start: Teacher) -> None:
+def require_known(start: Teacher) -> None:
+    """Raises StepRejected for a type of model whose layers pruning cannot cut."""
     kind = json.loads((start.tokenizer.parent / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind not in _MODEL_TYPES:
         raise StepRejected(f"{start.name} is of type {kind!r}: pruning knows {' and '.join(_MODEL_TYPES)}")
