@@ -18,7 +18,7 @@ from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.evaluate import evaluate
+from tasks.evaluate import evaluate, score_champion
 from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
@@ -48,7 +48,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
-
+    limits = config.gate.for_model(teacher.name)
     with track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}") as tracker:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         variants, hardware = config.recipes(), describe_hardware()
@@ -63,17 +63,17 @@ def optimize(config: OptimizeConfig) -> Outcome:
 
         # Alone on the machine: every candidate is judged by now.
         champion = pull_champion(config.registry, teacher.name)
+        scores = score_champion(champion, corpus, hardware)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
-
         study = Study(
             teacher=teacher,
             corpus_uri=config.corpus,
             corpus=corpus,
             sts=config.sts,
             speeds=speeds,
-            limits=config.gate,
+            limits=limits,
             champion=champion.name if champion else None,
-            judged=tuple(select(candidates, qualities, speeds, config.gate, models, with_sts=bool(config.sts))),
+            judged=tuple(select(candidates, qualities, speeds, limits, models, bool(config.sts), scores)),
         )
         published, bundle = None, None
         if winner := choose(study.judged):
