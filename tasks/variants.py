@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from registry.manifest import Precision, Runtime, SafeName
-from tasks.steps import DistillConfig, Step
+from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
 Build = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
 
@@ -80,9 +80,13 @@ class Recipe(BaseModel):
 
 
 _STUDENT3 = (DistillConfig(depth=3),)
+# 30 % of all parameters of MiniLM, taken where they are missed least: layers, rank of the embeddings, vocabulary.
+_PRUNED30 = (PruneConfig(ratio=0.19, embedding_ratio=1 / 3), TrimConfig(ratio=0.115))
 _RECIPES = (
     Recipe(name="student3-fp32", build="fp32-onnx", steps=_STUDENT3),
     Recipe(name="student3-int8-openvino", build="int8-openvino", steps=_STUDENT3),
+    Recipe(name="pruned30-fp32", build="fp32-onnx", steps=_PRUNED30),
+    Recipe(name="pruned30-int8-openvino", build="int8-openvino", steps=_PRUNED30),
 )
 VARIANTS: dict[str, Variant] = {
     variant.name: variant for variant in (*_BUILDS.values(), *(recipe.variant() for recipe in _RECIPES))
