@@ -1,6 +1,7 @@
 """Pictures of a run: the Pareto plot and the latency CDF, as matplotlib figures (no display, no global state)."""
 
 import io
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,7 +9,9 @@ from matplotlib.figure import Figure
 
 from tasks.benchmark import TORCH
 from tasks.select import Study
+from tasks.steps import StepRecord, read_step
 
+_KIND_COLORS = ("#0969da", "#8250df")
 _VERDICT_COLORS = {"pass": "#1a7f37", "caution": "#bf8700", "fail": "#cf222e"}
 
 
@@ -64,6 +67,54 @@ def plot_latency_cdf(study: Study) -> Figure:
     axes.set_title("Latency at batch 1", fontsize=10)
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
+    return figure
+
+
+def plot_pruning_profile(record: StepRecord) -> Figure:
+    """What each layer kept of its heads and feed-forward neurons, as shares with the numbers on the bars."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    details = record.details
+    for axes, name, color in zip(figure.subplots(1, 2, sharey=True), ("heads", "widths"), _KIND_COLORS, strict=True):
+        kept, before = details[name], details[f"{name}_before"]
+        shares = [now / full for now, full in zip(kept, before, strict=True)]
+        bars = axes.bar(range(len(kept)), shares, color=color, alpha=0.75)
+        axes.bar_label(bars, [f"{now}/{full}" for now, full in zip(kept, before, strict=True)], fontsize=7)
+        axes.set_xticks(range(len(kept)))
+        axes.set_xlabel("layer")
+        axes.set_title({"heads": "attention heads", "widths": "feed-forward neurons"}[name], fontsize=10)
+        axes.set_ylim(0, 1.1)
+    figure.axes[0].set_ylabel("share kept")
+    return figure
+
+
+def plot_steps(study: Study) -> dict[str, Figure]:
+    """By name, the pictures that steps left: of training the loss curve, of pruning the layers' profile."""
+    figures = {}
+    for row in study.judged:
+        record = read_step(row.model.folder)
+        while record is not None:
+            name = f"{record.config.kind}-{row.model.digest[:8]}"
+            if record.details.get("curve"):
+                figures[name] = _plot_curve(str(record.config), record.details)
+            if record.config.kind == "prune":
+                figures[f"{name}-profile"] = plot_pruning_profile(record)
+            record = record.before
+    return figures
+
+
+def _plot_curve(title: str, details: dict[str, Any]) -> Figure:
+    """The loss and, beside it, the cosine on held-out texts."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    loss = figure.subplots()
+    cosine = loss.twinx()
+    steps = [point["step"] for point in details["curve"]]
+    loss.plot(steps, [point["loss"] for point in details["curve"]], color="#57606a")
+    cosine.plot(steps, [point["held_out_cosine"] for point in details["curve"]], color="#0969da", marker=".")
+    loss.set_xlabel(f"steps, {details['num_texts']} texts")
+    loss.set_ylabel("loss (grey)")
+    cosine.set_ylabel("cosine to the teacher on held-out texts (blue)")
+    loss.set_title(title[:1].upper() + title[1:], fontsize=10)
+    loss.grid(visible=True, alpha=0.25)
     return figure
 
 

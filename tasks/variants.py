@@ -2,19 +2,22 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from registry.manifest import Precision, Runtime
+from registry.manifest import Precision, Runtime, SafeName
+from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
-VariantName = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
+Build = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
 
 
 class Variant(BaseModel):
-    """A recipe: how the exported graph becomes an engine file, and what runs it."""
+    """A recipe: what is done to the model, how the exported graph becomes an engine file, and what runs it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: VariantName
+    name: SafeName
+    steps: tuple[Step, ...] = ()
+    build: Build
     runtime: Runtime
     precision: Precision
     method: str
@@ -22,13 +25,20 @@ class Variant(BaseModel):
     is_calibrated: bool = False
 
 
-VARIANTS: dict[VariantName, Variant] = {
-    variant.name: variant
+_BUILDS: dict[Build, Variant] = {
+    variant.build: variant
     for variant in (
-        Variant(name="fp32-onnx", runtime="onnxruntime", precision="fp32", method="export"),
-        Variant(name="int8-dynamic", runtime="onnxruntime", precision="int8", method="dynamic, per channel"),
+        Variant(name="fp32-onnx", build="fp32-onnx", runtime="onnxruntime", precision="fp32", method="export"),
+        Variant(
+            name="int8-dynamic",
+            build="int8-dynamic",
+            runtime="onnxruntime",
+            precision="int8",
+            method="dynamic, per channel",
+        ),
         Variant(
             name="int8-static",
+            build="int8-static",
             runtime="onnxruntime",
             precision="int8",
             method="static QDQ, MinMax, per channel",
@@ -36,12 +46,48 @@ VARIANTS: dict[VariantName, Variant] = {
         ),
         Variant(
             name="int8-openvino",
+            build="int8-openvino",
             runtime="openvino",
             precision="int8",
             method="NNCF post-training; attention products and FFN-down in bf16",
             compute="bf16",
             is_calibrated=True,
         ),
-        Variant(name="bf16-openvino", runtime="openvino", precision="bf16", method="bf16 arithmetic", compute="bf16"),
+        Variant(
+            name="bf16-openvino",
+            build="bf16-openvino",
+            runtime="openvino",
+            precision="bf16",
+            method="bf16 arithmetic",
+            compute="bf16",
+        ),
     )
+}
+
+
+class Recipe(BaseModel):
+    """A variant as a user writes it: what to do to the teacher, and how to build what is left."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: SafeName = Field(description="the variant's name, to be listed in `variants`")
+    build: Build = Field(description="how the model becomes an engine file")
+    steps: tuple[Step, ...] = Field(description="what is done to the model before")
+
+    def variant(self) -> Variant:
+        """The variant that `optimize` makes."""
+        return _BUILDS[self.build].model_copy(update={"name": self.name, "steps": self.steps})
+
+
+_STUDENT3 = (DistillConfig(depth=3),)
+# 30 % of all parameters of MiniLM, taken where they are missed least: layers, rank of the embeddings, vocabulary.
+_PRUNED30 = (PruneConfig(ratio=0.19, embedding_ratio=1 / 3), TrimConfig(ratio=0.115))
+_RECIPES = (
+    Recipe(name="student3-fp32", build="fp32-onnx", steps=_STUDENT3),
+    Recipe(name="student3-int8-openvino", build="int8-openvino", steps=_STUDENT3),
+    Recipe(name="pruned30-fp32", build="fp32-onnx", steps=_PRUNED30),
+    Recipe(name="pruned30-int8-openvino", build="int8-openvino", steps=_PRUNED30),
+)
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant for variant in (*_BUILDS.values(), *(recipe.variant() for recipe in _RECIPES))
 }

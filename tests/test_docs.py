@@ -88,7 +88,7 @@ def test_parse_refuses_what_the_command_line_would() -> None:
 
 
 def test_readme_settings_are_accepted() -> None:
-    assert len(blocks("toml")) == 2
+    assert len(blocks("toml")) == 3
     for settings in blocks("toml"):
         assert Settings.model_validate(tomllib.loads(settings))
 

@@ -38,6 +38,9 @@ cosine_mean_pass = 0.9
 cosine_mean_caution = 0.8
 max_task_loss = 1.0
 max_champion_latency_ratio = 1000.0
+max_champion_p95_ratio = 1000.0
+max_champion_memory_ratio = 1000.0
+max_champion_task_loss = 1.0
 min_champion_throughput_ratio = 0.001
 [promote.approval]
 approvers = ["ada", "grace"]
@@ -106,8 +109,13 @@ class Stage:
         return result
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
-        """Prefect's API."""
-        reply = httpx.request(method, f"{self.prefect_api}{path}", trust_env=False, timeout=60, **options)
+        """Prefect's API, which asks to come again while its SQLite is locked."""
+
+        def look() -> httpx.Response | None:
+            reply = httpx.request(method, f"{self.prefect_api}{path}", trust_env=False, timeout=60, **options)
+            return None if reply.status_code == httpx.codes.SERVICE_UNAVAILABLE else reply
+
+        reply = wait_until(look)
         assert reply.is_success, reply.text
         return reply.json()
 

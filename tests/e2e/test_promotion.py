@@ -1,14 +1,17 @@
 """From two candidates to production and back, with every server real: what the trail says and the vectors prove."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from tests.e2e.promotion import ADMIN_TOKEN, MODEL, Stage, run_stage, wait_until
 from tests.webhooks import Receiver, run_receiver
@@ -104,11 +107,25 @@ def approve_in_the_pages(stage: Stage, page: Page, screens: Path, digest: str) -
     stage.wait_for(run, "Suspended")
     page.goto(f"{stage.prefect_ui}/runs/flow-run/{run['id']}")
     page.get_by_role("button", name="Resume").first.click()
-    expect(page.get_by_text("The gate says pass")).to_be_visible()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_text("The gate says pass")).to_be_visible()
+    expect(dialog.get_by_role("link", name="The HTML report")).to_have_attribute("href", re.compile(stage.mlflow))
+    name, reason = dialog.get_by_role("textbox").nth(0), dialog.get_by_role("textbox").nth(1)
+    name.fill("grace")
+    reason.fill("read the report")
+    dialog.locator(".p-select-button__control").press("ArrowDown")
+    page.get_by_text("approve", exact=True).click()
     page.screenshot(path=screens / "form.png")
-    page.get_by_label("Your name").fill("grace")
-    page.screenshot(path=screens / "form-filled.png")
-    page.get_by_role("button", name="Submit").click()
+
+    def submit() -> bool | None:
+        """The page says so when Prefect's SQLite was locked, and keeps what was typed."""
+        dialog.get_by_role("button", name="Submit").click()
+        with suppress(PlaywrightTimeout):
+            dialog.wait_for(state="hidden", timeout=20_000)
+            return True
+        return None
+
+    wait_until(submit)
     stage.wait_for(run, "Completed")
     page.reload()
     page.screenshot(path=screens / "completed.png")

@@ -137,7 +137,7 @@ def test_people_answer_until_enough_of_them_did(prefect: None, case: Case) -> No
 
 def test_answer_of_another_bundle_is_asked_again_and_a_no_ends_it(prefect: None, case: Case) -> None:
     policy = ApprovalPolicy(valid_hours=_VALID_HOURS)
-    settings, pages = settings_of(case, policy), list[str]()
+    settings, pages, reasons = settings_of(case, policy), list[str](), list[str]()
 
     def people() -> None:
         from prefect import get_client
@@ -146,6 +146,8 @@ def test_answer_of_another_bundle_is_asked_again_and_a_no_ends_it(prefect: None,
         first = next_question(seen)
         other = {"approver": "ada", "decision": "approve", "reason": "", "override": False, "gate": first.gate}
         with get_client(sync_client=True) as client:
+            unbound = client.resume_flow_run(first.id, run_input=other)
+            reasons.append(unbound.details.reason)
             client.resume_flow_run(first.id, run_input={**other, "bundle": "f" * 64})
         second = next_question(seen)
         pages.append(second.page)
@@ -156,7 +158,8 @@ def test_answer_of_another_bundle_is_asked_again_and_a_no_ends_it(prefect: None,
         with pytest.raises(ApprovalRejected, match=r"grace rejected .* wrong corpus"):
             wait_in_a_run(case, policy, [])
         answering.result()
-    assert f"ApprovalMismatch: ada's approval is of bundle {'f' * 64}" in pages[0]
+    assert f"ApprovalMismatch: ada's approval is of bundle {'f' * 12}…" in pages[0]
+    assert "bundle" in reasons[0], "an answer that does not say what it is about"
     assert refusals(case) == [ApprovalMismatch.__name__]
 
 
