@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from registry.manifest import Precision, Runtime
 from tasks.steps import DistillConfig, Step
 
-Build = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
+Build = Literal["fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int8-openvino", "bf16-openvino"]
 VariantName = Literal[Build, "student3-fp32", "student3-int8-openvino"]
 
 
@@ -22,8 +22,9 @@ class Variant(BaseModel):
     runtime: Runtime
     precision: Precision
     method: str
-    compute: Literal["f32", "bf16"] = "f32"
+    compute: Literal["f32", "bf16", "f8"] = "f32"
     is_calibrated: bool = False
+    is_qdq: bool = False  # rounds in Q and DQ nodes: judged on exact arithmetic, no processor's kernels
 
 
 _BUILDS: dict[Build, Variant] = {
@@ -35,15 +36,27 @@ _BUILDS: dict[Build, Variant] = {
             build="int8-dynamic",
             runtime="onnxruntime",
             precision="int8",
-            method="dynamic, per channel",
+            method="dynamic, per channel; SmoothQuant, outlier channels of FFN-down in float",
+            is_calibrated=True,
         ),
         Variant(
             name="int8-static",
             build="int8-static",
             runtime="onnxruntime",
             precision="int8",
-            method="static QDQ, MinMax, per channel",
+            method="static QDQ, MinMax, per channel; SmoothQuant, outlier channels of FFN-down in float",
             is_calibrated=True,
+            is_qdq=True,
+        ),
+        Variant(
+            name="fp8-onnx",
+            build="fp8-onnx",
+            runtime="onnxruntime",
+            precision="fp8",
+            method="QDQ in E4M3, max calibration",
+            compute="f8",
+            is_calibrated=True,
+            is_qdq=True,
         ),
         Variant(
             name="int8-openvino",
