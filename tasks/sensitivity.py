@@ -4,22 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from tasks.calibrate import Batches
 from tasks.graph import Graph
 
 Weights = Mapping[str, NDArray[np.float32]]
-
-
-class LayerDamage(BaseModel):
-    """One layer: 1 - mean cosine when it alone is rounded to the fewer bits, and the bits it got in the end."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layer: str
-    damage: float
-    bits: int
 
 
 class WeightProbe:

@@ -5,25 +5,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.built import LayerDamage
 from tasks.calibrate import Batches, observe
 from tasks.graph import Graph, Linear
 from tasks.progress import Advance
 from tasks.rounding import FewBits, round_weight
-from tasks.sensitivity import LayerDamage, WeightProbe, choose_layers, measure_damage
+from tasks.sensitivity import WeightProbe, choose_layers, measure_damage
 from tasks.table import quantize_tables
 
 _TABLE_BITS, _TABLE_BLOCK = 4, 128
+_FEWER_BITS, _MORE_BITS = 4, 6
 _NUM_PROBES = 32  # calibration texts that layers are judged on
 
 
-def squeeze(graph: Graph, bits: int, target: float, batches: Batches, advance: Advance) -> tuple[LayerDamage, ...]:
-    """Store linear layers in `bits`, the most damaging in one more until the mean cosine on calibration texts is `target`.
+def squeeze(graph: Graph, target: float, batches: Batches, advance: Advance) -> tuple[LayerDamage, ...]:
+    """Store linear layers in 4 bits, the most damaging in 6 until the mean cosine on calibration texts is `target`.
 
     The embedding table takes 4 bits. In place; returns what each layer does and got.
     """
     linears = {linear.node: linear for linear in graph.linears}
     seen = observe(graph, [linear.input for linear in linears.values()], batches, advance, with_products=True)
-    fewer, more = ({n: _round(graph, linear, seen, b) for n, linear in linears.items()} for b in (bits, bits + 1))
+    fewer, more = (
+        {n: _round(graph, linear, seen, b) for n, linear in linears.items()} for b in (_FEWER_BITS, _MORE_BITS)
+    )
     probe = WeightProbe(graph, batches[:: max(1, len(batches) // _NUM_PROBES)])
     narrow, wide = ({node: each.widen() for node, each in kind.items()} for kind in (fewer, more))
     damage = measure_damage(probe, narrow)
@@ -33,7 +37,7 @@ def squeeze(graph: Graph, bits: int, target: float, batches: Batches, advance: A
     quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)
     graph.drop_unused()
     return tuple(
-        LayerDamage(layer=linear.label, damage=damage[node], bits=bits + (node in kept))
+        LayerDamage(layer=linear.label, damage=damage[node], bits=_MORE_BITS if node in kept else _FEWER_BITS)
         for node, linear in linears.items()
     )
 

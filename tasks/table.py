@@ -55,7 +55,7 @@ def pack_rows(table: NDArray[np.float32], bits: int, block: int) -> tuple[NDArra
     values = (_round_blocks(blocks, best, middle) + middle).astype(np.uint8).reshape(len(table), -1)
     values = values[:, : table.shape[1]]
     if bits == 4:
-        values = values[:, ::2] | (values[:, 1::2] << 4)
+        values = (values[:, ::2] | (values[:, 1::2] << 4)).astype(np.uint8)
     return values, best
 
 

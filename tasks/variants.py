@@ -7,7 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from registry.manifest import Precision, Runtime
 from tasks.steps import DistillConfig, Step
 
-Build = Literal["fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int8-openvino", "bf16-openvino"]
+Build = Literal[
+    "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino"
+]
 VariantName = Literal[Build, "student3-fp32", "student3-int8-openvino"]
 
 
@@ -27,6 +29,7 @@ class Variant(BaseModel):
     is_qdq: bool = False  # rounds in Q and DQ nodes: judged on exact arithmetic, no processor's kernels
 
 
+_SMALL: dict[Build, str] = {"int4-small": "the gate's 1 % of nDCG", "int4-tiny": "cosine 0.98"}
 _BUILDS: dict[Build, Variant] = {
     variant.build: variant
     for variant in (
@@ -57,6 +60,17 @@ _BUILDS: dict[Build, Variant] = {
             compute="f8",
             is_calibrated=True,
             is_qdq=True,
+        ),
+        *(
+            Variant(
+                name=name,
+                build=name,
+                runtime="onnxruntime",
+                precision="int4",
+                method=f"weights only: table 4 bits, linears 4 or 6 by sensitivity, GPTQ rounding, for {aim}",
+                is_calibrated=True,
+            )
+            for name, aim in _SMALL.items()
         ),
         Variant(
             name="int8-openvino",
