@@ -8,6 +8,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
+from flows.models import make_models
 from registry.channel import read_channel
 from registry.client import pull
 from registry.errors import ChannelNotFound
@@ -17,10 +18,10 @@ from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.evaluate import evaluate
+from tasks.evaluate import evaluate, score_champion
 from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
-from tasks.plots import plot_latency_cdf, plot_pareto
+from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
 from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
@@ -29,7 +30,6 @@ from tasks.select import Study, choose, select
 from tasks.state import state_dir
 from tasks.teacher import embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
-from tasks.variants import VARIANTS
 
 
 class Outcome(BaseModel):
@@ -49,32 +49,32 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
-
+    limits = config.gate.for_model(teacher.name)
     with track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}") as tracker:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
-        exported = export_onnx(teacher)
-        hardware = describe_hardware()
-        recipe = (exported, teacher.max_seq_length, corpus, config.calibration_size)
-        building = [quantize.submit(VARIANTS[name], *recipe) for name in config.variants]
+        variants, hardware = config.recipes(), describe_hardware()
+        models = make_models(teacher, variants, corpus)
+        exported = {steps: export_onnx(model) for steps, model in models.items()}
+        how = (teacher.max_seq_length, corpus, config.calibration_size)
+        building = [quantize.submit(variant, exported[variant.steps], *how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         # type: a future stands for its result, Prefect waits for it.
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
-        candidates = [future.result() for future in building]
-        qualities = [future.result() for future in judging]
+        candidates, qualities = [future.result() for future in building], [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
         champion = pull_champion(config.registry, teacher.name)
+        scores = score_champion(champion, corpus, hardware)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
-
         study = Study(
             teacher=teacher,
             corpus_uri=config.corpus,
             corpus=corpus,
             sts=config.sts,
             speeds=speeds,
-            limits=config.gate,
+            limits=limits,
             champion=champion.name if champion else None,
-            judged=tuple(select(candidates, qualities, speeds, config.gate, with_sts=bool(config.sts))),
+            judged=tuple(select(candidates, qualities, speeds, limits, models, bool(config.sts), scores)),
         )
         published, bundle = None, None
         if winner := choose(study.judged):
@@ -117,7 +117,7 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
-    for name, figure in plot_quantization(study).items():
+    for name, figure in (plot_steps(study) | plot_quantization(study)).items():
         tracker.log_figure(figure, f"{name}.png")
     tracker.log_file(page)
     if published and winner and bundle:
