@@ -23,6 +23,7 @@ from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
+from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
@@ -116,7 +117,7 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
-    for name, figure in plot_steps(study).items():
+    for name, figure in (plot_steps(study) | plot_quantization(study)).items():
         tracker.log_figure(figure, f"{name}.png")
     tracker.log_file(page)
     if published and winner and bundle:
