@@ -12,8 +12,11 @@ class OnnxRuntimeEngine:
 
     compiles_shapes = False
 
-    def __init__(self, path: Path, num_threads: int = 0) -> None:
-        """Load `path` with `num_threads` (0: one per core). Raises EngineUnavailable."""
+    def __init__(self, path: Path, num_threads: int = 0, exact: bool = False) -> None:
+        """Load `path` with `num_threads` (0: one per core). Raises EngineUnavailable.
+
+        `exact` fuses nothing: a quantised graph is computed as it is written, the same on every CPU.
+        """
         try:
             import onnxruntime as ort  # noqa: PLC0415  loading it takes 100 ms a worker on another engine need not pay
         except ImportError:
@@ -22,6 +25,8 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = num_threads or num_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if exact:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no public base class
