@@ -24,7 +24,7 @@ from serving.engines.plans import (
     replace_file,
     write_plan,
 )
-from serving.engines.tensorrt_plan import Plan, build_plan, check_engine, make_logger, name_vendor
+from serving.engines.tensorrt_plan import Plan, build_plan, check_engine, name_vendor, shared_logger
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 
@@ -153,7 +153,7 @@ class TensorRtEngine:
     def _load(self, plan: bytes, recipe: BuildRecipe) -> None:
         import torch  # noqa: PLC0415  it is here: Node.examine looked
 
-        logger = make_logger(self._node.trt)
+        logger = shared_logger(self._node.trt)
         self._runtime = self._node.trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:

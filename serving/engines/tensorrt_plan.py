@@ -3,11 +3,14 @@
 Every function takes the vendor's module as `trt`; `serving/engines/tensorrt.py` is where it is imported.
 """
 
+import functools
 import json
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ _SPELLINGS: dict[Precision, tuple[str, ...]] = {
     "fp8": ("fp8", "e4m3"),
     "fp32": ("float", "fp32"),  # last: the other floats' names hold it too
 }
+
+_BUILDING = threading.Lock()
 
 _log = logging.getLogger(__name__)
 
@@ -50,24 +55,29 @@ def build_plan(trt: Any, graph: Path, recipe: BuildRecipe, timing_cache: bytes =
 
     With a timing cache of an earlier build on this kind of GPU tactics are not measured again.
     """
-    logger = make_logger(trt)
-    try:
-        builder = trt.Builder(logger)
-    except TypeError:  # its constructor returned nothing
-        raise EngineUnavailable(f"{name_vendor(trt)} cannot build here: {logger.reasons()}") from None
-    network = _parse(trt, builder, logger, graph)
-    products = count_products(network)
-    check_products(products, recipe.precision)
-    config = _configure(trt, builder, recipe)
-    cache = _use_timing_cache(config, timing_cache)
-    data = builder.build_serialized_network(network, config)
-    if data is None:
-        raise EngineUnavailable(f"{name_vendor(trt)} cannot build {graph.name}: {logger.reasons()}")
-    return Plan(bytes(data), bytes(cache.serialize()), products)
+    logger = shared_logger(trt)
+    with _BUILDING:  # one at a time: builds that share a GPU would mismeasure each other's tactics
+        logger.errors.clear()
+        try:
+            builder = trt.Builder(logger)
+        except TypeError:  # its constructor returned nothing
+            raise EngineUnavailable(f"{name_vendor(trt)} cannot build here: {logger.reasons()}") from None
+        network, parser = _parse(trt, builder, logger, graph)
+        products = count_products(network)
+        check_products(products, recipe.precision)
+        config = _configure(trt, builder, recipe)
+        cache = _use_timing_cache(config, timing_cache)
+        data = builder.build_serialized_network(network, config)
+        if data is None:
+            raise EngineUnavailable(f"{name_vendor(trt)} cannot build {graph.name}: {logger.reasons()}")
+        del parser  # it owns weights that the network points at
+        with _timing_caches_allowed():
+            return Plan(bytes(data), bytes(cache.serialize()), products)
 
 
-def make_logger(trt: Any) -> Any:
-    """A logger that passes the library's warnings on and remembers its errors, to say why nothing was built."""
+@functools.cache  # the library keeps a pointer to it, also when what it was made for is gone
+def shared_logger(trt: Any) -> Any:
+    """The process's logger: passes the library's warnings on and remembers its errors, to say why nothing was built."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -141,7 +151,7 @@ def _known_types(text: str) -> Iterator[str]:
             return
 
 
-def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> Any:
+def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
@@ -151,7 +161,7 @@ def _parse(trt: Any, builder: Any, logger: Any, graph: Path) -> Any:
     names = {network.get_input(index).name for index in range(network.num_inputs)}
     if names != set(_INPUTS):
         raise EngineUnavailable(f"{graph.name} has inputs {sorted(names)}, expected {sorted(_INPUTS)}")
-    return network
+    return network, parser
 
 
 def _configure(trt: Any, builder: Any, recipe: BuildRecipe) -> Any:
@@ -161,7 +171,8 @@ def _configure(trt: Any, builder: Any, recipe: BuildRecipe) -> Any:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the inspector cannot tell types
     if recipe.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    config.hardware_compatibility_level = _member(trt, "HardwareCompatibilityLevel", recipe.hardware_compatibility)
+    if recipe.hardware_compatibility != "NONE":
+        config.hardware_compatibility_level = _member(trt, "HardwareCompatibilityLevel", recipe.hardware_compatibility)
     if recipe.tactic_sources is not None:
         bits = (1 << int(_member(trt, "TacticSource", name)) for name in recipe.tactic_sources)
         config.set_tactic_sources(sum(bits))
@@ -192,14 +203,21 @@ def _add_profile(builder: Any, config: Any, profile: Profile) -> None:
 
 def _use_timing_cache(config: Any, data: bytes) -> Any:
     """A timing cache in use: the one given, or an empty one where it is of another device or version."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # in tensorrt_rtx, where timing caches do nothing
+    with _timing_caches_allowed():
         cache = config.create_timing_cache(data)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             _log.warning("timing cache of another device or version is not used size_bytes=%d", len(data))
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
+
+
+@contextmanager
+def _timing_caches_allowed() -> Iterator[None]:
+    """tensorrt_rtx warns that timing caches do nothing there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def _member(trt: Any, enum: str, name: str) -> Any:
