@@ -74,6 +74,9 @@ def optimize(
     variant: _Variants = None,
     calibration_size: Annotated[int | None, typer.Option(help="texts to calibrate static quantisation on")] = None,
     registry: Annotated[Path | None, typer.Option(help="folder registry to publish to")] = None,
+    dask_scheduler: Annotated[
+        str | None, typer.Option(help="build and judge variants on the workers of this Dask scheduler")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
     ] = None,
@@ -101,6 +104,7 @@ def optimize(
         variants=tuple(variant) if variant else None,
         calibration_size=calibration_size,
         registry=registry,
+        dask_scheduler=dask_scheduler,
     )
     outcome = run_optimize(settings, refresh=refresh)
     print_outcome(outcome, as_json=as_json)

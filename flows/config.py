@@ -44,6 +44,10 @@ class OptimizeConfig(BaseModel):
         description="which variants to build",
     )
     calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
+    dask_scheduler: str | None = Field(
+        default=None,
+        description="Dask scheduler whose workers build and judge variants (tcp://host:port); by default threads",
+    )
     registry: Path | None = Field(default=None, description="folder registry; by default registry of the state folder")
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")

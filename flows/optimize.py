@@ -8,6 +8,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
+from flows.workers import dask_workers
 from registry.channel import read_channel
 from registry.client import pull
 from registry.errors import ChannelNotFound
@@ -49,7 +50,8 @@ def optimize(config: OptimizeConfig) -> Outcome:
     fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
 
-    with track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}") as tracker:
+    tracked = track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}")
+    with tracked as tracker, dask_workers(config.dask_scheduler):
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         exported = export_onnx(teacher)
         hardware = describe_hardware()

@@ -7,6 +7,7 @@ TaskError
 ├── QuantizationFailed  a variant could not be built
 ├── ArtifactMissing   the cache names an artifact that is gone
 ├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
+├── SchedulerUnreachable  a Dask scheduler, or a worker of it, cannot run our tasks
 └── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
 """
 
@@ -37,6 +38,10 @@ class ArtifactMissing(TaskError):
 
 class ArtifactChanged(TaskError):
     """A cached result names an artifact whose files were changed since it was made."""
+
+
+class SchedulerUnreachable(TaskError):
+    """No Dask scheduler answers, or its workers cannot run our tasks."""
 
 
 class SourceUnreachable(TaskError):
