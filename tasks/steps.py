@@ -8,19 +8,49 @@ sentence-transformers (`copy_model`, the weights, `write_step`): `load_teacher` 
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from tasks.weights import count_parameters
+
+if TYPE_CHECKING:  # what imports this for the recipes' names alone need not pay for Prefect
+    from tasks.artifacts import Artifact
+    from tasks.teacher import Teacher
 
 STEP_NAME = "step.json"
 _COPIED = ("*.json", "*.txt", "*.model")
 _LEFT_OUT = {"model.safetensors.index.json", STEP_NAME}
 
 
-class DistillConfig(BaseModel):
-    """A student with fewer layers, taught to embed as the teacher does."""
+class Training(BaseModel):
+    """How a student is taught by its teacher: what every step that trains has in common."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_texts: int | None = Field(
+        default=None, ge=1, description="texts of the distillation part to train on; by default all of it"
+    )
+    epochs: float = Field(default=4.0, gt=0, description="how often each text is met")
+    max_minutes: float = Field(
+        default=30.0, gt=0, description="wall-clock budget: the learning rate has fallen to zero when it is spent"
+    )
+    batch_size: int = Field(default=64, ge=2, description="texts a step, on all devices together")
+    learning_rate: float = Field(default=5e-4, gt=0, description="at its peak, after the warm-up")
+    joined_share: float = Field(
+        default=0.1, ge=0, lt=1, description="long texts, made of neighbouring ones, added as this share of all texts"
+    )
+    replaced_share: float = Field(
+        default=0.15, ge=0, lt=1, description="tokens of every second text replaced by random ones, met in no corpus"
+    )
+    hidden_weight: float = Field(default=1.0, ge=0, description="weight of the token states' loss")
+    relational_weight: float = Field(default=1.0, ge=0, description="weight of the loss of similarities in a batch")
+    contrastive_weight: float = Field(default=0.0, ge=0, description="weight of telling a text from others in a batch")
+    seed: int = Field(default=0, ge=0, description="of the order of texts")
+
+
+class DistillConfig(Training):
+    """A student with fewer layers, taught to embed as the teacher does."""
 
     kind: Literal["distill"] = "distill"
     depth: int = Field(ge=1, description="layers of the student")
@@ -47,6 +77,30 @@ class StepRecord(BaseModel):
     start_parameters: int
     start_encoder_parameters: int
     details: dict[str, Any] = Field(description="what only this kind of step knows: its choices and its curves")
+
+
+def describe_step(
+    folder: Path, config: Step, start: "Teacher", teacher: "Teacher", corpus: "Artifact", details: dict[str, Any]
+) -> StepRecord:
+    """The record of a step that turned `start` into the model now in `folder`."""
+    counts = count_parameters(transformer_folder(folder) / "model.safetensors")
+    return StepRecord(
+        config=config,
+        start=start.digest,
+        teacher=teacher.digest,
+        corpus=corpus.digest,
+        num_parameters=counts.everything,
+        num_encoder_parameters=counts.encoder,
+        start_parameters=start.num_parameters,
+        start_encoder_parameters=start.num_encoder_parameters,
+        details=details,
+    )
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Where the Transformer module of a model folder lies: weights, configuration, tokenizer."""
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    return folder / str(modules[0]["path"])
 
 
 def copy_model(source: Path, target: Path) -> None:

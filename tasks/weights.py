@@ -41,12 +41,17 @@ class _Tensor(BaseModel):
 _HEADER = TypeAdapter(dict[str, _Tensor])
 
 
+def is_of_a_layer(name: str) -> bool:
+    """Whether a tensor of that name belongs to a numbered layer, not to the embeddings or a pooler."""
+    return _LAYER.search(name) is not None
+
+
 def count_parameters(path: Path) -> Counts:
     """Parameters of a safetensors file, from its header. Raises TeacherRejected for a file cut short or not of them."""
     _, tensors = _read_header(path)
     sizes = {name: math.prod(tensor.shape) for name, tensor in tensors.items() if tensor.is_float}
     return Counts(
-        everything=sum(sizes.values()), encoder=sum(size for name, size in sizes.items() if _LAYER.search(name))
+        everything=sum(sizes.values()), encoder=sum(size for name, size in sizes.items() if is_of_a_layer(name))
     )
 
 
