@@ -3,14 +3,14 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from registry.gate import GateLimits
 from registry.manifest import SafeName, describe_validation
 from tasks.errors import TaskError
-from tasks.variants import VariantName
+from tasks.variants import VARIANTS, Recipe, Variant
 
 CONFIG_NAME = "thorforge.toml"
 
@@ -38,10 +38,13 @@ class OptimizeConfig(BaseModel):
     sts: tuple[Path, ...] = Field(
         default=(), description="STS files (score, sentence1, sentence2, tab-separated) to judge candidates on as well"
     )
-    variants: tuple[VariantName, ...] = Field(
+    variants: tuple[str, ...] = Field(
         default=("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"),
         min_length=1,
-        description="which variants to build",
+        description="which variants to build: " + ", ".join(VARIANTS) + ", or a recipe's name",
+    )
+    recipe: tuple[Recipe, ...] = Field(
+        default=(), description="variants of your own: [[optimize.recipe]] with name, build and steps"
     )
     calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
     dask_scheduler: str | None = Field(
@@ -54,11 +57,27 @@ class OptimizeConfig(BaseModel):
 
     @field_validator("variants")
     @classmethod
-    def _variants_differ(cls, variants: tuple[VariantName, ...]) -> tuple[VariantName, ...]:
+    def _variants_differ(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
         for name in variants:
             if variants.count(name) > 1:
                 raise ValueError(f"{name!r} is named twice")
         return variants
+
+    @model_validator(mode="after")
+    def _variants_are_known(self) -> Self:
+        known = [*VARIANTS, *(recipe.name for recipe in self.recipe)]
+        for name in known:
+            if known.count(name) > 1:
+                raise ValueError(f"a recipe is called {name!r}, as another variant is")
+        for name in self.variants:
+            if name not in known:
+                raise ValueError(f"{name!r} is no variant: known are {', '.join(known)}")
+        return self
+
+    def recipes(self) -> list[Variant]:
+        """The variants to build."""
+        known = VARIANTS | {recipe.name: recipe.variant() for recipe in self.recipe}
+        return [known[name] for name in self.variants]
 
 
 class Settings(BaseModel):

@@ -8,6 +8,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
+from flows.models import make_models
 from flows.workers import dask_workers
 from registry.channel import read_channel
 from registry.client import pull
@@ -21,7 +22,7 @@ from tasks.corpus import build_corpus, corpus_fingerprint
 from tasks.evaluate import evaluate
 from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
-from tasks.plots import plot_latency_cdf, plot_pareto
+from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
 from tasks.quantize import quantize
 from tasks.report import report
@@ -29,7 +30,6 @@ from tasks.select import Study, choose, select
 from tasks.state import state_dir
 from tasks.teacher import embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
-from tasks.variants import VARIANTS
 
 
 class Outcome(BaseModel):
@@ -53,10 +53,12 @@ def optimize(config: OptimizeConfig) -> Outcome:
     tracked = track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}")
     with tracked as tracker, dask_workers(config.dask_scheduler):
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
-        exported = export_onnx(teacher)
+        variants = config.recipes()
+        models = make_models(teacher, variants, corpus)
+        exported = {steps: export_onnx(model) for steps, model in models.items()}
         hardware = describe_hardware()
-        recipe = (exported, teacher.max_seq_length, corpus, config.calibration_size)
-        building = [quantize.submit(VARIANTS[name], *recipe) for name in config.variants]
+        how = (teacher.max_seq_length, corpus, config.calibration_size)
+        building = [quantize.submit(variant, exported[variant.steps], *how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         # type: a future stands for its result, Prefect waits for it.
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
@@ -75,7 +77,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
             sts=config.sts,
             speeds=speeds,
             limits=config.gate,
-            judged=tuple(select(candidates, qualities, speeds, config.gate, with_sts=bool(config.sts))),
+            judged=tuple(select(candidates, qualities, speeds, config.gate, models, with_sts=bool(config.sts))),
         )
         published, bundle = None, None
         if winner := choose(study.judged):
@@ -118,6 +120,8 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
+    for name, figure in plot_steps(study).items():
+        tracker.log_figure(figure, f"{name}.png")
     tracker.log_file(page)
     if published and winner and bundle:
         tracker.log_file(bundle.folder / MANIFEST_NAME)

@@ -36,15 +36,11 @@ class Training(BaseModel):
         default=30.0, gt=0, description="wall-clock budget: the learning rate has fallen to zero when it is spent"
     )
     batch_size: int = Field(default=64, ge=2, description="texts a step, on all devices together")
-    learning_rate: float = Field(default=5e-4, gt=0, description="at its peak, after the warm-up")
+    learning_rate: float = Field(default=7e-4, gt=0, description="at its peak, after the warm-up")
     joined_share: float = Field(
         default=0.1, ge=0, lt=1, description="long texts, made of neighbouring ones, added as this share of all texts"
     )
-    replaced_share: float = Field(
-        default=0.15, ge=0, lt=1, description="tokens of every second text replaced by random ones, met in no corpus"
-    )
     hidden_weight: float = Field(default=1.0, ge=0, description="weight of the token states' loss")
-    relational_weight: float = Field(default=1.0, ge=0, description="weight of the loss of similarities in a batch")
     contrastive_weight: float = Field(default=0.0, ge=0, description="weight of telling a text from others in a batch")
     seed: int = Field(default=0, ge=0, description="of the order of texts")
 

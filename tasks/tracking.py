@@ -44,6 +44,7 @@ class Tracker:
             "mlflow.parentRunId": self.run_id,
             "gate": judged.gate.reason,
             "method": variant.method,
+            "steps": ", ".join(map(str, variant.steps)) or "none",
             "corpus": corpus,
             "compatibility": judged.compatibility,
         }
@@ -119,6 +120,8 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
     metrics["speed.throughput_per_s"] = judged.speed.throughput_per_s
     metrics["speed.speedup_vs_torch"] = judged.speedup_vs_torch
     metrics["size.disk_mb"] = judged.size_mb
+    metrics["size.params"] = judged.model.num_parameters
+    metrics["size.encoder_params"] = judged.model.num_encoder_parameters
     if judged.speed.peak_memory_mb is not None:
         metrics["size.peak_memory_mb"] = judged.speed.peak_memory_mb
     metrics["cost.node_seconds_per_million_texts"] = 1e6 / judged.speed.throughput_per_s

@@ -6,6 +6,7 @@ tasks.training FOLDER` runs the same job on several GPUs, and a job that was kil
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from tasks.weights import is_of_a_layer
 _JOB, _TOKENS, _RESULT = "job.json", "tokens.npz", "result.json"
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _NUM_POINTS = 20
-_WARMUP_SHARE = 0.05
+_WARMUP_STEPS, _WARMUP_SHARE = 100, 0.05  # whichever is shorter
 _TEMPERATURE = 0.05
 _SORTED_BATCHES = 50  # batches whose texts are sorted by length together
 
@@ -96,7 +97,7 @@ def run_job(folder: Path) -> Trained:
             args=_arguments(folder, job),
             train_dataset=Dataset.from_dict({"label": range(len(training))}),
             loss=TeachingLoss(student, teacher.requires_grad_(False), job.training),
-            data_collator=_Collator(training, job.training, _words(student.tokenizer)),
+            data_collator=_Collator(training),
             evaluator=HeldOut(held_out, teacher),
             callbacks=[clock],
         )
@@ -134,9 +135,6 @@ class TeachingLoss(torch.nn.Module):
             mask = features[0]["attention_mask"].bool()
             states, targets = own["token_embeddings"][mask].float(), right["token_embeddings"][mask].float()
             losses["hidden"] = config.hidden_weight * (states - targets).square().mean() / targets.var()
-        if config.relational_weight:
-            ours, theirs = student @ student.T, teacher @ teacher.T
-            losses["relational"] = config.relational_weight * _divergence(ours, theirs)
         if config.contrastive_weight:
             places = torch.arange(len(student), device=student.device)
             scores = student @ teacher.T / _TEMPERATURE
@@ -146,13 +144,6 @@ class TeachingLoss(torch.nn.Module):
 
 def _unit(embeddings: Any) -> Any:
     return torch.nn.functional.normalize(embeddings.float(), dim=1)
-
-
-def _divergence(ours: Any, theirs: Any) -> Any:
-    """Kullback-Leibler divergence of each text's neighbours in the batch, itself left out."""
-    itself = torch.eye(len(ours), dtype=torch.bool, device=ours.device)
-    logs = [torch.log_softmax(scores.masked_fill(itself, -1e4) / _TEMPERATURE, dim=1) for scores in (ours, theirs)]
-    return torch.nn.functional.kl_div(logs[0], logs[1], log_target=True, reduction="batchmean")
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -169,8 +160,9 @@ class Clock(TrainerCallback, ExportableState):
         return self.spent + time.monotonic() - self.started
 
     def share(self, step: int) -> float:
-        """Of the budget, 0 to 1."""
-        return min(1.0, max(step / self.job.max_steps, self.seconds / (60 * self.job.training.max_minutes)))
+        """Of the budget, 0 to 1: by steps alone, unless time runs out first, so that runs within it are alike."""
+        steps, time_ = step / self.job.max_steps, self.seconds / (60 * self.job.training.max_minutes)
+        return min(1.0, steps if time_ < _WARMUP_SHARE else max(steps, time_))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -213,9 +205,8 @@ class _Trainer(SentenceTransformerTrainer):
         return self.lr_scheduler
 
     def _factor(self, step: int) -> float:
-        share = self.clock.share(step)
-        warmup = min(1.0, (step + 1) / (_WARMUP_SHARE * self.clock.job.max_steps))
-        return min(warmup, (1 - share) / (1 - _WARMUP_SHARE))
+        warmup = min(_WARMUP_STEPS, _WARMUP_SHARE * self.clock.job.max_steps)
+        return min((step + 1) / max(warmup, 1), 1 - self.clock.share(step))
 
 
 class _LengthGrouped(DefaultBatchSampler):
@@ -246,40 +237,21 @@ class _LengthGrouped(DefaultBatchSampler):
 
 
 class _Collator:
-    """Places in the list of texts to padded tokens, as the trainer wants them named.
-
-    Every second text has some tokens replaced: the teacher says what that embeds to, and the student meets words that
-    the corpus lacks. What is replaced depends on the batch alone, so a run that goes on meets what it would have met.
-    """
+    """Places in the list of texts to padded tokens, as the trainer wants them named."""
 
     valid_label_columns = ("label",)
 
-    def __init__(self, rows: Sequence[Ids], training: Training, words: Ids) -> None:
-        self.rows, self.training, self.words = rows, training, words
+    def __init__(self, rows: Sequence[Ids]) -> None:
+        self.rows = rows
 
     def __call__(self, places: list[dict[str, int]]) -> dict[str, Any]:
         labels = [place["label"] for place in places]
         ids, mask = pad_batch([self.rows[label] for label in labels])
-        if self.training.replaced_share:
-            rng = np.random.default_rng([self.training.seed, *labels])
-            inner = mask.astype(bool)
-            inner[:, 0] = False  # the first and the last token are the tokenizer's own
-            inner[np.arange(len(ids)), mask.sum(axis=1) - 1] = False
-            inner[::2] = False
-            chosen = inner & (rng.random(ids.shape) < self.training.replaced_share)
-            ids[chosen] = rng.choice(self.words, size=int(chosen.sum()))
         return {
             "text_input_ids": torch.from_numpy(ids),
             "text_attention_mask": torch.from_numpy(mask),
             "label": torch.tensor(labels),
         }
-
-
-def _words(tokenizer: Any) -> Ids:
-    """Ids of all tokens that a text may hold."""
-    special = set(tokenizer.all_special_ids)
-    vocabulary = tokenizer.get_vocab().items()
-    return np.array(sorted(i for token, i in vocabulary if i not in special and not token.startswith("[unused")))
 
 
 class HeldOut(BaseEvaluator):
@@ -328,7 +300,7 @@ def _prepare_student(student: SentenceTransformer) -> None:
 def _arguments(folder: Path, job: Job) -> SentenceTransformerTrainingArguments:
     has_gpu = torch.cuda.is_available()
     training, every = job.training, max(1, job.max_steps // _NUM_POINTS)
-    processes = max(1, int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's; the group itself is formed by these arguments
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=job.max_steps,
@@ -338,8 +310,9 @@ def _arguments(folder: Path, job: Job) -> SentenceTransformerTrainingArguments:
         optim="adamw_torch_fused",
         bf16=torch.cuda.is_bf16_supported() if has_gpu else bool(_BF16_FLAGS & set(cpu_flags())),
         use_cpu=not has_gpu,
+        ddp_backend=None if has_gpu else "gloo",
         seed=training.seed,
-        dataloader_num_workers=8 if has_gpu else 0,
+        dataloader_num_workers=2 if has_gpu else 0,
         dataloader_drop_last=True,
         eval_strategy="steps",
         eval_steps=every,

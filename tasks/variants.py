@@ -2,13 +2,12 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from registry.manifest import Precision, Runtime
+from registry.manifest import Precision, Runtime, SafeName
 from tasks.steps import DistillConfig, Step
 
 Build = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
-VariantName = Literal[Build, "student3-fp32", "student3-int8-openvino"]
 
 
 class Variant(BaseModel):
@@ -16,7 +15,7 @@ class Variant(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: VariantName
+    name: SafeName
     steps: tuple[Step, ...] = ()
     build: Build
     runtime: Runtime
@@ -66,17 +65,25 @@ _BUILDS: dict[Build, Variant] = {
 }
 
 
-def _after(name: VariantName, build: Build, *steps: Step) -> Variant:
-    """A variant that builds what is left of the teacher after `steps`."""
-    return _BUILDS[build].model_copy(update={"name": name, "steps": steps})
+class Recipe(BaseModel):
+    """A variant as a user writes it: what to do to the teacher, and how to build what is left."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: SafeName = Field(description="the variant's name, to be listed in `variants`")
+    build: Build = Field(description="how the model becomes an engine file")
+    steps: tuple[Step, ...] = Field(description="what is done to the model before")
+
+    def variant(self) -> Variant:
+        """The variant that `optimize` makes."""
+        return _BUILDS[self.build].model_copy(update={"name": self.name, "steps": self.steps})
 
 
-_STUDENT3 = DistillConfig(depth=3)
-VARIANTS: dict[VariantName, Variant] = {
-    variant.name: variant
-    for variant in (
-        *_BUILDS.values(),
-        _after("student3-fp32", "fp32-onnx", _STUDENT3),
-        _after("student3-int8-openvino", "int8-openvino", _STUDENT3),
-    )
+_STUDENT3 = (DistillConfig(depth=3),)
+_RECIPES = (
+    Recipe(name="student3-fp32", build="fp32-onnx", steps=_STUDENT3),
+    Recipe(name="student3-int8-openvino", build="int8-openvino", steps=_STUDENT3),
+)
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant for variant in (*_BUILDS.values(), *(recipe.variant() for recipe in _RECIPES))
 }

@@ -64,6 +64,6 @@ def build_forge(root: Path, teacher_folder: Path) -> Forge:
         corpus=corpus,
         speeds=speeds,
         limits=GateLimits(),
-        judged=tuple(select.fn(candidates, qualities, speeds, GateLimits())),
+        judged=tuple(select.fn(candidates, qualities, speeds, GateLimits(), {(): teacher})),
     )
     return Forge(root / "state", exported, embeddings, study)
