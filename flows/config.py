@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from registry.gate import GateLimits
 from registry.manifest import SafeName, describe_validation
+from tasks.build import BuildConfig
 from tasks.errors import TaskError
+from tasks.select import Criterion
 from tasks.variants import VARIANTS, Recipe, Variant
 
 CONFIG_NAME = "thorforge.toml"
@@ -54,6 +56,12 @@ class OptimizeConfig(BaseModel):
     registry: Path | None = Field(default=None, description="folder registry; by default registry of the state folder")
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
+    tensorrt: BuildConfig = Field(default_factory=BuildConfig, description="the sweep over TensorRT builds")
+    price_per_node_hour: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="what an hour of the node costs, in a currency of your own")
+    select_by: Criterion = Field(
+        default="throughput",
+        description="of the candidates that pass, publish the best by: throughput, latency (p95), size or cost",
+    )
 
     @field_validator("variants")
     @classmethod
@@ -120,7 +128,8 @@ def _validate(table: dict[str, Any], place: str) -> Settings:
 
 def _suggest(error: ValidationError) -> str:
     """The closest known key, where an unknown one looks like a slip."""
-    known = {*Settings.model_fields, *OptimizeConfig.model_fields, *GateLimits.model_fields}
+    models = (Settings, OptimizeConfig, GateLimits, BuildConfig)
+    known = {name for model in models for name in model.model_fields}
     unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
     found = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
     return f" (did you mean {', '.join(found)}?)" if found else ""

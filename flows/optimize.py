@@ -8,6 +8,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
+from flows.engines import build_engines
 from flows.models import make_models
 from flows.workers import dask_workers
 from registry.channel import read_channel
@@ -51,6 +52,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
     teacher = load_teacher(config.model, config.name)
 
     tracked = track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}")
+    price = config.price_per_node_hour
     with tracked as tracker, dask_workers(config.dask_scheduler):
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         variants = config.recipes()
@@ -60,9 +62,8 @@ def optimize(config: OptimizeConfig) -> Outcome:
         how = (teacher.max_seq_length, corpus, config.calibration_size)
         building = [quantize.submit(variant, exported[variant.steps], *how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
-        # type: a future stands for its result, Prefect waits for it.
-        judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
-        candidates = [future.result() for future in building]
+        candidates, not_built = build_engines([future.result() for future in building], config.tensorrt)
+        judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in candidates]
         qualities = [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
@@ -77,10 +78,12 @@ def optimize(config: OptimizeConfig) -> Outcome:
             sts=config.sts,
             speeds=speeds,
             limits=config.gate,
-            judged=tuple(select(candidates, qualities, speeds, config.gate, models, with_sts=bool(config.sts))),
+            judged=tuple(select(candidates, qualities, speeds, config.gate, models, bool(config.sts), price)),
+            not_built=tuple(not_built),
+            select_by=config.select_by,
         )
         published, bundle = None, None
-        if winner := choose(study.judged):
+        if winner := choose(study.judged, study.select_by):
             origin = Origin(mlflow_run_id=tracker.run_id, git_commit=find_git_commit())
             bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
             published = publish(bundle, winner.name, registry)
@@ -109,6 +112,8 @@ def _params(config: OptimizeConfig) -> dict[str, str]:
         "sts": ", ".join(map(str, config.sts)) or "none",
         "variants": ", ".join(config.variants),
         "calibration_size": str(config.calibration_size),
+        "select_by": config.select_by,
+        "price_per_node_hour": str(config.price_per_node_hour),
     }
 
 

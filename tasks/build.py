@@ -4,10 +4,11 @@ import shutil
 import time
 from itertools import product
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from prefect import task
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from registry.manifest import EngineEntry
 from serving.engines.plans import (
@@ -25,6 +26,7 @@ from tasks.quantize import Candidate
 
 _TIMED_RUNS = 50
 _WARM_UP_RUNS = 10
+Level = Annotated[int, Field(ge=0, le=5)]
 
 
 class BuildConfig(BaseModel):
@@ -32,20 +34,20 @@ class BuildConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workspaces_mb: tuple[int, ...] = Field(
+    workspaces_mb: tuple[PositiveInt, ...] = Field(
         default=(512, 1024, 2048, 4096), min_length=1, description="workspaces to try, in MB"
     )
-    builder_levels: tuple[int, ...] = Field(default=(3,), min_length=1, description="builder levels to try, 0 to 5")
+    builder_levels: tuple[Level, ...] = Field(default=(3,), min_length=1, description="builder levels to try, 0 to 5")
     tactic_sources: tuple[str, ...] | None = Field(
         default=None, description="tactic sources to allow; by default the library's own choice"
     )
     version_compatible: bool = Field(default=False, description="plans that later versions of TensorRT load")
-    hardware_compatibility: str = Field(
-        default="NONE", description="NONE, AMPERE_PLUS or SAME_COMPUTE_CAPABILITY: GPUs a plan loads on"
+    hardware_compatibility: Literal["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"] = Field(
+        default="NONE", description="GPUs a plan loads on: NONE, AMPERE_PLUS or SAME_COMPUTE_CAPABILITY"
     )
 
     def recipes(self, candidate: Candidate) -> list[BuildRecipe]:
-        """Every recipe of the sweep for a candidate. Raises ValidationError for a value out of range."""
+        """Every recipe of the sweep for a candidate."""
         common = {
             "precision": candidate.variant.precision,
             "profiles": make_profiles(candidate.max_seq_length),

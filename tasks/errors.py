@@ -9,6 +9,7 @@ TaskError
 ├── QuantizationFailed  a variant could not be built
 ├── ArtifactMissing   the cache names an artifact that is gone
 ├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
+├── NothingBuilt      no variant that was asked for can be built on this node
 ├── SchedulerUnreachable  a Dask scheduler, or a worker of it, cannot run our tasks
 └── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
 """
@@ -48,6 +49,10 @@ class ArtifactMissing(TaskError):
 
 class ArtifactChanged(TaskError):
     """A cached result names an artifact whose files were changed since it was made."""
+
+
+class NothingBuilt(TaskError):
+    """No variant that was asked for can be built on this node."""
 
 
 class SchedulerUnreachable(TaskError):

@@ -1,6 +1,6 @@
 """The exported ONNX graph as quantisation sees it: its linear layers, their weights, and edits to both."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from tasks.errors import QuantizationFailed
 
-Weights = NDArray[np.float32]
+# Ends the name of a product that stays in float whatever is quantised around it.
+FLOAT_SUFFIX = "/float"
+CONTRIB = "com.microsoft"  # domain of onnxruntime's own operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Graph:
     def __init__(self, model: Any) -> None:
         """Wrap `model`, a ModelProto that this object may change. Raises QuantizationFailed for NaN or Inf weights."""
         self.replace(model)
+        self._read_constants_directly()
         self._check_finite()
 
     @classmethod
@@ -61,11 +64,11 @@ class Graph:
 
     @property
     def linears(self) -> list[Linear]:
-        """Every linear layer, in the order of the graph."""
+        """Every linear layer that may be quantised, in the order of the graph."""
         return [
             Linear(node.name, node.input[0], node.input[1])
             for node in self.model.graph.node
-            if node.op_type == "MatMul" and node.input[1] in self._tensors
+            if node.op_type == "MatMul" and node.input[1] in self._tensors and not node.name.endswith(FLOAT_SUFFIX)
         ]
 
     def array(self, name: str) -> NDArray[Any]:
@@ -89,6 +92,10 @@ class Graph:
             self._tensors[tensor.name] = self.model.graph.initializer[-1]
         return str(tensor.name)
 
+    def replace_weight(self, linear: Linear, weight: NDArray[Any]) -> None:
+        """Give one layer another weight; layers that share the old one keep it."""
+        self.node(linear.node).input[1] = self.put(f"{linear.node}_weight", weight.astype(np.float32))
+
     def is_constant(self, name: str) -> bool:
         """Whether `name` is a constant tensor."""
         return name in self._tensors
@@ -105,11 +112,18 @@ class Graph:
         """The node that makes a tensor, or None for an input or a constant."""
         return next((node for node in self.model.graph.node if tensor in node.output), None)
 
-    def insert(self, nodes: Iterable[Any], reader: Any) -> None:
-        """Put `nodes` before `reader`: a graph's nodes are in the order in which they run."""
-        place = next(index for index, node in enumerate(self.model.graph.node) if node is reader or node == reader)
+    def insert(self, nodes: Sequence[Any], neighbour: Any, after: bool = False) -> None:
+        """Put `nodes` before (or after) `neighbour`: a graph's nodes are in the order in which they run."""
+        place = [node.name for node in self.model.graph.node].index(neighbour.name) + after
         for offset, node in enumerate(nodes):
             self.model.graph.node.insert(place + offset, node)
+
+    def use_contrib(self) -> None:
+        """Declare onnxruntime's own operators."""
+        from onnx import helper  # noqa: PLC0415  a cached run need not load it
+
+        if all(entry.domain != CONTRIB for entry in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
 
     def drop_unused(self) -> None:
         """Remove constant tensors that no node reads."""
@@ -120,6 +134,16 @@ class Graph:
             del self.model.graph.initializer[:]
             self.model.graph.initializer.extend(kept)
             self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+
+    def _read_constants_directly(self) -> None:
+        """The exporter stores equal weights once and gives the other layers an Identity of it."""
+        nodes = self.model.graph.node
+        alias = {n.output[0]: n.input[0] for n in nodes if n.op_type == "Identity" and n.input[0] in self._tensors}
+        for node in nodes:
+            for place, name in enumerate(node.input):
+                node.input[place] = alias.get(name, name)
+        for node in [node for node in nodes if node.op_type == "Identity" and node.output[0] in alias]:
+            nodes.remove(node)
 
     def _check_finite(self) -> None:
         for name, tensor in self._tensors.items():

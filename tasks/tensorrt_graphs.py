@@ -2,42 +2,28 @@
 
 from pathlib import Path
 
-from tasks.calibrate import Batches, observe
+from tasks.calibrate import Batches
 from tasks.export import ONNX_NAME
-from tasks.graph import Graph, Linear
+from tasks.graph import Graph
 from tasks.half import convert_to_fp16
+from tasks.onnx_builds import make_qdq
 from tasks.progress import Advance
-from tasks.qdq import Format, insert_qdq
 
 
 def write_fp16(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
     """The encoder in float16."""
-    graph = Graph.load(source)
     advance(1)
-    return _save(graph, folder)
+    return _save(Graph.load(source), folder)
 
 
 def write_int8(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
-    """INT8 linears in a float16 encoder; what GELU feeds stays float16, as its symmetric range wastes half of INT8."""
-    graph = Graph.load(source)
-    _quantize(graph, "int8", batches, advance, {linear.node for linear in graph.linears if _is_ffn_down(linear)})
-    return _save(graph, folder)
+    """INT8 linears, symmetric as TensorRT wants them, in a float16 encoder."""
+    return _save(make_qdq(Graph.load(source), batches, "int8", advance), folder)
 
 
 def write_fp8(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
-    """E4M3 linears in a float16 encoder, ranges by the largest value seen."""
-    graph = Graph.load(source)
-    _quantize(graph, "fp8", batches, advance, set())
-    return _save(graph, folder)
-
-
-def _quantize(graph: Graph, kind: Format, batches: Batches, advance: Advance, skip: set[str]) -> None:
-    seen = observe(graph, [linear.input for linear in graph.linears], batches, advance)
-    insert_qdq(graph, {name: (found.low, found.high) for name, found in seen.items()}, kind, skip)
-
-
-def _is_ffn_down(linear: Linear) -> bool:
-    return linear.label.endswith("/output/dense") and not linear.label.endswith("/attention/output/dense")
+    """E4M3 linears in a float16 encoder."""
+    return _save(make_qdq(Graph.load(source), batches, "fp8", advance), folder)
 
 
 def _save(graph: Graph, folder: Path) -> str:

@@ -12,6 +12,7 @@ from registry.gate import GateLimits
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
+from tasks.build import BuildConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
@@ -28,6 +29,7 @@ def render_reference() -> str:
             "",
             *_table(("key", "default", "meaning"), _fields("optimize", OptimizeConfig)),
             *_table(("key", "default", "meaning"), _fields("optimize.gate", GateLimits)),
+            *_table(("key", "default", "meaning"), _fields("optimize.tensorrt", BuildConfig)),
             "## Settings of the worker: `config.toml`, environment, flags",
             "",
             *_table(

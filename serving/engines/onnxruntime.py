@@ -16,10 +16,11 @@ class OnnxRuntimeEngine:
 
     compiles_shapes = False
 
-    def __init__(self, path: Path, num_threads: int = 0, exact: bool = False) -> None:
+    def __init__(self, path: Path, num_threads: int = 0, is_exact: bool = False, compute: str = "f32") -> None:
         """Load `path` with `num_threads` (0: one per core). Raises EngineUnavailable.
 
-        `exact` fuses nothing: a quantised graph is computed as it is written, the same on every CPU.
+        `is_exact` computes Q and DQ as they are written, slowly: int8 kernels saturate on processors without VNNI.
+        Graphs of `compute` f8 know no other way, onnxruntime has no float8 kernels and its fusions break them.
         """
         try:
             import onnxruntime as ort  # noqa: PLC0415  loading it takes 100 ms a worker on another engine need not pay
@@ -29,7 +30,9 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = num_threads or num_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        if exact:
+        if compute == "f8":
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        elif is_exact:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = ort.InferenceSession(

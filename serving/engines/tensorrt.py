@@ -191,7 +191,8 @@ class TensorRtEngine:
 
     def _check_parity(self, graph: Path, recipe: BuildRecipe) -> float:
         """Least cosine to onnxruntime on the same graph, alone and in full profiles. Raises EngineUnavailable."""
-        judge = OnnxRuntimeEngine(graph, exact=True)
+        compute = "f8" if recipe.precision == "fp8" else "f32"
+        judge = OnnxRuntimeEngine(graph, is_exact=True, compute=compute)
         try:
             worst = {
                 name: min_cosine(self.embed(*batch), judge.embed(*batch)) for name, batch in make_probes(graph, recipe)
