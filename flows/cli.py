@@ -74,15 +74,9 @@ def optimize(
     variant: _Variants = None,
     calibration_size: Annotated[int | None, typer.Option(help="texts to calibrate static quantisation on")] = None,
     registry: Annotated[Path | None, typer.Option(help="folder registry to publish to")] = None,
-    dask_scheduler: Annotated[
-        str | None, typer.Option(help="build and judge variants on the workers of this Dask scheduler")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
-    ] = None,
-    refresh: Annotated[
-        bool, typer.Option("--refresh", help="run every step again instead of using cached results")
-    ] = False,
+    dask_scheduler: Annotated[str | None, typer.Option(help="run on the workers of this Dask scheduler")] = None,
+    config: Annotated[Path | None, typer.Option(help="settings file; else thorforge.toml where there is one")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="run every step again, use no cached results")] = False,
     as_json: Json = False,
 ) -> None:
     """Make every variant of a model, judge each, publish the best one that passes the gate.

@@ -57,7 +57,9 @@ class OptimizeConfig(BaseModel):
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
     tensorrt: BuildConfig = Field(default_factory=BuildConfig, description="the sweep over TensorRT builds")
-    price_per_node_hour: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="what an hour of the node costs, in a currency of your own")
+    price_per_node_hour: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="what an hour of the node costs, in a currency of your own"
+    )
     select_by: Criterion = Field(
         default="throughput",
         description="of the candidates that pass, publish the best by: throughput, latency (p95), size or cost",

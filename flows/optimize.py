@@ -82,14 +82,22 @@ def optimize(config: OptimizeConfig) -> Outcome:
             not_built=tuple(not_built),
             select_by=config.select_by,
         )
-        published, bundle = None, None
-        if winner := choose(study.judged, study.select_by):
-            origin = Origin(mlflow_run_id=tracker.run_id, git_commit=find_git_commit())
-            bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
-            published = publish(bundle, winner.name, registry)
+        published, bundle = _publish_best(study, teacher_embeddings, tracker.run_id, registry)
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
         _track(tracker, study, published, bundle, page)
     return Outcome(study=study, published=published, report=page)
+
+
+def _publish_best(
+    study: Study, teacher_embeddings: Artifact, run_id: str, registry: Path
+) -> tuple[Published | None, Artifact | None]:
+    """The bundle of the candidate that the rule chooses, in the registry; nothing where the gate passed none."""
+    winner = choose(study.judged, study.select_by)
+    if winner is None:
+        return None, None
+    origin = Origin(mlflow_run_id=run_id, git_commit=find_git_commit())
+    bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
+    return publish(bundle, winner.name, registry), bundle
 
 
 def pull_champion(registry: Path, name: str) -> Path | None:

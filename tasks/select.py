@@ -133,7 +133,7 @@ def select(
 
 
 def choose(judged: Iterable[Judged], by: Criterion = "throughput") -> Judged | None:
-    """The candidate to publish: the best of those that pass, of equal ones the first; None when the gate passed none."""
+    """The candidate to publish: the best that passes, of equal ones the first; None when the gate passed none."""
     return min((row for row in judged if row.gate.verdict == "pass"), key=lambda row: row.score(by), default=None)
 
 

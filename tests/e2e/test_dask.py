@@ -18,14 +18,16 @@ from tests.servers import PrefectServer, free_port, run_prefect_server, run_proc
 pytestmark = pytest.mark.e2e
 
 VARIANTS = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
-SECONDS = 600
+SECONDS = 900
+# A scheduler that gets no processor for half a minute is not a lost one.
+PATIENCE = {f"DASK_DISTRIBUTED__COMM__TIMEOUTS__{name}": "300s" for name in ("CONNECT", "TCP")}
 Workers = dict[str, subprocess.Popen[bytes]]
 
 
 @contextmanager
 def dask(project: Project, server: PrefectServer) -> Iterator[tuple[str, Workers]]:
     """A scheduler and two workers, by name, with what every worker of a real cluster needs: state folder and API."""
-    env = project.env | {"PREFECT_API_URL": server.api_url}
+    env = project.env | {"PREFECT_API_URL": server.api_url} | PATIENCE
     address = f"tcp://127.0.0.1:{free_port()}"
     scheduler = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--host", address]
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
@@ -81,7 +83,7 @@ def test_killed_dask_worker_costs_a_retry_and_not_the_run(tiny_teacher: Path, tm
     command += [word for name in VARIANTS for word in ("--variant", name)]
     with run_prefect_server(project.env, free_port()) as server, dask(project, server) as (address, workers):
         wait_for_workers(address, 2)
-        env = project.env | {"PREFECT_API_URL": server.api_url}
+        env = project.env | {"PREFECT_API_URL": server.api_url} | PATIENCE
         out, err = tmp_path / "out", tmp_path / "err"
         with out.open("wb") as stdout, err.open("wb") as stderr:
             run = subprocess.Popen([*command, "--dask-scheduler", address], env=env, stdout=stdout, stderr=stderr)
