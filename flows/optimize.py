@@ -15,7 +15,7 @@ from registry.channel import read_channel
 from registry.client import pull
 from registry.errors import ChannelNotFound
 from registry.manifest import MANIFEST_NAME
-from registry.store import FolderStore, default_registry
+from registry.store import open_store
 from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
@@ -55,10 +55,9 @@ def optimize(config: OptimizeConfig) -> Outcome:
     price = config.price_per_node_hour
     with tracked as tracker, dask_workers(config.dask_scheduler):
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
-        variants = config.recipes()
+        variants, hardware = config.recipes(), describe_hardware()
         models = make_models(teacher, variants, corpus)
         exported = {steps: export_onnx(model) for steps, model in models.items()}
-        hardware = describe_hardware()
         how = (teacher.max_seq_length, corpus, config.calibration_size)
         building = [quantize.submit(variant, exported[variant.steps], *how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
@@ -67,8 +66,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
         qualities = [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
-        registry = config.registry or default_registry()
-        champion = pull_champion(registry, teacher.name)
+        champion = pull_champion(config.registry, teacher.name)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
 
         study = Study(
@@ -78,18 +76,19 @@ def optimize(config: OptimizeConfig) -> Outcome:
             sts=config.sts,
             speeds=speeds,
             limits=config.gate,
+            champion=champion.name if champion else None,
             judged=tuple(select(candidates, qualities, speeds, config.gate, models, bool(config.sts), price)),
             not_built=tuple(not_built),
             select_by=config.select_by,
         )
-        published, bundle = _publish_best(study, teacher_embeddings, tracker.run_id, registry)
+        published, bundle = _publish_best(study, teacher_embeddings, tracker.run_id, config.registry)
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
         _track(tracker, study, published, bundle, page)
     return Outcome(study=study, published=published, report=page)
 
 
 def _publish_best(
-    study: Study, teacher_embeddings: Artifact, run_id: str, registry: Path
+    study: Study, teacher_embeddings: Artifact, run_id: str, registry: str | None
 ) -> tuple[Published | None, Artifact | None]:
     """The bundle of the candidate that the rule chooses, in the registry; nothing where the gate passed none."""
     winner = choose(study.judged, study.select_by)
@@ -100,9 +99,9 @@ def _publish_best(
     return publish(bundle, winner.name, registry), bundle
 
 
-def pull_champion(registry: Path, name: str) -> Path | None:
+def pull_champion(registry: str | None, name: str) -> Path | None:
     """The verified bundle that `production` points at, or None where nothing is in production yet."""
-    store = FolderStore(registry)
+    store = open_store(registry)
     try:
         digest = read_channel(store, name, "production").digest
     except ChannelNotFound:
@@ -138,4 +137,4 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_file(page)
     if published and winner and bundle:
         tracker.log_file(bundle.folder / MANIFEST_NAME)
-        tracker.register(published, winner, bundle.folder)
+        tracker.register(published, winner)

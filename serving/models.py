@@ -79,14 +79,19 @@ class LoadedModel:
         return ShapeGrid(self.manifest.max_seq_length, self.engine.compiles_shapes)
 
 
-def load_model(source: ModelSource, on_fallback: Callable[[Manifest, str], None] = lambda *_: None) -> LoadedModel:
+def load_model(
+    source: ModelSource,
+    on_fallback: Callable[[Manifest, str], None] = lambda *_: None,
+    public_key: Path | None = None,
+) -> LoadedModel:
     """Check, load and warm up a bundle.
 
-    `on_fallback(manifest, runtime)` hears of every engine that did not load when `source.engine` is `auto`.
+    `on_fallback(manifest, runtime)` hears of every engine that did not load when `source.engine` is `auto`. With
+    `public_key` the bundle must be signed by a key of that file.
     Raises BundleRejected for a damaged or contradictory bundle, EngineUnavailable when no engine loads.
     """
     try:
-        manifest = verify_bundle(source.path)
+        manifest = verify_bundle(source.path, public_keys=public_key)
         digest = digest_of(source.path)
     except RegistryError as error:
         raise BundleRejected(str(error)) from None

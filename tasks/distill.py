@@ -30,9 +30,7 @@ def distill(start: Teacher, teacher: Teacher, config: DistillConfig, corpus: Art
 
     Raises StepRejected before anything is trained, TrainingFailed.
     """
-    depth = read_depth(start)
-    if config.depth >= depth:
-        raise StepRejected(f"a student of {config.depth} layers is not smaller than {start.name}, which has {depth}")
+    check_depth(start.name, config, read_depth(start))
     rows = training_rows(start, corpus, config)
     student = load_sentence_transformer(start.folder)
     with draft("distill") as work:
@@ -42,6 +40,13 @@ def distill(start: Teacher, teacher: Teacher, config: DistillConfig, corpus: Art
         details = {"layers": kept, "choices": scores, **trained.model_dump(mode="json", exclude={"seconds"})}
         write_step(work.folder, describe_step(work.folder, config, start, teacher, corpus, details))
     return work.artifact
+
+
+def check_depth(name: str, config: DistillConfig, depth: int) -> int:
+    """The student's depth. Raises StepRejected where the model it begins with is no deeper."""
+    if config.depth >= depth:
+        raise StepRejected(f"a student of {config.depth} layers is not smaller than {name}, which has {depth}")
+    return config.depth
 
 
 def read_depth(model: Teacher) -> int:

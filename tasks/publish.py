@@ -25,7 +25,7 @@ from registry.manifest import (
     verify_bundle,
     write_manifest,
 )
-from registry.store import FolderStore
+from registry.store import open_store
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft, library_versions
 from tasks.benchmark import BATCH_SIZE, SpeedReport
@@ -80,12 +80,12 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
 
 
 @task(task_run_name="publish-{variant}", cache_policy=NO_CACHE)
-def publish(bundle: Artifact, variant: str, registry: Path) -> Published:
-    """Push a bundle to the folder registry; pushing what is there already changes nothing.
+def publish(bundle: Artifact, variant: str, registry: str | None) -> Published:
+    """Push a bundle to the registry (None: the default one); pushing what is there already changes nothing.
 
     Raises ArtifactChanged, StoreFull.
     """
-    digest = push(bundle.verify(), FolderStore(registry))
+    digest = push(bundle.verify(), open_store(registry))
     manifest = verify_bundle(bundle.folder, digest)
     return Published(name=manifest.model_name, variant=variant, version=manifest.version, digest=digest)
 
@@ -119,6 +119,9 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
     teacher = study.teacher
     checksum = payload_checksum(files)
     variant = judged.candidate.variant
+    parents = {"teacher": teacher.digest, "corpus": study.corpus.digest, "model": judged.model.digest}
+    if study.champion is not None:
+        parents["champion"] = study.champion  # the gate's ratios are to this one, and mean nothing beside another
     return Manifest(
         model_name=teacher.name,
         model_id=teacher.uri,
@@ -135,7 +138,7 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         performance=_performance(judged, study.speeds),
         validation=_validation(judged, study),
         lineage=Lineage(
-            parents={"teacher": teacher.digest, "corpus": study.corpus.digest, "model": judged.model.digest},
+            parents=parents,
             recipe={
                 "variant": variant.name,
                 "steps": json.dumps([step.model_dump() for step in variant.steps]),

@@ -79,6 +79,7 @@ class Study(BaseModel):
     sts: tuple[Path, ...] = ()
     speeds: SpeedReport
     limits: GateLimits
+    champion: str | None = None  # digest of the bundle in production that was measured beside the candidates
     judged: tuple[Judged, ...]
     not_built: tuple[EngineBuild, ...] = ()
     select_by: Criterion = "throughput"

@@ -48,7 +48,7 @@ class Training(BaseModel):
 class DistillConfig(Training):
     """A student with fewer layers, taught to embed as the teacher does."""
 
-    kind: Literal["distill"] = "distill"
+    kind: Literal["distill"] = Field(default="distill", description="what tells steps apart")
     depth: int = Field(ge=1, description="layers of the student")
 
     def __str__(self) -> str:

@@ -310,7 +310,7 @@ def _arguments(folder: Path, job: Job) -> SentenceTransformerTrainingArguments:
         optim="adamw_torch_fused",
         bf16=torch.cuda.is_bf16_supported() if has_gpu else bool(_BF16_FLAGS & set(cpu_flags())),
         use_cpu=not has_gpu,
-        ddp_backend=None if has_gpu else "gloo",
+        ddp_backend="gloo" if processes > 1 and not has_gpu else None,
         seed=training.seed,
         dataloader_num_workers=2 if has_gpu else 0,
         dataloader_drop_last=True,

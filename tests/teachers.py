@@ -1,4 +1,4 @@
-"""A real, tiny teacher: a random BERT of two layers or more that sentence-transformers itself writes as a model folder."""
+"""A real, tiny teacher: a random BERT that sentence-transformers itself writes as a model folder."""
 
 import shutil
 from pathlib import Path

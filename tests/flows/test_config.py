@@ -5,6 +5,8 @@ from pydantic import BaseModel
 
 from flows.config import ConfigRejected, OptimizeConfig, Settings, load_settings, override
 from registry.gate import GateLimits
+from tasks.steps import DistillConfig
+from tasks.variants import VARIANTS
 
 
 def write(folder: Path, text: str) -> Path:
@@ -36,7 +38,15 @@ BAD: dict[str, tuple[str, str]] = {
     "key like nothing": ("[optimize]\nzzz = 1", r"optimize\.zzz: unknown key$"),
     "wrong type": ("[optimize]\ncalibration_size = 'many'", r"optimize\.calibration_size: .*valid integer"),
     "out of range": ("[optimize]\ncalibration_size = 0", r"calibration_size: .*greater than or equal to 1"),
-    "unknown variant": ("[optimize]\nvariants = ['int4']", r"optimize\.variants\.0: .*'fp32-onnx'"),
+    "unknown variant": ("[optimize]\nvariants = ['int4']", r"'int4' is no variant: known are fp32-onnx, int8"),
+    "recipe without a budget": (
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'fp32-onnx'\nsteps = [{depth = 3, max_minutes = 0}]",
+        r"optimize\.recipe\.0\.steps\.0.*max_minutes: .*greater than 0",
+    ),
+    "recipe of a name that is taken": (
+        "[[optimize.recipe]]\nname = 'int8-static'\nbuild = 'fp32-onnx'\nsteps = []",
+        "a recipe is called 'int8-static', as another variant is",
+    ),
     "no variants": ("[optimize]\nvariants = []", r"optimize\.variants: .*at least 1 item"),
     "variant twice": (
         "[optimize]\nvariants = ['fp32-onnx', 'fp32-onnx']",
@@ -47,6 +57,20 @@ BAD: dict[str, tuple[str, str]] = {
     "nan limit": ("[optimize.gate]\nmax_task_loss = nan", "max_task_loss: .*finite"),
     "not TOML": ("[optimize\n", r"thorforge\.toml is not TOML"),
 }
+
+
+def test_config_recipe_is_a_variant_like_any_other(tmp_path: Path) -> None:
+    text = """
+        optimize.variants = ["student3-fp32", "mine"]
+        [[optimize.recipe]]
+        name = "mine"
+        build = "int8-openvino"
+        steps = [{ kind = "distill", depth = 2, epochs = 1 }]
+    """
+    known, mine = load_settings(write(tmp_path, text)).optimize.recipes()
+    assert known == VARIANTS["student3-fp32"]
+    assert (mine.name, mine.runtime, mine.precision, mine.is_calibrated) == ("mine", "openvino", "int8", True)
+    assert mine.steps == (DistillConfig(depth=2, epochs=1),)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -1,4 +1,4 @@
-"""Distillation on a tiny random teacher of four layers: the choice of layers, the training, and going on after a kill."""
+"""Distillation on a tiny random teacher of four layers: choice of layers, training, going on after a kill."""
 
 import shutil
 from itertools import combinations
