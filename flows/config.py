@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from registry.approval import ApprovalPolicy
-from registry.gate import GateLimits
+from registry.gate import GateSettings
 from registry.manifest import SafeName, describe_validation
 from registry.store import Store, open_store
 from tasks.build import BuildConfig
@@ -62,7 +62,7 @@ class OptimizeConfig(BaseModel):
         description="a folder or s3://bucket/prefix[?endpoint=URL]; by default registry of the state folder",
     )
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
-    gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
+    gate: GateSettings = Field(default_factory=GateSettings, description="the accuracy gate's limits")
     tensorrt: BuildConfig = Field(default_factory=BuildConfig, description="the sweep over TensorRT builds")
     price_per_node_hour: float = Field(
         default=0.0, ge=0, allow_inf_nan=False, description="what an hour of the node costs, in a currency of your own"
@@ -158,16 +158,8 @@ def _validate(table: dict[str, Any], place: str) -> Settings:
 
 def _suggest(error: ValidationError) -> str:
     """The closest known key, where an unknown one looks like a slip."""
-    sections = (
-        Settings,
-        OptimizeConfig,
-        GateLimits,
-        BuildConfig,
-        PromoteConfig,
-        ApprovalPolicy,
-        WorkerConfig,
-        WebhookConfig,
-    )
+    sections: tuple[type[BaseModel], ...] = (Settings, OptimizeConfig, GateSettings, BuildConfig)
+    sections += (PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig)
     known = {name for section in sections for name in section.model_fields}
     unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
     found = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]

@@ -20,7 +20,7 @@ from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.evaluate import evaluate
+from tasks.evaluate import evaluate, score_champion
 from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
@@ -50,9 +50,8 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
-
+    limits, price = config.gate.for_model(teacher.name), config.price_per_node_hour
     tracked = track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}")
-    price = config.price_per_node_hour
     with tracked as tracker, dask_workers(config.dask_scheduler):
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         variants, hardware = config.recipes(), describe_hardware()
@@ -67,17 +66,17 @@ def optimize(config: OptimizeConfig) -> Outcome:
 
         # Alone on the machine: every candidate is judged by now.
         champion = pull_champion(config.registry, teacher.name)
+        scores = score_champion(champion, corpus, hardware)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
-
         study = Study(
             teacher=teacher,
             corpus_uri=config.corpus,
             corpus=corpus,
             sts=config.sts,
             speeds=speeds,
-            limits=config.gate,
+            limits=limits,
             champion=champion.name if champion else None,
-            judged=tuple(select(candidates, qualities, speeds, config.gate, models, bool(config.sts), price)),
+            judged=tuple(select(candidates, qualities, speeds, limits, models, bool(config.sts), scores, price)),
             not_built=tuple(not_built),
             select_by=config.select_by,
         )

@@ -74,15 +74,16 @@ class SpeedReport(BaseModel):
         return self.speeds[name].throughput_per_s / self.speeds[TORCH].throughput_per_s
 
     def champion_ratios(self, name: str) -> dict[str, Measurement]:
-        """Median latency and throughput over the champion's, with intervals; empty without a champion."""
+        """Latency, its 95th percentile, throughput and memory over the champion's; empty without a champion."""
         champion = self.speeds.get(CHAMPION)
         if champion is None:
             return {}
         speed = self.speeds[name]
         return {
             "latency_ratio_vs_champion": _paired_ratio(speed.latencies_ms, champion.latencies_ms, np.median),
+            "p95_ratio_vs_champion": _paired_ratio(speed.latencies_ms, champion.latencies_ms, _percentile_95),
             "throughput_ratio_vs_champion": _paired_ratio(champion.batch_seconds, speed.batch_seconds, np.sum),
-        }
+        } | _memory_ratio(speed.peak_memory_mb, champion.peak_memory_mb)
 
 
 @task(task_run_name="benchmark", cache_policy=CACHED, persist_result=True, result_serializer="json")
@@ -111,12 +112,16 @@ def benchmark(
                     latencies[name].extend(1e3 * call for call in _time_calls(run, part))
                     seconds[name].extend(_time_calls(run, batches))
                 advance(1)
-    peaks = {c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates}
+    peaks: dict[str, float] = {
+        c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates
+    }
+    for name, folder, entry in _champion_entry(champion):
+        peaks[name] = _peak_memory_mb(folder, entry, teacher.max_seq_length)
     speeds = {
         name: Speed(
             latencies_ms=tuple(latencies[name]),
             batch_seconds=tuple(seconds[name]),
-            peak_memory_mb=peaks.get(name),  # torch and champion have none
+            peak_memory_mb=peaks.get(name),  # torch has none
         )
         for name in systems
     }
@@ -231,6 +236,17 @@ def _rotate(names: list[str], turn: int) -> list[str]:
     """Another system goes first in each round."""
     start = turn % len(names)
     return names[start:] + names[:start]
+
+
+def _memory_ratio(own: float | None, other: float | None) -> dict[str, Measurement]:
+    """Peak memory over the champion's: one number of each, so an interval of one point."""
+    if own is None or not other:
+        return {}
+    return {"memory_ratio_vs_champion": Measurement(own / other, own / other, own / other)}
+
+
+def _percentile_95(values: Values, axis: int) -> Values:
+    return np.asarray(np.percentile(values, 95, axis=axis), dtype=np.float64)
 
 
 def _paired_ratio(own: tuple[float, ...], other: tuple[float, ...], summary: Callable[..., Values]) -> Measurement:

@@ -112,7 +112,8 @@ def _write_golden(folder: Path, study: Study, max_length: int, teacher_embedding
 def _write_reports(folder: Path, judged: Judged) -> None:
     (folder / "reports").mkdir()
     for name, report in (("quality", judged.quality), ("speed", judged.speed), ("gate", judged.gate)):
-        (folder / "reports" / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        text = report.model_dump_json(indent=1, exclude={"scores"})  # query by query: ten times the rest
+        (folder / "reports" / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, FileEntry]) -> Manifest:

@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from registry.gate import Check, GateLimits, GateRecord, default_checks, judge
+from registry.gate import Check, GateLimits, GateRecord, Measurement, default_checks, judge
 from registry.manifest import Compatibility
 from tasks.artifacts import Artifact
 from tasks.benchmark import CHAMPION, Speed, SpeedReport
@@ -108,11 +108,13 @@ def select(
     limits: GateLimits,
     models: Mapping[tuple[Step, ...], Teacher],
     with_sts: bool = False,
+    champion_scores: dict[str, list[float]] | None = None,
     price_per_node_hour: float = 0.0,
 ) -> list[Judged]:
     """Judge every candidate, fastest first; the gate decides, the Pareto front explains.
 
-    `models` are those the candidates were built from, by the steps that made them.
+    `models` are those the candidates were built from, by the steps that made them; `champion_scores` are the
+    champion's, query by query, where there is one.
     """
     front = pareto_front(candidates, qualities, speeds, price_per_node_hour)
     checks = default_checks(limits, with_sts=with_sts, with_champion=CHAMPION in speeds.speeds)
@@ -123,7 +125,7 @@ def select(
             quality=quality,
             speed=speeds.speeds[candidate.variant.name],
             speedup_vs_torch=speeds.speedup_vs_torch(candidate.variant.name),
-            gate=judge({**quality.metrics, **speeds.champion_ratios(candidate.variant.name)}, checks),
+            gate=judge(_gated_metrics(candidate, quality, speeds, champion_scores or {}), checks),
             compatibility=judge_compatibility(quality),
             cost_per_million=_cost(speeds.speeds[candidate.variant.name], price_per_node_hour),
             is_on_pareto_front=candidate.variant.name in front,
@@ -131,6 +133,13 @@ def select(
         for candidate, quality in zip(candidates, qualities, strict=True)
     ]
     return sorted(judged, key=lambda row: -row.speed.throughput_per_s)
+
+
+def _gated_metrics(
+    candidate: Candidate, quality: Quality, speeds: SpeedReport, champion_scores: dict[str, list[float]]
+) -> dict[str, Measurement]:
+    ratios = speeds.champion_ratios(candidate.variant.name)
+    return {**quality.metrics, **quality.losses_vs(champion_scores), **ratios}
 
 
 def choose(judged: Iterable[Judged], by: Criterion = "throughput") -> Judged | None:

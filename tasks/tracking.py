@@ -65,7 +65,7 @@ class Tracker:
             self._client.log_param(run_id, name, value)
         self._log_metrics(run_id, judged)
         for name in ("quality", "speed", "gate"):
-            report = getattr(judged, name).model_dump(mode="json")
+            report = getattr(judged, name).model_dump(mode="json", exclude={"scores"})
             self._client.log_dict(run_id, report, f"{name}.json")
         self._client.set_terminated(run_id)
 

@@ -9,7 +9,7 @@ import registry.errors
 import tasks.errors
 from flows.config import OptimizeConfig
 from registry.approval import ApprovalPolicy
-from registry.gate import GateLimits
+from registry.gate import GateSettings
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
@@ -33,7 +33,7 @@ def render_reference() -> str:
             "## Settings of the pipeline: `thorforge.toml`",
             "",
             *_table(("key", "default", "meaning"), _fields("optimize", OptimizeConfig)),
-            *_table(("key", "default", "meaning"), _fields("optimize.gate", GateLimits)),
+            *_table(("key", "default", "meaning"), _fields("optimize.gate", GateSettings)),
             *_table(("key", "default", "meaning"), _fields("optimize.tensorrt", BuildConfig)),
             *_table(("key of each `[[optimize.recipe]]`", "default", "meaning"), _fields("", Recipe)),
             *_table(("key of a step that distils", "default", "meaning"), _fields("", DistillConfig)),

@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel
 
 from flows.config import ConfigRejected, OptimizeConfig, Settings, load_settings, override
-from registry.gate import GateLimits
+from registry.gate import GateSettings
 from tasks.steps import DistillConfig
 from tasks.variants import VARIANTS
 
@@ -25,7 +25,7 @@ def test_config_is_read_from_the_working_folder_where_there_is_one(
     )
     found = load_settings().optimize
     assert (found.corpus, found.variants, found.gate.max_task_loss) == ("my.jsonl", ("fp32-onnx",), 0.02)
-    assert found.gate.cosine_mean_pass == GateLimits().cosine_mean_pass
+    assert found.gate.cosine_mean_pass == GateSettings().cosine_mean_pass
 
 
 BAD: dict[str, tuple[str, str]] = {
@@ -55,6 +55,7 @@ BAD: dict[str, tuple[str, str]] = {
     "bad name": ("[optimize]\nname = '../evil'", r"optimize\.name: .*is not a name"),
     "limits crossed": ("[optimize.gate]\ncosine_mean_caution = 0.995", "cosine_mean_caution 0.995 is above"),
     "nan limit": ("[optimize.gate]\nmax_task_loss = nan", "max_task_loss: .*finite"),
+    "bad limit of a model": ("[optimize.gate.models.minilm]\nmax_loss = 1", r"models\.minilm: max_loss: unknown key"),
     "not TOML": ("[optimize\n", r"thorforge\.toml is not TOML"),
 }
 
@@ -94,7 +95,7 @@ def test_config_that_is_not_text_or_not_there_is_rejected(tmp_path: Path) -> Non
 
 
 def test_override_takes_only_what_is_given_and_checks_it() -> None:
-    config = OptimizeConfig(corpus="a.txt", gate=GateLimits(max_task_loss=0.5))
+    config = OptimizeConfig(corpus="a.txt", gate=GateSettings(max_task_loss=0.5))
     changed = override(config, corpus=None, model="hf:x/y", variants=("fp32-onnx",), calibration_size=7)
     assert changed == config.model_copy(update={"model": "hf:x/y", "variants": ("fp32-onnx",), "calibration_size": 7})
     with pytest.raises(ConfigRejected, match=r"the command line: optimize\.calibration_size"):

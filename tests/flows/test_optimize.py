@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWar
 
 VARIANTS = ("fp32-onnx", "int8-dynamic", "bf16-openvino", "student1")
 STUDENT = {"name": "student1", "build": "fp32-onnx", "steps": [{"kind": "distill", "depth": 1, "epochs": 0.5}]}
-CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "benchmark"} | {
+CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "score-champion", "benchmark"} | {
     f"{verb}-{name}" for verb in ("quantize", "evaluate") for name in VARIANTS
 }
 FRESH_TASKS = {"load-teacher", "select", "report"}
@@ -250,7 +250,9 @@ def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch:
     outcome = run_optimize(runs.config.model_copy(update={"variants": ("fp32-onnx",)}))
     assert CHAMPION in outcome.study.speeds.speeds
     checked = {result.metric for result in outcome.study.judged[0].gate.results}
-    assert {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"} <= checked
+    ratios = {f"{name}_ratio_vs_champion" for name in ("latency", "p95", "throughput", "memory")}
+    assert ratios | {"ndcg_at_10_loss_vs_champion", "recall_at_10_loss_vs_champion"} <= checked
+    assert all(result.value is not None for result in outcome.study.judged[0].gate.results)
     champion = pull_champion(runs.config.registry, "tiny")
     assert champion is not None
     assert read_manifest(champion).version == runs.first.published.version
@@ -296,13 +298,13 @@ def test_optimize_on_a_full_disk_names_the_folder_and_leaves_nothing_half_writte
 ) -> None:
     sizes = {kind: disk_kibibytes(runs.state, kind) for kind in ("corpus", "export", "fp32-onnx")}
     monkeypatch.setenv("THORFORGE_HOME", str(tmp_path / "state"))
-    config = runs.config.model_copy(update={"registry": tmp_path / "registry", "variants": VARIANTS[:3]})
+    config = runs.config.model_copy(update={"registry": str(tmp_path / "registry"), "variants": VARIANTS[:3]})
     room = sizes["corpus"] + sizes["export"] + sizes["fp32-onnx"] // 2
     with mounted_disk(tmp_path / "state" / "artifacts", room) as disk:
         with pytest.raises(StoreFull, match=rf"^{disk} is full: \d+ bytes free$"):
             run_optimize(config, refresh=True)
         assert {path.name.rpartition("-")[0] for path in disk.iterdir()} == {"corpus", "export"}
-    assert not config.registry.exists()
+    assert not (tmp_path / "registry").exists()
     assert [run.info.status for run in mlflow_runs(tmp_path / "state")] == ["FAILED"]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from registry.manifest import digest_of, read_manifest
 from serving.autotune import Choice, Setup, record_path
+from serving.engines import num_cores
 from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
 from serving.opening import Opener, SwitchedEngine
@@ -33,7 +34,7 @@ def open_best(folder: Path, **options: object) -> tuple[Opener, Setup]:
     opener = Opener(ModelSource(path=folder, **options), read_manifest(folder), nothing)  # type: ignore[arg-type]
     opened = opener.open_best(digest_of(folder), ROWS)
     opened.engine.close()
-    return opener, opened.setup
+    return opener, opened.choice.large
 
 
 def test_measured_choice_is_remembered_and_taken_again(
@@ -76,7 +77,7 @@ def test_engine_opens_anew_and_the_other_one_is_the_spare(bundle: Path, tmp_path
     assert model.open_spare is not None
     again, spare = model.reopen(), model.open_spare()
     assert again.runtime == model.engine.runtime
-    assert spare.runtime.split()[0] == ({"onnxruntime", "openvino"} - {model.setup.runtime}).pop()
+    assert spare.runtime.split()[0] == ({"onnxruntime", "openvino"} - {model.choice.large.runtime}).pop()
     for engine in (model.engine, again, spare):
         engine.close()
 
@@ -125,3 +126,27 @@ def test_engine_that_fails_on_every_reference_text_is_rejected(bundle: Path) -> 
     opener = Opener(ModelSource(path=bundle), read_manifest(bundle), nothing)
     with pytest.raises(BundleRejected, match="fails on the reference texts"):
         opener.open_best("digest", [np.full(3, -100)])
+
+
+def test_bundle_loaded_beside_traffic_takes_the_layout_in_use_and_measures_nothing(
+    bundle: Path, tmp_path: Path
+) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "openvino")
+    opener = Opener(ModelSource(path=folder), read_manifest(folder), nothing)
+    in_use = Choice(Setup("onnxruntime", 1, min(2, num_cores())), Setup("onnxruntime", num_cores(), 1))
+    opened = opener.open_best(digest_of(folder), ROWS, in_use)
+    assert opened.choice == in_use
+    opened.engine.close()
+    assert not record_path(folder).exists()
+    remembered = open_best(folder)[1]
+    opened = opener.open_best(digest_of(folder), ROWS, in_use)
+    assert opened.choice.large == remembered
+    opened.engine.close()
+
+
+def test_layout_of_an_engine_that_a_bundle_lacks_is_kept_for_the_one_it_has() -> None:
+    in_use = Choice(Setup("onnxruntime", 1, 2), Setup("onnxruntime", 2, 1))
+    assert in_use.keep_layout(["openvino", "onnxruntime"]) == in_use
+    kept = Setup("openvino", 1, 2)
+    assert in_use.keep_layout(["openvino"]) == Choice(kept, kept)
+    assert (str(in_use), str(Choice(kept, kept))) == ("onnxruntime:2x1, lone onnxruntime:1x2", "openvino:2x1")

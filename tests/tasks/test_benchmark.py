@@ -41,6 +41,7 @@ def report(**speeds: Speed) -> SpeedReport:
 
 
 ROUNDS = (100.0, 101.0, 99.0, 100.5, 99.5, 100.0, 100.2, 99.8)
+CHAMPION_RATIOS = {"latency_ratio_vs_champion", "p95_ratio_vs_champion", "throughput_ratio_vs_champion"}
 STEADY = speed(tuple(1.0 + 0.1 * (i % 7) for i in range(200)), ROUNDS)
 
 
@@ -53,7 +54,7 @@ def test_rotation_lets_every_system_go_first_and_loses_none(names: list[str]) ->
 
 def test_champion_ratios_of_a_system_against_itself_are_one() -> None:
     ratios = report(own=STEADY, champion=STEADY).champion_ratios("own")
-    assert ratios.keys() == {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"}
+    assert ratios.keys() == CHAMPION_RATIOS
     for ratio in ratios.values():
         assert ratio.low <= ratio.value == 1 <= ratio.high
 
@@ -150,7 +151,7 @@ def test_benchmark_times_the_champion_bundle_beside_the_candidates(forge: Forge)
     candidate = study.find("fp32-onnx").candidate
     speeds = benchmark.fn([candidate], study.teacher, study.corpus, "here", champion)
     assert speeds.speeds.keys() == {TORCH, "fp32-onnx", CHAMPION}
-    assert speeds.champion_ratios("fp32-onnx").keys() == {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"}
+    assert speeds.champion_ratios("fp32-onnx").keys() == CHAMPION_RATIOS | {"memory_ratio_vs_champion"}
 
 
 def test_footprint_counts_the_engine_itself(forge: Forge) -> None:

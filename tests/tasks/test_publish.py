@@ -61,7 +61,9 @@ def test_bundle_holds_its_reports_and_no_text_of_the_corpus(bundle: Path, forge:
     judged = forge.study.find("fp32-onnx")
     for name in ("quality", "speed", "gate"):
         report = json.loads((bundle / "reports" / f"{name}.json").read_text())
-        assert report == json.loads(getattr(judged, name).model_dump_json())
+        expected = json.loads(getattr(judged, name).model_dump_json())
+        expected.pop("scores", None)  # query by query: needed in the run alone
+        assert report == expected
     assert "harbour" not in (bundle / "manifest.json").read_text()
 
 

@@ -166,8 +166,22 @@ def test_select_with_sts_checks_its_loss(loss: float | None, verdict: str) -> No
 @pytest.mark.parametrize(("throughput", "verdict"), [(300.0, "pass"), (285.0, "pass"), (270.0, "fail")])
 def test_select_compares_with_the_champion_of_the_same_run(throughput: float, verdict: str) -> None:
     found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (throughput, 4.0), CHAMPION: (300.0, 4.0)})
-    judged = select.fn([candidate("fp32-onnx")], [quality()], found, GateLimits(), MODELS)
+    scores = {"ndcg_at_10": [0.5, 0.7], "recall_at_10": [0.5, 0.7]}
+    own = quality().model_copy(update={"scores": scores})
+    judged = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), MODELS, champion_scores=scores)
     assert judged[0].gate.verdict == verdict
+
+
+def test_select_compares_quality_with_the_champion_query_by_query() -> None:
+    found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (300.0, 4.0), CHAMPION: (300.0, 4.0)})
+    champion = {"ndcg_at_10": [0.5, 0.7] * 50, "recall_at_10": [1.0, 0.5] * 50}
+    worse = {**champion, "ndcg_at_10": [0.48, 0.68] * 50}
+    for scores, failed in ((champion, set()), (worse, {"ndcg_at_10_loss_vs_champion"})):
+        own = quality().model_copy(update={"scores": scores})
+        gate = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), MODELS, champion_scores=champion)[0].gate
+        assert {result.metric for result in gate.results if result.verdict == "fail"} == failed
+    unmeasured = select.fn([candidate("fp32-onnx")], [quality()], found, GateLimits(), MODELS, champion_scores=champion)
+    assert "ndcg_at_10_loss_vs_champion" in unmeasured[0].gate.reason
 
 
 def test_choose_of_nothing_is_nothing() -> None:
