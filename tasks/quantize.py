@@ -25,6 +25,7 @@ from tasks.onnx_builds import (
 )
 from tasks.openvino_builds import convert_openvino, quantize_openvino
 from tasks.progress import Advance, progress
+from tasks.tensorrt_graphs import write_fp8, write_fp16, write_int8
 from tasks.variants import Build, Variant
 
 
@@ -116,4 +117,7 @@ _BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], Built]] = {
     "int4-tiny": squeeze_for_caution,
     "int8-openvino": quantize_openvino,
     "bf16-openvino": convert_openvino,
+    "fp16-tensorrt": write_fp16,
+    "int8-tensorrt": write_int8,
+    "fp8-tensorrt": write_fp8,
 }

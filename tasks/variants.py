@@ -8,8 +8,9 @@ from registry.manifest import Precision, Runtime, SafeName
 from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
 Build = Literal[
-    "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino"
-]
+    "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino",
+    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt",
+]  # fmt: skip
 
 
 class Variant(BaseModel):
@@ -23,7 +24,7 @@ class Variant(BaseModel):
     runtime: Runtime
     precision: Precision
     method: str
-    compute: Literal["f32", "bf16", "f8"] = "f32"
+    compute: Literal["f32", "bf16", "f16", "f8"] = "f32"
     is_calibrated: bool = False
     is_qdq: bool = False  # rounds in Q and DQ nodes: judged on exact arithmetic, no processor's kernels
 
@@ -87,6 +88,32 @@ _BUILDS: dict[Build, Variant] = {
             precision="bf16",
             method="bf16 arithmetic",
             compute="bf16",
+        ),
+        Variant(
+            name="fp16-tensorrt",
+            build="fp16-tensorrt",
+            runtime="tensorrt",
+            precision="fp16",
+            method="float16 encoder",
+            compute="f16",
+        ),
+        Variant(
+            name="int8-tensorrt",
+            build="int8-tensorrt",
+            runtime="tensorrt",
+            precision="int8",
+            method="static QDQ, MinMax, symmetric, per channel; outliers tamed; float16 elsewhere",
+            compute="f16",
+            is_calibrated=True,
+        ),
+        Variant(
+            name="fp8-tensorrt",
+            build="fp8-tensorrt",
+            runtime="tensorrt",
+            precision="fp8",
+            method="QDQ in E4M3, max calibration; float16 elsewhere",
+            compute="f16",
+            is_calibrated=True,
         ),
     )
 }

@@ -71,4 +71,10 @@ def open_engine(
         from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
 
         return CudaEngine(folder / entry.file, entry.compute)
-    raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino and cuda")
+    if entry.runtime == "tensorrt":
+        from serving.engines.tensorrt import TensorRtEngine  # noqa: PLC0415  a runtime loads only when chosen
+
+        return TensorRtEngine(folder / entry.file)
+    raise EngineUnavailable(
+        f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino, tensorrt and cuda"
+    )
