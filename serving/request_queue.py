@@ -1,9 +1,10 @@
 """The queue between requests and the engine: who is let in, and who comes next. Pure: no clock, no thread, no I/O.
 
 Order. Every text has a due time, and the texts due first go first. A request owes nothing for its first text: it is due
-on arrival. Each further text of the same request is due when an engine that gives the request a fixed share of its rate
-would reach it. So a lone short request overtakes the tail of a 2,048-text one, two large requests take turns, and
-nothing starves: nobody can be put before a text whose due time has passed.
+on arrival. Each further text of the same request is due when an engine that gives the request a share of its rate would
+reach it; the share is the smaller the more requests of many texts wait, so that together they are never owed more than
+the engine has, and what is left is there for newcomers. So a lone short request overtakes the tail of a 2,048-text one,
+large requests take turns, and nothing starves: nobody can be put before a text whose due time has passed.
 
 Texts with the same ids that are in flight at the same time share one row of the engine.
 """
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from serving.tokenizer import Ids
 
-# Part of the engine's rate a request of many texts is owed while others wait; alone, it has all of it.
+# Part of the engine's rate a request of many texts is owed while others wait; alone, it has all of it. The n-th such
+# request is owed an n-th of this: 0.57 of the rate for five of them, 0.9 for twenty.
 FAIR_SHARE = 0.25
 # From here on, sorting the whole queue once is cheaper than inserting one by one.
 _BULK_TEXTS = 16
@@ -110,6 +112,7 @@ class RequestQueue:
     def __init__(self, max_tokens: int, max_size: int) -> None:
         self._items: list[Item] = []
         self._in_flight: dict[bytes, Item] = {}  # from `push` until `forget`
+        self._large: list[Request] = []  # of many texts, not answered yet when the last one came
         self._max_tokens = max_tokens
         self._max_size = max_size
         self.num_tokens = 0
@@ -147,6 +150,10 @@ class RequestQueue:
         """
         lengths = [len(ids) for ids in rows]
         due, items = request.arrival, []
+        if len(rows) > 1:
+            self._large = [other for other in self._large if not other.is_dead]
+            self._large.append(request)
+            share /= len(self._large)
         num_shared = 0
         for index in sorted(range(len(rows)), key=lengths.__getitem__):
             if index in recalled:

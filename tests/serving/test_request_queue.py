@@ -85,13 +85,28 @@ def test_short_request_overtakes_the_tail_of_a_large_one() -> None:
     assert owners(queue.peek(1)) == [large]
 
 
-def test_two_large_requests_take_turns() -> None:
+def test_large_requests_take_turns_the_first_being_owed_twice_as_much_as_the_second() -> None:
     queue = RequestQueue(10_000, 10_000)
     first, _ = push(queue, *[10] * 100)
     second, _ = push(queue, *[10] * 100)
     for size in (10, 50, 150):
         served = owners(queue.peek(size))
-        assert abs(served.count(first) - served.count(second)) <= 1
+        assert abs(served.count(first) - 2 * served.count(second)) <= 2
+
+
+def test_many_large_requests_leave_room_for_a_short_one() -> None:
+    queue = RequestQueue(100_000, 100_000)
+    large = [push(queue, *[10] * 100) for _ in range(20)]
+    for second in range(1, 10):
+        window = queue.peek(int(RATE / 10))  # what the engine does in a second
+        queue.remove(window, window)
+        assert queue.count_due_tokens(now=float(second), stop_at=1e9) <= RATE * 0.25
+    for _, waiter in large[1:]:
+        waiter.cancel()
+    # Those that are answered or gone count no longer.
+    late, _ = push(queue, *[10] * 100, arrival=9.0)
+    alive = [item.due for item in queue.peek(10_000) if item.places[0][0] is late]
+    assert alive[1] - alive[0] == pytest.approx(10 / (RATE * FAIR_SHARE / 2))
 
 
 def test_lone_requests_leave_in_order_of_arrival() -> None:
