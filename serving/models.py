@@ -17,8 +17,8 @@ from serving.containment import OpenEngine
 from serving.engines import Embeddings, Engine
 from serving.errors import BundleRejected
 from serving.latency_model import LatencyModel, Run
-from serving.opening import Opened, Opener
-from serving.settings import ModelSource
+from serving.opening import BY_DEFAULT, Opened, Opener
+from serving.settings import CustomKernelsSettings, ModelSource
 from serving.shapes import ShapeGrid
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 
@@ -74,12 +74,21 @@ class LoadedModel:
     open_spare: OpenEngine | None  # opens another engine of the bundle
 
     @property
+    def has_custom_kernels(self) -> bool:
+        """Whether its engine computes on kernels of our own."""
+        return self.setup.runtime == "cuda"
+
+    @property
     def grid(self) -> ShapeGrid:
         """The shapes its engine is asked for."""
         return ShapeGrid(self.manifest.max_seq_length, self.engine.compiles_shapes)
 
 
-def load_model(source: ModelSource, on_fallback: Callable[[Manifest, str], None] = lambda *_: None) -> LoadedModel:
+def load_model(
+    source: ModelSource,
+    on_fallback: Callable[[Manifest, str], None] = lambda *_: None,
+    kernels: CustomKernelsSettings = BY_DEFAULT,
+) -> LoadedModel:
     """Check, load and warm up a bundle.
 
     `on_fallback(manifest, runtime)` hears of every engine that did not load when `source.engine` is `auto`.
@@ -93,7 +102,7 @@ def load_model(source: ModelSource, on_fallback: Callable[[Manifest, str], None]
     tokenizer = TextTokenizer.from_folder(source.path, manifest.max_seq_length)
     golden = _read_golden(source.path / GOLDEN_NAME, manifest)
     _check_tokenizer(tokenizer, golden)
-    opened = Opener(source, manifest, on_fallback).open_best(digest, golden.rows)
+    opened = Opener(source, manifest, on_fallback, kernels).open_best(digest, golden.rows)
     try:
         cost = warm_up(opened.engine, golden.rows, manifest)
         if opened.engine.compiles_shapes:

@@ -314,7 +314,9 @@ class Worker:
             self.metrics.count_fallback(source.name or manifest.model_name, manifest.version, runtime)
 
         located = locate_bundle(source.path)
-        model = load_model(source.model_copy(update={"path": located.folder}), count_fallback)
+        model = load_model(
+            source.model_copy(update={"path": located.folder}), count_fallback, self.settings.custom_kernels
+        )
         _log.info(
             "loaded model=%s version=%s engine=%r tokens_per_second=%.0f overhead_tokens=%.1f",
             model.name,

@@ -4,13 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from serving.engines.bert import AMAX_NAME, CONFIG_NAME, LINEARS, Packed, encode, load_weights, read_config
-from serving.engines.packing import pack, packed_size
-from serving.tokenizer import Ids, pad_batch
+from serving.tokenizer import Ids
 from tasks.teacher import Teacher
 
 ENCODER_NAME = "model.safetensors"
@@ -36,18 +34,8 @@ def write_encoder(teacher: Teacher, folder: Path, calibration: Sequence[Ids] = (
     if len(calibration):
         amax = torch.zeros(config.layers, LINEARS)
         for row in calibration:
-            encode(weights, config, pack_rows([row]), amax)
+            encode(weights, config, Packed.of_rows([row]), amax)
         tensors[AMAX_NAME] = amax
     path = folder / ENCODER_NAME
     save_file(tensors, path)
     return path
-
-
-def pack_rows(rows: Sequence[Ids]) -> Packed:
-    """A packed batch on the CPU."""
-    input_ids, mask = pad_batch(rows)
-    lengths = mask.sum(axis=1)
-    tokens = int(lengths.sum())
-    numbers = np.zeros(packed_size(tokens, len(rows)), dtype=np.int32)
-    pack(input_ids, lengths, tokens, len(rows), numbers)
-    return Packed.of(torch.from_numpy(numbers), tokens, len(rows))

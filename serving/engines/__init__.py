@@ -44,19 +44,31 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_nvidia_driver() -> bool:
+    """Whether the kernel has a driver of an NVIDIA GPU; looks at files alone."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvgpu"))
+
+
 def open_engine(
-    folder: Path, entry: "EngineEntry", num_threads: int = 0, num_instances: int = 1, cache: Path | None = None
+    folder: Path,
+    entry: "EngineEntry",
+    num_threads: int = 0,
+    num_instances: int = 1,
+    cache: Path | None = None,
+    max_tokens: int = 131_072,
+    on_gpu: bool = False,
 ) -> Engine:
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
     With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
+    `max_tokens` is the largest run of the cuda engine, `on_gpu` puts onnxruntime on an NVIDIA GPU.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
     if entry.runtime == "onnxruntime":
         from serving.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return OnnxRuntimeEngine(folder / entry.file, num_threads)
+        return OnnxRuntimeEngine(folder / entry.file, num_threads, on_gpu)
     if entry.runtime == "openvino":
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
@@ -64,5 +76,5 @@ def open_engine(
     if entry.runtime == "cuda":
         from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return CudaEngine(folder / entry.file, entry.compute)
+        return CudaEngine(folder / entry.file, entry.compute, max_tokens)
     raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino and cuda")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engines import Embeddings
+from serving.engines.cuda_node import examine_node, find_problem
 from serving.engines.packing import Lengths, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
@@ -26,7 +27,6 @@ _LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
 _STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
 _LONG_LENGTH, _LONG_TOKENS = 128, 4096  # a mean length and a size from which long texts have graphs of their own
 _NUM_SLOTS = 2
-_LEAST_CAPABILITY = {"f16": (8, 0), "f8": (8, 9)}
 
 
 class CudaEngine:
@@ -255,24 +255,12 @@ def _collect(waiting: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None
 
 
 def _require_gpu(compute: str) -> Any:
-    """The torch module, once it and triton are there and the GPU can do `compute`. Raises EngineUnavailable."""
-    try:
-        import torch  # noqa: PLC0415  only this engine needs them
-        import triton  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise EngineUnavailable(f"{error.name} is not installed: pip install 'thorforge[gpu]'") from None
-    if compute not in _LEAST_CAPABILITY:
-        raise EngineUnavailable(f"the cuda engine computes in {' or '.join(_LEAST_CAPABILITY)}, not in {compute}")
-    if not torch.backends.cuda.is_built():
-        raise EngineUnavailable(f"torch {torch.__version__} is built without CUDA: install a CUDA build of it")
-    if not torch.cuda.is_available():
-        raise EngineUnavailable("no NVIDIA GPU, or a driver too old for this torch: see nvidia-smi")
-    capability, least = torch.cuda.get_device_capability(), _LEAST_CAPABILITY[compute]
-    if capability < least:
-        raise EngineUnavailable(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
-            f"{compute} needs {least[0]}.{least[1]}"
-        )
+    """The torch module, once nothing keeps this machine from computing in `compute`. Raises EngineUnavailable."""
+    problem = find_problem(examine_node(), compute)
+    if problem is not None:
+        raise EngineUnavailable(str(problem))
+    import torch  # noqa: PLC0415  only this engine needs it
+
     return torch
 
 

@@ -18,9 +18,8 @@ from serving.kernels.gemm import gelu
 
 MAX_TOKENS = 64
 _MAX_HIDDEN = 512  # a program holds whole rows, in pieces of 128
-_STEPS = 5  # of a layer; the pooling behind the last layer is step 5
-_ALL = tl.constexpr(-1)
-_COLUMNS = 16  # that a program computes at a time
+_STEPS = 5  # of a layer; the pooling behind the last is step 5, and step -1 all of them in one launch
+_COLUMNS = 32  # that a program computes at a time
 _WARPS = 8
 
 
@@ -56,7 +55,7 @@ class FewTokens:
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._can_meet = device.type == "cuda"
         units = torch.cuda.get_device_properties(device).multi_processor_count if self._can_meet else 4
-        self._programs = 2 ** (min(units, 128).bit_length() - 1)
+        self._programs = 2 ** (min(units, 64).bit_length() - 1)
 
     @staticmethod
     def fits(hidden: int, heads: int, intermediate: int) -> bool:
@@ -82,30 +81,51 @@ class FewTokens:
             math.log2(math.e) / math.sqrt(self._hidden // self._heads),
             STEP=step, HIDDEN=self._hidden, HEADS=self._heads, INNER=self._inner, POOLING=self._pooling,
             NORMALIZE=self._normalize, FAST=self._can_meet, ROWS=max(16, triton.next_power_of_2(len(ids))),
-            COLUMNS=_COLUMNS, PROGRAMS=self._programs, num_warps=_WARPS,
+            COLUMNS=_COLUMNS, PROGRAMS=self._programs, num_warps=_WARPS, num_stages=1,
             launch_cooperative_grid=self._can_meet,
         )  # fmt: skip
 
 
 @triton.jit
-def _arrive(counter, STEP: tl.constexpr, PROGRAMS: tl.constexpr):
+def _arrive(counter, target, STEP: tl.constexpr, PROGRAMS: tl.constexpr):
     """Say that this program's results are written; returns what the counter is when everybody has said so."""
-    target = 0
-    if STEP == _ALL:
+    if STEP < 0:
         tl.debug_barrier()
-        target = (tl.atomic_add(counter, 1, sem="release", scope="gpu") | (PROGRAMS - 1)) + 1
-    return target
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred %others;
+            .reg .b32 %thread;
+            mov.u32 %thread, %tid.x;
+            setp.ne.u32 %others, %thread, 0;
+            @!%others red.release.gpu.global.add.s32 [$1], 1;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l", [counter.to(tl.int64)], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return target + PROGRAMS
 
 
 @triton.jit
 def _wait(counter, target, STEP: tl.constexpr):
-    """Return once the counter has reached `target`; it wraps around, so only differences count."""
-    if STEP == _ALL:
-        seen = target - 1
-        while seen - target < 0:
-            seen = tl.inline_asm_elementwise(
-                "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [counter.to(tl.int64)], tl.int32, is_pure=False, pack=1
-            )
+    """Return once the counter has reached `target`; it wraps around, so only differences count. One thread looks."""
+    if STEP < 0:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred %again;
+            .reg .b32 %seen;
+            mov.u32 %seen, %tid.x;
+            setp.ne.u32 %again, %seen, 0;
+            @%again bra DONE;
+            LOOK:
+            ld.acquire.gpu.global.s32 %seen, [$1];
+            sub.s32 %seen, %seen, $2;
+            setp.lt.s32 %again, %seen, 0;
+            @%again bra LOOK;
+            DONE:
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r", [counter.to(tl.int64), target], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
         tl.debug_barrier()
 
 
@@ -178,14 +198,14 @@ def _read_parts(parts, num_tokens, ROWS: tl.constexpr, HIDDEN: tl.constexpr, PAR
 @triton.jit
 def _normalize(x, norm, eps, dtype: tl.constexpr, HIDDEN: tl.constexpr):
     """Layer norm of float32 pieces, in `dtype`; `norm` is the scale, the shift lies behind it."""
-    total = tl.sum(x[0], axis=1)
+    total = x[0]
     for chunk in tl.static_range(1, HIDDEN // 128):
-        total += tl.sum(x[chunk], axis=1)
-    mean = (total / HIDDEN)[:, None]
-    square = tl.sum((x[0] - mean) * (x[0] - mean), axis=1)
+        total += x[chunk]
+    mean = (tl.sum(total, axis=1) / HIDDEN)[:, None]
+    square = (x[0] - mean) * (x[0] - mean)
     for chunk in tl.static_range(1, HIDDEN // 128):
-        square += tl.sum((x[chunk] - mean) * (x[chunk] - mean), axis=1)
-    spread = tl.rsqrt(square / HIDDEN + eps)[:, None]
+        square += (x[chunk] - mean) * (x[chunk] - mean)
+    spread = tl.rsqrt(tl.sum(square, axis=1) / HIDDEN + eps)[:, None]
     normed = (_scale(x[0], mean, spread, norm, HIDDEN).to(dtype),)
     for chunk in tl.static_range(1, HIDDEN // 128):
         normed = normed + (_scale(x[chunk], mean, spread, norm + chunk * 128, HIDDEN).to(dtype),)  # noqa: RUF005
@@ -298,19 +318,20 @@ def _encode_kernel(
     NORMALIZE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     batch, tables, buffers = (ids, starts, ends, num_tokens), (words, positions), (state, qkv, context, sums, inner)
-    target = tl.load(counter)  # nobody waits before the first step
+    # All arrive at a meeting before anybody passes it, so what lies below a multiple of PROGRAMS is this run's first.
+    target = tl.load(counter, cache_modifier=".cg") & -PROGRAMS
     for layer in range(first_layer, last_layer):
-        if STEP == _ALL or STEP < 3:
+        if STEP < 0 or STEP < 3:
             target = _run_attention(
                 layer, target, counter, batch, tables, norms, (qkv_weight, qkv_bias, out_weight, out_bias), buffers,
                 parts, eps, scale, STEP, HEADS, INNER, ROWS, HIDDEN, COLUMNS, PROGRAMS,
             )  # fmt: skip
-        if STEP == _ALL or (STEP >= 3 and STEP < 5):
+        if STEP < 0 or (STEP >= 3 and STEP < 5):
             target = _run_feed_forward(
                 layer, target, counter, num_tokens, norms, (up_weight, up_bias, down_weight, down_bias), buffers,
                 parts, eps, STEP, INNER, FAST, ROWS, HIDDEN, COLUMNS, PROGRAMS,
             )  # fmt: skip
-    if STEP == _ALL or STEP == 5:
+    if STEP < 0 or STEP == 5:
         _wait(counter, target, STEP)
         for row in range(tl.program_id(0), num_rows, PROGRAMS):
             x = _read_parts(parts, num_tokens, ROWS, HIDDEN, INNER // HIDDEN)
@@ -329,7 +350,7 @@ def _run_attention(
     qkv_weight, qkv_bias, out_weight, out_bias = weights
     num_tokens, program = batch[3], tl.program_id(0)
     across: tl.constexpr = HIDDEN // COLUMNS
-    if STEP == _ALL or STEP == 0:
+    if STEP < 0 or STEP == 0:
         weight, bias = qkv_weight + layer * 3 * HIDDEN * HIDDEN, qkv_bias + layer * 3 * HIDDEN
         w = _read_weight(weight, program, 3 * across, HIDDEN, 3 * across, COLUMNS, HIDDEN)
         _wait(counter, target, STEP)
@@ -343,20 +364,20 @@ def _run_attention(
             _project(
                 x, w, weight, bias, qkv, None, num_tokens, 3 * HIDDEN, False, False, ROWS, HIDDEN, COLUMNS, PROGRAMS
             )
-        target = _arrive(counter, STEP, PROGRAMS)
-    if STEP == _ALL or STEP == 1:
+        target = _arrive(counter, target, STEP, PROGRAMS)
+    if STEP < 0 or STEP == 1:
         _wait(counter, target, STEP)
         for head in range(program, HEADS, PROGRAMS):
             _attend(qkv, batch, context, head, HIDDEN, scale, ROWS, HIDDEN // HEADS)
-        target = _arrive(counter, STEP, PROGRAMS)
-    if STEP == _ALL or STEP == 2:
+        target = _arrive(counter, target, STEP, PROGRAMS)
+    if STEP < 0 or STEP == 2:
         weight, bias = out_weight + layer * HIDDEN * HIDDEN, out_bias + layer * HIDDEN
         w = _read_weight(weight, program, across, HIDDEN, across, COLUMNS, HIDDEN)
         _wait(counter, target, STEP)
         if program < across:
             x = _read_row_chunks(context, HIDDEN, num_tokens, ROWS, HIDDEN)
             _project(x, w, weight, bias, sums, state, num_tokens, HIDDEN, False, False, ROWS, HIDDEN, COLUMNS, PROGRAMS)
-        target = _arrive(counter, STEP, PROGRAMS)
+        target = _arrive(counter, target, STEP, PROGRAMS)
     return target
 
 
@@ -371,7 +392,7 @@ def _run_feed_forward(
     up_weight, up_bias, down_weight, down_bias = weights
     program = tl.program_id(0)
     across: tl.constexpr = HIDDEN // COLUMNS
-    if STEP == _ALL or STEP == 3:
+    if STEP < 0 or STEP == 3:
         weight, bias = up_weight + layer * INNER * HIDDEN, up_bias + layer * INNER
         w = _read_weight(weight, program, INNER // COLUMNS, HIDDEN, INNER // COLUMNS, COLUMNS, HIDDEN)
         _wait(counter, target, STEP)
@@ -380,11 +401,11 @@ def _run_feed_forward(
             x = _normalize(x, norms + (4 * layer + 2) * HIDDEN, eps, state.dtype.element_ty, HIDDEN)
             _keep(x, state, num_tokens, ROWS, HIDDEN)
             _project(x, w, weight, bias, inner, None, num_tokens, INNER, True, FAST, ROWS, HIDDEN, COLUMNS, PROGRAMS)
-        target = _arrive(counter, STEP, PROGRAMS)
-    if STEP == _ALL or STEP == 4:
+        target = _arrive(counter, target, STEP, PROGRAMS)
+    if STEP < 0 or STEP == 4:
         weight, bias = down_weight + layer * INNER * HIDDEN, down_bias + layer * HIDDEN
         w = _read_weight(weight, program, across * (INNER // HIDDEN), INNER, across, COLUMNS, HIDDEN)
         _wait(counter, target, STEP)
         _project_parts(inner, w, weight, bias, parts, state, num_tokens, INNER, ROWS, HIDDEN, COLUMNS, PROGRAMS)
-        target = _arrive(counter, STEP, PROGRAMS)
+        target = _arrive(counter, target, STEP, PROGRAMS)
     return target
