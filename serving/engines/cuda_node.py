@@ -1,5 +1,6 @@
 """What the CUDA engine needs of a machine: the first thing that is missing, and what to do about it."""
 
+import json
 import os
 import shutil
 import sysconfig
@@ -119,3 +120,16 @@ def _check_compiler(node: Node) -> Problem | None:
     if not node.has_headers:
         return Problem("triton needs Python's headers and finds none", "install python3-dev")
     return None
+
+
+def describe(node: Node) -> dict[str, object]:
+    """What `doctor` shows: whether the engine can run, in what, and otherwise why not and what to do."""
+    wide, narrow = (find_problem(node, compute) for compute in LEAST_CAPABILITY)
+    if wide is not None:
+        return {"is_present": False, "detail": wide.reason, "remedy": wide.remedy}
+    also = " and f8" if narrow is None else f"; no f8: {narrow.reason}"
+    return {"is_present": True, "detail": f"{node.gpu}, torch {node.torch_version}, f16{also}", "remedy": ""}
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe(examine_node())))  # noqa: T201  what doctor reads

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from serving.kernels.gemm import gelu
 
-MAX_TOKENS = 64
+MAX_TOKENS = 32  # with more the kernels one by one are as fast
 _MAX_HIDDEN = 512  # a program holds whole rows, in pieces of 128
 _STEPS = 5  # of a layer; the pooling behind the last is step 5, and step -1 all of them in one launch
-_COLUMNS = 32  # that a program computes at a time
+_COLUMNS = 32  # that a program computes at a time; with 16 its warps outnumber the tile, and it read past its memory
 _WARPS = 8
 
 

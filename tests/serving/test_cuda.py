@@ -31,6 +31,7 @@ def entry(compute: str = "f16") -> "EngineEntry":
 
 @WITHOUT_GPU
 def test_open_engine_says_what_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
     with pytest.raises(EngineUnavailable, match=r"triton is not installed|built without CUDA|no NVIDIA GPU"):
         open_engine(tmp_path, entry())
 
@@ -42,6 +43,7 @@ def test_cuda_engine_refuses_an_arithmetic_it_does_not_have(tmp_path: Path) -> N
 
 
 def test_opening_another_engine_imports_neither_torch_nor_triton() -> None:
+    pytest.importorskip("pydantic")
     code = (
         "import sys, serving.engines, serving.worker, serving.engines.onnxruntime\n"
         "sys.exit(len({'torch', 'triton', 'safetensors'} & set(sys.modules)))"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from serving.engines.cuda_node import Node, examine_node, find_problem
+from serving.engines.cuda_node import Node, describe, examine_node, find_problem
 
 GOOD = Node(
     "2.11.0", True, "3.6.0", None, "NVIDIA H200", (9, 0), ("sm_80", "sm_90", "compute_90"), "/usr/bin/gcc", True
@@ -57,3 +57,12 @@ def test_examine_node_sees_the_libraries_that_are_here() -> None:
     node = examine_node()
     assert node.torch_version is not None
     assert node.gpu == "" or node.capability > (0, 0)
+
+
+def test_describe_tells_what_the_gpu_computes_in_or_what_to_do() -> None:
+    assert describe(GOOD) == {"is_present": True, "detail": "NVIDIA H200, torch 2.11.0, f16 and f8", "remedy": ""}
+    older = describe(replace(GOOD, capability=(8, 0)))
+    assert older["is_present"]
+    assert "no f8: NVIDIA H200 has compute capability 8.0" in str(older["detail"])
+    missing = describe(replace(GOOD, compiler=None))
+    assert (missing["is_present"], missing["remedy"]) == (False, "install gcc or set CC")

@@ -44,7 +44,7 @@ def test_few_tokens_fits_only_what_its_programs_hold() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="its programs meet on a GPU alone")
 def test_few_tokens_answers_the_same_every_time(model: tuple[BertConfig, Weights], device: torch.device) -> None:
     config, weights = model
-    encoder, batch = Encoder(weights, config, device, MAX_TOKENS, 8), make_packed([30, 2, 17], device)
+    encoder, batch = Encoder(weights, config, device, MAX_TOKENS, 8), make_packed([13, 2, 17], device)
     first = encoder.run(batch).clone()
     for _ in range(300):
         torch.testing.assert_close(encoder.run(batch), first, rtol=0, atol=0)
