@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.environment import make_state_folder, prepare_environment
+from flows.production_cli import app as production_app
 from registry.cli import app as registry_app
 from registry.errors import RegistryError
 from serving.errors import ServingError
@@ -29,6 +30,7 @@ app = typer.Typer(
     "Start with: thorforge doctor, then: thorforge optimize",
 )
 app.add_typer(registry_app, name="registry")
+app.add_typer(production_app)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of a table")]
 
@@ -73,7 +75,7 @@ def optimize(
     sts: _Sts = None,
     variant: _Variants = None,
     calibration_size: Annotated[int | None, typer.Option(help="texts to calibrate static quantisation on")] = None,
-    registry: Annotated[Path | None, typer.Option(help="folder registry to publish to")] = None,
+    registry: Annotated[str | None, typer.Option(help="registry to publish to: a folder or s3://bucket/prefix")] = None,
     config: Annotated[
         Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
     ] = None,

@@ -7,9 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from registry.approval import ApprovalPolicy
 from registry.gate import GateLimits
 from registry.manifest import SafeName, describe_validation
+from registry.store import Store, open_store
+from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
+from tasks.notify import WebhookConfig
 from tasks.variants import VariantName
 
 CONFIG_NAME = "thorforge.toml"
@@ -44,7 +48,10 @@ class OptimizeConfig(BaseModel):
         description="which variants to build",
     )
     calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
-    registry: Path | None = Field(default=None, description="folder registry; by default registry of the state folder")
+    registry: str | None = Field(
+        default=None,
+        description="a folder or s3://bucket/prefix[?endpoint=URL]; by default registry of the state folder",
+    )
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
 
@@ -57,12 +64,28 @@ class OptimizeConfig(BaseModel):
         return variants
 
 
+class PromoteConfig(BaseModel):
+    """Who lets a bundle into production, where it has to prove itself, and who is told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    approval: ApprovalPolicy = Field(default_factory=ApprovalPolicy, description="whose yes it takes")
+    workers: tuple[WorkerConfig, ...] = Field(
+        default=(),
+        description="running workers that must prove that they serve a bundle before its promotion is done",
+    )
+    webhooks: tuple[WebhookConfig, ...] = Field(
+        default=(), description="URLs that are told of waiting approvals, promotions and rollbacks"
+    )
+
+
 class Settings(BaseModel):
     """The whole of `thorforge.toml`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     optimize: OptimizeConfig = Field(default_factory=OptimizeConfig)
+    promote: PromoteConfig = Field(default_factory=PromoteConfig)
 
 
 def load_settings(path: Path | None = None) -> Settings:
@@ -82,6 +105,11 @@ def load_settings(path: Path | None = None) -> Settings:
     return _validate(table, str(path))
 
 
+def open_registry(settings: Settings) -> Store:
+    """The registry that the flows share."""
+    return open_store(settings.optimize.registry)
+
+
 def override(config: OptimizeConfig, **changes: Any) -> OptimizeConfig:
     """The config with the given flags instead (None: not given). Raises ConfigRejected."""
     given = {key: value for key, value in changes.items() if value is not None}
@@ -97,7 +125,8 @@ def _validate(table: dict[str, Any], place: str) -> Settings:
 
 def _suggest(error: ValidationError) -> str:
     """The closest known key, where an unknown one looks like a slip."""
-    known = {*Settings.model_fields, *OptimizeConfig.model_fields, *GateLimits.model_fields}
+    sections = (Settings, OptimizeConfig, GateLimits, PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig)
+    known = {name for section in sections for name in section.model_fields}
     unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
     found = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
     return f" (did you mean {', '.join(found)}?)" if found else ""

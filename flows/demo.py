@@ -18,7 +18,7 @@ import psutil
 from flows.environment import make_state_folder, prepare_environment
 from registry.client import pull
 from registry.errors import RegistryError
-from registry.store import FolderStore, default_registry
+from registry.store import open_store
 from serving.errors import EngineUnavailable, ServingError
 from tasks.errors import TaskError
 from tasks.state import state_dir
@@ -83,7 +83,7 @@ def run_demo() -> dict[str, Any]:
     if outcome.published is None:
         return {"ok": False, **describe_outcome(outcome), "error": "no candidate passes the gate: nothing to serve"}
     bundle = state_dir() / "demo" / outcome.published.digest
-    pull(FolderStore(default_registry()), _NAME, outcome.published.digest, bundle)
+    pull(open_store(), _NAME, outcome.published.digest, bundle)
     with serve(bundle) as (url, cold_start):
         vector = httpx.post(f"{url}/api/v1/embed", json={"text": _SENTENCE}, trust_env=False).raise_for_status().json()
     cosine = _cosine_vs_teacher(outcome.study.teacher.folder, vector["embedding"])

@@ -12,7 +12,7 @@ from registry.channel import read_channel
 from registry.client import pull
 from registry.errors import ChannelNotFound
 from registry.manifest import MANIFEST_NAME
-from registry.store import FolderStore, default_registry
+from registry.store import open_store
 from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
@@ -62,8 +62,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
         qualities = [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
-        registry = config.registry or default_registry()
-        champion = pull_champion(registry, teacher.name)
+        champion = pull_champion(config.registry, teacher.name)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
 
         study = Study(
@@ -73,21 +72,22 @@ def optimize(config: OptimizeConfig) -> Outcome:
             sts=config.sts,
             speeds=speeds,
             limits=config.gate,
+            champion=champion.name if champion else None,
             judged=tuple(select(candidates, qualities, speeds, config.gate, with_sts=bool(config.sts))),
         )
         published, bundle = None, None
         if winner := choose(study.judged):
             origin = Origin(mlflow_run_id=tracker.run_id, git_commit=find_git_commit())
             bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
-            published = publish(bundle, winner.name, registry)
+            published = publish(bundle, winner.name, config.registry)
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
         _track(tracker, study, published, bundle, page)
     return Outcome(study=study, published=published, report=page)
 
 
-def pull_champion(registry: Path, name: str) -> Path | None:
+def pull_champion(registry: str | None, name: str) -> Path | None:
     """The verified bundle that `production` points at, or None where nothing is in production yet."""
-    store = FolderStore(registry)
+    store = open_store(registry)
     try:
         digest = read_channel(store, name, "production").digest
     except ChannelNotFound:
@@ -119,4 +119,4 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_file(page)
     if published and winner and bundle:
         tracker.log_file(bundle.folder / MANIFEST_NAME)
-        tracker.register(published, winner, bundle.folder)
+        tracker.register(published, winner)

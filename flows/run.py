@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect import get_client, tags
@@ -36,17 +38,25 @@ _OUR_ERRORS = (TaskError, RegistryError, ServingError)
 
 def run_optimize(config: OptimizeConfig, refresh: bool = False) -> Outcome:
     """Run the flow in this process; with `refresh` no cached result is used."""
+    with local_run(), temporary_settings({PREFECT_TASKS_REFRESH_CACHE: refresh}):
+        return optimize(config)
+
+
+@contextmanager
+def local_run() -> Iterator[None]:
+    """A flow in the block runs in this process: it closes what dead ones left, and leaves word whose it is itself."""
     end_orphans()
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_without_our_tracebacks)
     close_dead_flow_runs()
-    with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: refresh}), tags(_PROCESS_TAG + describe_process(os.getpid())):
-        return optimize(config)
+    with tags(_PROCESS_TAG + describe_process(os.getpid())):
+        yield
 
 
 def close_dead_flow_runs() -> None:
     """Mark flow runs of killed processes of this machine as crashed: they could not say so themselves."""
-    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    types = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PAUSED])
+    running = FlowRunFilter(state=FlowRunFilterState(type=types))
     with get_client(sync_client=True) as client:
         for flow_run in client.read_flow_runs(flow_run_filter=running):
             owners = [tag.removeprefix(_PROCESS_TAG) for tag in flow_run.tags if tag.startswith(_PROCESS_TAG)]
@@ -83,6 +93,9 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         else "Published nothing.",
         soft_wrap=True,
     )
+    if published:
+        command = f"thorforge promote {published.digest[:12]} --model {published.name}"
+        console.print(f"Put it into production: {command}", soft_wrap=True, highlight=False)
     console.print(f"Report: {outcome.report}", soft_wrap=True)
 
 

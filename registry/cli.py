@@ -3,30 +3,37 @@
 Results go to stdout, progress and remarks to stderr. A refusal is one `error:` line and exit status 1.
 """
 
-import getpass
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from typer.core import TyperGroup
 
 from registry import client
-from registry.channel import CHANNELS, ChannelRecord, move_channel, read_channel, read_channels
-from registry.errors import ChannelNotFound, RecordInvalid, ReferenceInvalid, RegistryError
+from registry.channel import CHANNELS, ChannelRecord, read_channel, read_channels
+from registry.errors import ChannelNotFound, RegistryError
+from registry.keys import user_name
 from registry.manifest import digest_of, verify_bundle
-from registry.store import REGISTRY_VARIABLE, FolderStore, Progress, default_registry
+from registry.moves import move_channel
+from registry.options import (
+    SHORT_DIGEST,
+    JsonOption,
+    ModelArgument,
+    ReferenceArgument,
+    RegistryOption,
+    complete_channel,
+    complete_model,
+    progress_bar,
+)
+from registry.store import Store, open_store
+from registry.upkeep import app as upkeep_app
 
 __all__ = ["app"]
-
-SHORT_DIGEST = 12
 
 
 class _OneLineErrors(TyperGroup):
@@ -50,55 +57,7 @@ app = typer.Typer(
 )
 channel_app = typer.Typer(no_args_is_help=True, help="Read and move channels: production and canary.")
 app.add_typer(channel_app, name="channel")
-
-
-def _complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
-    return [name for name in _completion_store(ctx).list_models() if name.startswith(incomplete)]
-
-
-def _complete_channel(incomplete: str) -> list[str]:
-    return [name for name in CHANNELS if name.startswith(incomplete)]
-
-
-def _complete_reference(ctx: typer.Context, incomplete: str) -> list[str]:
-    try:
-        digests = _completion_store(ctx).list_digests(ctx.params.get("model") or "")
-    except ReferenceInvalid:
-        digests = []
-    return [name for name in (*CHANNELS, *(d[:SHORT_DIGEST] for d in digests)) if name.startswith(incomplete)]
-
-
-def _completion_store(ctx: typer.Context) -> FolderStore:
-    return _open_store(ctx.params.get("registry"))
-
-
-def _open_store(registry: Path | None) -> FolderStore:
-    return FolderStore(registry or default_registry())
-
-
-RegistryOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--registry",
-        metavar="DIR",
-        envvar=REGISTRY_VARIABLE,
-        help="The registry's folder; by default registry in $THORFORGE_HOME (.thorforge).",
-        show_default=False,
-    ),
-]
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=_complete_model, show_default=False)
-]
-ReferenceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="REFERENCE",
-        help="A channel, a digest or its first 8 or more hex digits.",
-        autocompletion=_complete_reference,
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+app.add_typer(upkeep_app)
 
 
 @app.command(epilog="Example: thorforge registry push build/minilm-int8")
@@ -110,8 +69,8 @@ def push(
 
     Pushing a bundle that is already there changes nothing.
     """
-    with _progress_bar("pushing") as progress:
-        typer.echo(client.push(bundle, _open_store(registry), progress))
+    with progress_bar("pushing") as progress:
+        typer.echo(client.push(bundle, open_store(registry), progress))
 
 
 @app.command(epilog="Example: thorforge registry pull minilm production /srv/models/minilm")
@@ -124,21 +83,21 @@ def pull(
     registry: RegistryOption = None,
 ) -> None:
     """Copy a bundle into a folder, every byte verified, and print its digest."""
-    with _progress_bar("pulling") as progress:
-        client.pull(_open_store(registry), model, reference, target, progress)
+    with progress_bar("pulling") as progress:
+        client.pull(open_store(registry), model, reference, target, progress)
     typer.echo(digest_of(target))
 
 
 @app.command("list", epilog="Example: thorforge registry list minilm")
 def list_(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Only this model.", autocompletion=_complete_model)
+        str | None, typer.Argument(metavar="MODEL", help="Only this model.", autocompletion=complete_model)
     ] = None,
     as_json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
     """Compare the stored bundles: quality, speed and the channels that point at them."""
-    store = _open_store(registry)
+    store = open_store(registry)
     bundles = client.list_bundles(store, model)
     for bundle in bundles:
         if bundle.fault:
@@ -159,7 +118,7 @@ def show(
     registry: RegistryOption = None,
 ) -> None:
     """Print everything a bundle's manifest says."""
-    store = _open_store(registry)
+    store = open_store(registry)
     digest = client.resolve(store, model, reference)
     contents = client.read_stored(store, model, digest)
     channels = tuple(record.channel for record in read_channels(store, model) if record.digest == digest)
@@ -193,9 +152,9 @@ def verify(
         digest = digest_of(Path(subject))
         verify_bundle(Path(subject), digest)
     else:
-        store = _open_store(registry)
+        store = open_store(registry)
         digest = client.resolve(store, model, reference)
-        with _progress_bar("verifying") as progress:
+        with progress_bar("verifying") as progress:
             client.verify_stored(store, model, digest, progress)
     typer.echo(digest)
 
@@ -205,13 +164,13 @@ def get_channel(
     model: ModelArgument,
     channel: Annotated[
         str | None,
-        typer.Argument(metavar="CHANNEL", help="Only this channel.", autocompletion=_complete_channel),
+        typer.Argument(metavar="CHANNEL", help="Only this channel.", autocompletion=complete_channel),
     ] = None,
     as_json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
     """Print the digest a channel points at or, without CHANNEL, all of a model's channels."""
-    store = _open_store(registry)
+    store = open_store(registry)
     records = read_channels(store, model) if channel is None else [read_channel(store, model, channel)]
     if as_json:
         documents = [record.model_dump(mode="json") for record in records]
@@ -232,7 +191,7 @@ def set_channel(
     channel: Annotated[
         str,
         typer.Argument(
-            metavar="CHANNEL", help=" or ".join(CHANNELS), autocompletion=_complete_channel, show_default=False
+            metavar="CHANNEL", help=" or ".join(CHANNELS), autocompletion=complete_channel, show_default=False
         ),
     ],
     reference: ReferenceArgument,
@@ -249,15 +208,15 @@ def set_channel(
     registry: RegistryOption = None,
 ) -> None:
     """Point a channel at a bundle and print the digest; refused where somebody else moved it first."""
-    store = _open_store(registry)
+    store = open_store(registry)
     digest = client.resolve(store, model, reference)
     expected = _expected_digest(store, model, channel, expect)
-    record = move_channel(store, model, channel, digest, expected, moved_by=_user_name() if by is None else by)
+    record = move_channel(store, model, channel, digest, expected, moved_by=user_name() if by is None else by)
     typer.echo(f"{channel} of {model} was {record.previous or 'never set'} (move {record.sequence})", err=True)
     typer.echo(record.digest)
 
 
-def _expected_digest(store: FolderStore, model: str, channel: str, expect: str | None) -> str | None:
+def _expected_digest(store: Store, model: str, channel: str, expect: str | None) -> str | None:
     """What the channel must point at: the full digest where `expect` abbreviates the current one."""
     try:
         current = read_channel(store, model, channel).digest
@@ -269,13 +228,6 @@ def _expected_digest(store: FolderStore, model: str, channel: str, expect: str |
         return None
     is_current = current is not None and len(expect) >= client.MIN_PREFIX and current.startswith(expect)
     return current if is_current else expect
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's bare user id has no name
-        raise RecordInvalid("this user has no name to record: give --by NAME") from None
 
 
 def _as_json(bundle: client.StoredBundle) -> dict[str, Any]:
@@ -344,14 +296,3 @@ def _print(table: Table) -> None:
     # Into a file or a pipe every row is one line, however long.
     console = Console(markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)
     console.print(table)
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Progress | None]:
-    if not sys.stderr.isatty():
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with ProgressBar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

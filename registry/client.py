@@ -1,7 +1,10 @@
 """What people and flows do with a registry: push, pull, resolve, list, verify. Every byte is checked on its way."""
 
 import hashlib
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,27 +13,41 @@ from registry.errors import (
     AmbiguousDigest,
     BundleIncomplete,
     BundleNotFound,
+    BundleTooLarge,
     DigestMismatch,
     ManifestInvalid,
     ReferenceInvalid,
     RegistryError,
     TargetExists,
 )
+from registry.keys import user_name
+from registry.ledger import recorded_refusals
 from registry.manifest import (
     MANIFEST_NAME,
+    SIGNATURE_NAME,
     FileEntry,
     Manifest,
+    check_signature,
     digest_of,
     hash_stream,
+    is_name,
+    list_files,
     parse_manifest,
+    read_signature,
     verify_bundle,
 )
-from registry.staging import Progress, copy_files, make_folder, needs_room, rename_folder, staged_folder
+from registry.signing import public_key_path, sign, signing_key_path
+from registry.staging import Progress, copy_files, exclusive_lock, make_folder, needs_room, rename_folder, staged_folder
 from registry.store import Store
 
-__all__ = ["StoredBundle", "list_bundles", "pull", "push", "read_stored", "resolve", "verify_stored"]
+__all__ = [
+    "MAX_BUNDLE_BYTES", "StoredBundle", "check_stored", "fetch", "list_bundles", "pull", "push", "read_stored",
+    "resolve", "verify_stored",
+]  # fmt: skip
 
 MIN_PREFIX = 8
+MAX_BUNDLE_BYTES = 64 << 30
+_MAX_SIGNATURE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +61,48 @@ class StoredBundle:
     fault: str
 
 
-def push(bundle: Path, store: Store, progress: Progress | None = None) -> str:
+def push(bundle: Path, store: Store, progress: Progress | None = None, *, max_bytes: int = MAX_BUNDLE_BYTES) -> str:
     """Verify the folder `bundle`, publish it whole or not at all and return its digest.
 
-    Pushing what is already there changes nothing. Raises ManifestInvalid, DigestMismatch, BundleIncomplete, StoreFull.
+    It is signed where a signing key is configured, and must be signed where a public key is (`registry.signing`).
+    Pushing what is already there changes nothing; a refusal is recorded in the ledger of the model that it names.
+    Raises ManifestInvalid, DigestMismatch, BundleIncomplete, BundleTooLarge, SignatureMissing, SignatureInvalid,
+    StoreFull.
     """
     digest = digest_of(bundle)
-    contents = verify_bundle(bundle, digest)
-    store.put_bundle(bundle, digest, contents, progress)
+    with _recorded_refusals(store, bundle, digest):
+        check_size(sum((bundle / name).stat().st_size for name in list_files(bundle)), max_bytes, str(bundle))
+        contents = verify_bundle(bundle, digest)
+        signature = _signature_of(bundle, digest)
+        store.put_bundle(bundle, digest, contents, progress)
+        if signature is not None:
+            store.put_signature(contents.model_name, digest, signature)
     return digest
 
 
-def pull(store: Store, model: str, reference: str, target: Path, progress: Progress | None = None) -> Manifest:
+def pull(
+    store: Store,
+    model: str,
+    reference: str,
+    target: Path,
+    progress: Progress | None = None,
+    *,
+    max_bytes: int = MAX_BUNDLE_BYTES,
+) -> Manifest:
     """Copy a bundle to the folder `target`, every byte verified, and return its manifest.
 
     `target` appears whole or not at all; it may be empty or already be this very bundle. Raises TargetExists where it
-    holds something else, DigestMismatch or BundleIncomplete where the store's copy is damaged, StoreFull, and what
-    `resolve` raises.
+    holds something else, DigestMismatch or BundleIncomplete where the store's copy is damaged, BundleTooLarge,
+    SignatureMissing or SignatureInvalid where a public key is configured, StoreFull, and what `resolve` raises.
     """
     digest = resolve(store, model, reference)
     target = target.resolve()
     if target.exists() and not _is_empty_folder(target):
         return _verify_target(target, digest)
     contents, files = _stored_files(store, model, digest)
-    with needs_room(target, sum(entry.size for entry in files.values())):
+    size = sum(entry.size for entry in files.values())
+    check_size(size, max_bytes, f"{model} {digest} in {store}")
+    with needs_room(target, size):
         make_folder(target.parent)
         with staged_folder(target.parent, "pull") as staged:
             copy_files(files, lambda name: store.open_file(model, digest, name), staged, progress)
@@ -75,6 +110,19 @@ def pull(store: Store, model: str, reference: str, target: Path, progress: Progr
                 return contents
     # Somebody else filled `target` first: with this bundle, or it is refused.
     return _verify_target(target, digest)
+
+
+def fetch(store: Store, model: str, reference: str, cache: Path, progress: Progress | None = None) -> Path:
+    """The folder of a verified bundle in the folder `cache`, which many processes may share: one of them copies it.
+
+    Raises what `pull` raises.
+    """
+    digest = resolve(store, model, reference)
+    folder = cache / model / digest
+    make_folder(folder.parent)
+    with exclusive_lock(folder.parent / f".{digest}.lock"):
+        pull(store, model, digest, folder, progress)
+    return folder
 
 
 def resolve(store: Store, model: str, reference: str) -> str:
@@ -103,12 +151,22 @@ def read_stored(store: Store, model: str, digest: str) -> Manifest:
     return _read_manifest(store, model, digest)[0]
 
 
-def verify_stored(store: Store, model: str, digest: str, progress: Progress | None = None) -> Manifest:
-    """Check every byte of a stored bundle where it lies, then return its manifest.
+def check_stored(store: Store, model: str, digest: str) -> Manifest:
+    """Check that a stored bundle has its manifest and every file of it, without hashing the files.
+
+    Raises BundleNotFound, BundleIncomplete, DigestMismatch or ManifestInvalid.
+    """
+    return _stored_files(store, model, digest)[0]
+
+
+def verify_stored(
+    store: Store, model: str, digest: str, progress: Progress | None = None, *, needs_signature: bool = True
+) -> Manifest:
+    """Check every byte of a stored bundle where it lies, and its signature where one is asked for; its manifest.
 
     Raises BundleNotFound, BundleIncomplete (missing or extra file), DigestMismatch (names the file) or ManifestInvalid.
     """
-    contents, files = _stored_files(store, model, digest)
+    contents, files = _stored_files(store, model, digest, needs_signature)
     done, total = 0, sum(entry.size for entry in files.values())
     for name, entry in files.items():
         with store.open_file(model, digest, name) as stream:
@@ -144,8 +202,8 @@ def _by_age(bundle: StoredBundle) -> tuple[str, float, str]:
     return bundle.model, bundle.manifest.created_at.timestamp() if bundle.manifest else 0.0, bundle.digest
 
 
-def _read_manifest(store: Store, model: str, digest: str) -> tuple[Manifest, int]:
-    """The manifest and its size in bytes."""
+def _read_manifest(store: Store, model: str, digest: str) -> tuple[Manifest, bytes]:
+    """The manifest and its bytes."""
     with store.open_file(model, digest, MANIFEST_NAME) as stream:
         data = stream.read()
     source = f"{MANIFEST_NAME} of {model} {digest} in {store}"
@@ -155,18 +213,64 @@ def _read_manifest(store: Store, model: str, digest: str) -> tuple[Manifest, int
     contents = parse_manifest(data, source)
     if contents.model_name != model:
         raise ManifestInvalid(f"{source} is a bundle of {contents.model_name}")
-    return contents, len(data)
+    return contents, data
 
 
-def _stored_files(store: Store, model: str, digest: str) -> tuple[Manifest, dict[str, FileEntry]]:
-    """The manifest and every file the bundle must have, itself too; refused at once where the store has others."""
-    contents, manifest_bytes = _read_manifest(store, model, digest)
-    files = {**contents.files, MANIFEST_NAME: FileEntry(sha256=digest, size=manifest_bytes)}
-    found = set(store.list_files(model, digest))
+def _stored_files(
+    store: Store, model: str, digest: str, needs_signature: bool = True
+) -> tuple[Manifest, dict[str, FileEntry]]:
+    """The manifest and every file the bundle has, itself and a signature too; refused where they are not those.
+
+    Where a public key is configured, the signature is checked.
+    """
+    contents, data = _read_manifest(store, model, digest)
+    files = {**contents.files, MANIFEST_NAME: FileEntry(sha256=digest, size=len(data))}
+    found, signature = set(store.list_files(model, digest)), None
+    if SIGNATURE_NAME in found:
+        signature = _read_signature(store, model, digest)
+        files[SIGNATURE_NAME] = FileEntry(sha256=hashlib.sha256(signature).hexdigest(), size=len(signature))
     missing, extra = sorted(files.keys() - found), sorted(found - files.keys())
     if missing or extra:
         raise BundleIncomplete(f"{model} {digest} in {store}: missing {missing}, not in the manifest {extra}")
+    if needs_signature and (public_keys := public_key_path()):
+        check_signature(data, signature, public_keys, f"{model} {digest} in {store}")
     return contents, files
+
+
+def _read_signature(store: Store, model: str, digest: str) -> bytes:
+    with store.open_file(model, digest, SIGNATURE_NAME) as stream:
+        return stream.read(_MAX_SIGNATURE_BYTES)
+
+
+def _signature_of(bundle: Path, digest: str) -> bytes | None:
+    """The signature that lies in the folder, or a new one where a key is configured; checked where it must be."""
+    data = (bundle / MANIFEST_NAME).read_bytes()
+    signature, private_key = read_signature(bundle), signing_key_path()
+    if signature is None and private_key is not None:
+        signature = sign(data, private_key)
+    if public_keys := public_key_path():
+        check_signature(data, signature, public_keys, str(bundle))
+    return signature
+
+
+def check_size(size: int, max_bytes: int, source: str) -> None:
+    """Raise BundleTooLarge for a bundle over the limit."""
+    if size > max_bytes:
+        raise BundleTooLarge(f"{source} has {size} bytes, the limit is {max_bytes}")
+
+
+@contextmanager
+def _recorded_refusals(store: Store, bundle: Path, digest: str) -> Iterator[None]:
+    """Record what is refused under the model that the manifest names, be the rest of it as wrong as it may."""
+    try:
+        model = str(json.loads((bundle / MANIFEST_NAME).read_bytes())["model_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        model = ""
+    if not is_name(model):
+        yield
+        return
+    with recorded_refusals(store, model, "push", digest, user_name(or_number=True)):
+        yield
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -175,6 +279,6 @@ def _is_empty_folder(path: Path) -> bool:
 
 def _verify_target(target: Path, digest: str) -> Manifest:
     try:
-        return verify_bundle(target, digest)
+        return verify_bundle(target, digest, public_key_path())
     except RegistryError as error:
         raise TargetExists(f"{target} is there and is not bundle {digest}: {error}") from None

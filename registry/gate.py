@@ -1,5 +1,6 @@
 """The gate: thresholds in, verdict out. A pure function that fails closed; it reads nothing and writes nothing."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ class GateRecord(_Record):
     verdict: Verdict
     reason: str
     results: tuple[CheckResult, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the record: what an approval is bound to."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 class GateLimits(_Record):

@@ -1,23 +1,34 @@
 """The manifest: what a bundle is, how it was made, how good it is and which bytes belong to it."""
 
+import base64
 import hashlib
 import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from registry.errors import BundleIncomplete, DigestMismatch, ManifestInvalid, RegistryError
+from registry.errors import (
+    BundleIncomplete,
+    DigestMismatch,
+    ManifestInvalid,
+    RegistryError,
+    SignatureInvalid,
+    SignatureMissing,
+)
 
 __all__ = [
-    "MANIFEST_NAME", "BundleIncomplete", "Compatibility", "Cosine", "DigestMismatch", "EngineEntry", "FileEntry",
-    "Lineage", "Manifest", "ManifestInvalid", "Performance", "Profile", "Quantization", "RegistryError", "Validation",
-    "describe_validation", "digest_of", "hash_file", "hash_stream", "is_digest", "is_name", "list_files",
-    "parse_manifest", "payload_checksum", "read_manifest", "scan_files", "verify_bundle", "write_manifest",
+    "MANIFEST_NAME", "SIGNATURE_NAME", "BundleIncomplete", "Compatibility", "Cosine", "DigestMismatch", "EngineEntry",
+    "FileEntry", "Lineage", "Manifest", "ManifestInvalid", "Performance", "Profile", "Quantization", "RegistryError",
+    "SignatureInvalid", "SignatureMissing", "Validation", "check_signature", "describe_validation", "digest_of",
+    "hash_file", "hash_stream", "is_digest", "is_name", "list_files", "parse_manifest", "payload_checksum",
+    "read_manifest", "read_signature", "scan_files", "verify_bundle", "write_manifest",
 ]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.sig"
+"""The one file of a bundle that no manifest lists: an Ed25519 signature over `manifest.json`, in base64."""
 _CHUNK_BYTES = 1 << 20
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "cuda"]
@@ -174,8 +185,9 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _files_agree(self) -> "Manifest":
-        if MANIFEST_NAME in self.files:
-            raise ValueError(f"{MANIFEST_NAME} cannot list itself under files")
+        for name in (MANIFEST_NAME, SIGNATURE_NAME):
+            if name in self.files:
+                raise ValueError(f"{name} cannot be listed under files")
         for engine in self.engines:
             entry = self.files.get(engine.file)
             if entry is None or (entry.sha256, entry.size) != (engine.sha256, engine.size):
@@ -225,8 +237,9 @@ def list_files(bundle: Path) -> list[str]:
 
 
 def scan_files(bundle: Path) -> dict[str, FileEntry]:
-    """Hash every file below `bundle` but the manifest. Raises BundleIncomplete for a link or a special file."""
-    return {name: hash_file(bundle / name) for name in list_files(bundle) if name != MANIFEST_NAME}
+    """Hash every file below `bundle` but manifest and signature. Raises BundleIncomplete for a link or special file."""
+    names = (name for name in list_files(bundle) if name not in (MANIFEST_NAME, SIGNATURE_NAME))
+    return {name: hash_file(bundle / name) for name in names}
 
 
 def payload_checksum(files: dict[str, FileEntry]) -> str:
@@ -260,10 +273,11 @@ def parse_manifest(data: bytes, source: str) -> Manifest:
         raise ManifestInvalid(f"{source}: {describe_validation(error)}") from None
 
 
-def verify_bundle(bundle: Path, digest: str | None = None) -> Manifest:
+def verify_bundle(bundle: Path, digest: str | None = None, public_keys: Path | None = None) -> Manifest:
     """Check that a folder is exactly the bundle its manifest (and `digest`, when given) names, then return it.
 
-    Raises ManifestInvalid, DigestMismatch (names the file, both digests) or BundleIncomplete (missing or extra file).
+    With `public_keys` one of that file's keys must have signed it. Raises ManifestInvalid, DigestMismatch (names the
+    file, both digests), BundleIncomplete (missing or extra file), SignatureMissing or SignatureInvalid.
     """
     # One read serves the digest and the contents: a manifest exchanged in between cannot borrow the other's name.
     data = _manifest_bytes(bundle)
@@ -271,6 +285,8 @@ def verify_bundle(bundle: Path, digest: str | None = None) -> Manifest:
     if digest is not None and actual != digest:
         raise DigestMismatch(f"{bundle / MANIFEST_NAME} has digest {actual}, expected {digest}")
     manifest = parse_manifest(data, str(bundle / MANIFEST_NAME))
+    if public_keys is not None:
+        check_signature(data, read_signature(bundle), public_keys, str(bundle))
     found = scan_files(bundle)
     missing, extra = manifest.files.keys() - found.keys(), found.keys() - manifest.files.keys()
     if missing or extra:
@@ -281,6 +297,56 @@ def verify_bundle(bundle: Path, digest: str | None = None) -> Manifest:
                 f"{name} in {bundle} has digest {found[name].sha256}, the manifest says {entry.sha256}"
             )
     return manifest
+
+
+def read_signature(bundle: Path) -> bytes | None:
+    """The signature that lies in a bundle's folder, or None."""
+    path = bundle / SIGNATURE_NAME
+    return path.read_bytes() if path.is_file() and not path.is_symlink() else None
+
+
+def check_signature(manifest: bytes, signature: bytes | None, public_keys: Path, source: str) -> None:
+    """Check that one of the keys in the PEM file `public_keys` signed the bytes of a manifest (needs `cryptography`).
+
+    `source` says in the error what was checked. Raises SignatureMissing (None), SignatureInvalid.
+    """
+    if signature is None:
+        raise SignatureMissing(f"{source} is not signed, and {public_keys} asks for a signature")
+    try:
+        raw = base64.b64decode(signature.strip(), validate=True)
+    except ValueError:
+        raise SignatureInvalid(f"the signature of {source} is not base64") from None
+    if not any(_is_signed_by(key, raw, manifest) for key in _read_public_keys(public_keys)):
+        raise SignatureInvalid(
+            f"the signature of {source} was made by no key of {public_keys}, or for another manifest"
+        )
+
+
+def _is_signed_by(key: Any, signature: bytes, data: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415  an extra of the worker's
+
+    try:
+        key.verify(signature, data)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _read_public_keys(path: Path) -> list[Any]:
+    """Every Ed25519 key of a PEM file: while keys are exchanged there are two. Raises SignatureInvalid."""
+    try:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415
+    except ImportError:
+        raise SignatureInvalid(f"{path} asks for signatures: checking them takes pip install cryptography") from None
+    try:
+        blocks = re.findall(rb"-----BEGIN [^-]+-----.*?-----END [^-]+-----", path.read_bytes(), re.DOTALL)
+        keys = [load_pem_public_key(block) for block in blocks]
+    except (OSError, ValueError) as error:
+        raise SignatureInvalid(f"{path} cannot be read as public keys in PEM: {error}") from None
+    if not keys or not all(isinstance(key, Ed25519PublicKey) for key in keys):
+        raise SignatureInvalid(f"{path} holds {len(keys)} public keys, and all must be Ed25519 in PEM")
+    return keys
 
 
 def _manifest_bytes(bundle: Path) -> bytes:

@@ -15,8 +15,8 @@ from registry.errors import DigestMismatch, StoreFull
 from registry.manifest import FileEntry
 
 __all__ = [
-    "Progress", "copy_files", "exclusive_lock", "make_folder", "needs_room", "rename_folder", "replace_file",
-    "staged_folder",
+    "Progress", "copy_files", "exclusive_lock", "make_folder", "needs_room", "remove_dead_folders",
+    "rename_folder", "replace_file", "staged_folder",
 ]  # fmt: skip
 
 Progress = Callable[[int, int], None]
@@ -32,8 +32,7 @@ def staged_folder(parent: Path, purpose: str) -> Iterator[Path]:
     Folders that killed processes left in `parent` for the same purpose are removed first. A live owner holds a lock on
     a file beside its folder, and the system drops the lock when the owner dies, however it dies.
     """
-    for lock in parent.glob(f".{purpose}-*.lock"):
-        _remove_if_dead(lock)
+    remove_dead_folders(parent, purpose)
     lock, descriptor = _claim(parent, purpose)
     folder = lock.with_suffix("")
     try:
@@ -42,6 +41,14 @@ def staged_folder(parent: Path, purpose: str) -> Iterator[Path]:
     finally:
         _discard(lock)
         os.close(descriptor)
+
+
+def remove_dead_folders(parent: Path, purpose: str) -> int:
+    """Remove what killed processes staged in `parent` for that purpose; returns how many folders."""
+    locks = list(parent.glob(f".{purpose}-*.lock"))
+    for lock in locks:
+        _remove_if_dead(lock)
+    return sum(not lock.exists() for lock in locks)
 
 
 def copy_files(

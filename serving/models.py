@@ -87,15 +87,17 @@ class LoadedModel:
 def load_model(
     source: ModelSource,
     on_fallback: Callable[[Manifest, str], None] = lambda *_: None,
+    public_key: Path | None = None,
     kernels: CustomKernelsSettings = BY_DEFAULT,
 ) -> LoadedModel:
     """Check, load and warm up a bundle.
 
-    `on_fallback(manifest, runtime)` hears of every engine that did not load when `source.engine` is `auto`.
+    `on_fallback(manifest, runtime)` hears of every engine that did not load when `source.engine` is `auto`. With
+    `public_key` the bundle must be signed by a key of that file.
     Raises BundleRejected for a damaged or contradictory bundle, EngineUnavailable when no engine loads.
     """
     try:
-        manifest = verify_bundle(source.path)
+        manifest = verify_bundle(source.path, public_keys=public_key)
         digest = digest_of(source.path)
     except RegistryError as error:
         raise BundleRejected(str(error)) from None

@@ -5,6 +5,7 @@ engine that does not load is logged and counted.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,17 +53,26 @@ class Opened:
 
 
 class SwitchedEngine:
-    """One engine for small batches and another for large ones."""
+    """One engine for a small batch that runs alone, on all cores, and another for everything else."""
 
     def __init__(self, small: Engine, large: Engine) -> None:
         self._small, self._large = small, large
-        self.runtime = f"{small.runtime} + {large.runtime}"
+        self._num_running = 0
+        self._lock = threading.Lock()
+        self.runtime = " + ".join(dict.fromkeys((small.runtime, large.runtime)))
         self.compiles_shapes = small.compiles_shapes or large.compiles_shapes
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`."""
-        engine = self._small if input_ids.size <= _SMALL_TOKENS else self._large
-        return engine.embed(input_ids, attention_mask)
+        with self._lock:
+            is_alone = self._num_running == 0
+            self._num_running += 1
+        try:
+            engine = self._small if is_alone and input_ids.size <= _SMALL_TOKENS else self._large
+            return engine.embed(input_ids, attention_mask)
+        finally:
+            with self._lock:
+                self._num_running -= 1
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -151,8 +151,7 @@ class RequestQueue:
         lengths = [len(ids) for ids in rows]
         due, items = request.arrival, []
         if len(rows) > 1:
-            self._large = [other for other in self._large if not other.is_dead]
-            self._large.append(request)
+            self._large = [*(other for other in self._large if not other.is_dead), request]
             share /= len(self._large)
         num_shared = 0
         for index in sorted(range(len(rows)), key=lengths.__getitem__):
@@ -169,13 +168,16 @@ class RequestQueue:
                 items.append(item)
                 self.num_tokens += length
             due += length / (share * tokens_per_second)
+        self._insert(items)
+        return num_shared
+
+    def _insert(self, items: Sequence[Item]) -> None:
         if len(items) < _BULK_TEXTS:
             for item in items:
                 insort(self._items, item, key=_due)
         else:
             self._items.extend(items)
             self._items.sort(key=_due)
-        return num_shared
 
     def oldest_arrival(self) -> float | None:
         """When the text that is due first arrived; None when nothing waits."""

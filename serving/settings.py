@@ -155,6 +155,10 @@ class ModelsSettings(_Section):
     default: SafeName | None = Field(default=None, description="model of a request that names none")
     available: tuple[ModelSource, ...] = Field(default=(), description="bundles to serve, a JSON list when a variable")
     root: Path | None = Field(default=None, description="folder below which the admin API may name further bundles")
+    public_key: Path | None = Field(
+        default=None,
+        description="PEM file of Ed25519 keys: one must have signed a bundle; none: it need not be signed",
+    )
     watch_seconds: float = Field(
         default=0, ge=0, le=86_400, description="how often to look for a new bundle in `available`; 0: never"
     )

@@ -62,6 +62,13 @@ class TextTokenizer:
                     raise InputTooLong(self._describe_too_long(index, len(texts[index]), dropped, encoding), param)
         return [np.asarray(_ids_of_end(each) if keep_end else each.ids, dtype=np.int64) for each in encodings]
 
+    def decode(self, rows: Sequence[Ids]) -> list[str]:
+        """A text for each row of ids, without the frame of special tokens. Encoding it anew may give other ids."""
+        frame = set(self._tokenizer.encode("").ids)
+        content = [[id_ for id_ in row.tolist() if id_ not in frame] for row in rows]
+        texts: list[str] = self._tokenizer.decode_batch(content, skip_special_tokens=False)
+        return texts
+
     def _describe_too_long(self, index: int, chars: int, dropped: bool, encoding: Encoding) -> str:
         if dropped:
             return f"text {index} has {chars} characters, limit {self._max_chars} ({self.max_length} tokens)"

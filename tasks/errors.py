@@ -7,7 +7,10 @@ TaskError
 ├── QuantizationFailed  a variant could not be built
 ├── ArtifactMissing   the cache names an artifact that is gone
 ├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
-└── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
+├── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
+├── VerificationFailed  a running worker does not serve the bundle it should, or not as well
+├── NotWaiting        no promotion waits for an answer under that name
+└── TrackingFailed    the tracking server cannot be reached, or refuses
 """
 
 
@@ -41,3 +44,15 @@ class ArtifactChanged(TaskError):
 
 class SourceUnreachable(TaskError):
     """A model, bundle or worker named for evaluation does not answer as one."""
+
+
+class VerificationFailed(TaskError):
+    """A running worker does not answer, does not serve the bundle it should, or not as well as it was measured."""
+
+
+class TrackingFailed(TaskError):
+    """MLflow cannot be reached or refuses what it is asked."""
+
+
+class NotWaiting(TaskError):
+    """No promotion waits for an answer under that name, or it takes none any more."""

@@ -24,7 +24,7 @@ from registry.manifest import (
     verify_bundle,
     write_manifest,
 )
-from registry.store import FolderStore
+from registry.store import open_store
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft, library_versions
 from tasks.benchmark import BATCH_SIZE, SpeedReport
@@ -79,12 +79,12 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
 
 
 @task(task_run_name="publish-{variant}", cache_policy=NO_CACHE)
-def publish(bundle: Artifact, variant: str, registry: Path) -> Published:
-    """Push a bundle to the folder registry; pushing what is there already changes nothing.
+def publish(bundle: Artifact, variant: str, registry: str | None) -> Published:
+    """Push a bundle to the registry (None: the default one); pushing what is there already changes nothing.
 
     Raises ArtifactChanged, StoreFull.
     """
-    digest = push(bundle.verify(), FolderStore(registry))
+    digest = push(bundle.verify(), open_store(registry))
     manifest = verify_bundle(bundle.folder, digest)
     return Published(name=manifest.model_name, variant=variant, version=manifest.version, digest=digest)
 
@@ -117,6 +117,9 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
     teacher = study.teacher
     checksum = payload_checksum(files)
     variant = judged.candidate.variant
+    parents = {"teacher": teacher.digest, "corpus": study.corpus.digest}
+    if study.champion is not None:
+        parents["champion"] = study.champion  # the gate's ratios are to this one, and mean nothing beside another
     return Manifest(
         model_name=teacher.name,
         model_id=teacher.uri,
@@ -133,7 +136,7 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         performance=_performance(judged, study.speeds),
         validation=_validation(judged, study),
         lineage=Lineage(
-            parents={"teacher": teacher.digest, "corpus": study.corpus.digest},
+            parents=parents,
             recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
             git_commit=origin.git_commit,
             mlflow_run_id=origin.mlflow_run_id,

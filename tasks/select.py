@@ -58,6 +58,7 @@ class Study(BaseModel):
     sts: tuple[Path, ...] = ()
     speeds: SpeedReport
     limits: GateLimits
+    champion: str | None = None  # digest of the bundle in production that was measured beside the candidates
     judged: tuple[Judged, ...]
 
     def find(self, name: str) -> Judged:

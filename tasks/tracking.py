@@ -1,14 +1,15 @@
-"""MLflow: one parent run per optimisation, one child per candidate, the same keys in all; only here is it imported."""
+"""MLflow: a run per optimisation, a child per candidate, a version per bundle, aliases; only here is it imported."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from matplotlib.figure import Figure
 
 from serving.telemetry import disable_telemetry
+from tasks.errors import TrackingFailed
 from tasks.publish import Published
 from tasks.select import Judged
 from tasks.state import describe_process, is_dead, state_dir
@@ -23,6 +24,9 @@ _WITH_BAD_END = (
     "sts_spearman_loss",
 )
 _PROCESS_TAG = "thorforge.process"
+
+Alias = Literal["champion", "candidate", "previous"]
+ALIASES: tuple[Alias, ...] = get_args(Alias)
 
 
 def default_tracking_uri() -> str:
@@ -80,31 +84,69 @@ class Tracker:
         """A file under the parent run's artifacts."""
         self._client.log_artifact(self.run_id, str(path))
 
-    def register(self, published: Published, judged: Judged, bundle: Path) -> str:
+    def register(self, published: Published, judged: Judged) -> str:
         """A registered model version for a published bundle, tagged with digest and verdict; returns its number."""
-        from mlflow.exceptions import MlflowException  # noqa: PLC0415
-
-        try:
-            self._client.create_registered_model(published.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        for version in self._client.search_model_versions(f"name = '{published.name}'"):
-            if version.tags.get("digest") == published.digest:
-                return str(version.version)
         tags = {
-            "digest": published.digest,
             "variant": published.variant,
             "verdict": judged.gate.verdict,
             "compatibility": judged.compatibility,
             "approver": "none yet",
         }
-        made = self._client.create_model_version(published.name, bundle.as_uri(), run_id=self.run_id, tags=tags)
-        return str(made.version)
+        return _find_or_create_version(self._client, published.name, published.digest, self.run_id, tags)
 
     def _log_metrics(self, run_id: str, judged: Judged) -> None:
         for name, value in candidate_metrics(judged).items():
             self._client.log_metric(run_id, name, value)
+
+
+class ModelAliases:
+    """The aliases of one registered model, by the digests of the bundles whose versions they name."""
+
+    def __init__(self, uri: str | None, model: str) -> None:
+        """At `uri`, or in the state folder's SQLite. Raises TrackingFailed."""
+        self._model = model
+        with _failures_named(uri):
+            self._client = _open_client(uri or default_tracking_uri())
+
+    def read(self) -> dict[Alias, str]:
+        """Alias → digest; a version that was registered by hand and has no digest shows as its number."""
+        with _failures_named(None):
+            set_at = _read_registered_aliases(self._client, self._model)
+            return {alias: self._digest_of(set_at[alias]) for alias in ALIASES if alias in set_at}
+
+    def write(self, wanted: Mapping[Alias, str | None], tags: Mapping[str, str] | None = None) -> None:
+        """Point each alias at the version of its digest (None: at nothing); `tags` go to the champion's version.
+
+        A bundle that MLflow has never seen is registered. What is right already is not written again.
+        """
+        with _failures_named(None):
+            now = self.read()
+            for alias, digest in wanted.items():
+                if now.get(alias) == digest:
+                    continue
+                if digest is None:
+                    self._client.delete_registered_model_alias(self._model, alias)
+                else:
+                    version = _find_or_create_version(self._client, self._model, digest, None, {})
+                    self._client.set_registered_model_alias(self._model, alias, version)
+            champion = wanted.get("champion")
+            if champion is not None:
+                version = _find_or_create_version(self._client, self._model, champion, None, {})
+                for key, value in (tags or {}).items():
+                    self._client.set_model_version_tag(self._model, version, key, value)
+
+    def find_report(self, run_id: str | None) -> str | None:
+        """The page of the run's HTML report on an MLflow server; None where there is no such run, or no server."""
+        uri = self._client.tracking_uri
+        if run_id is None or not uri.startswith(("http://", "https://")):
+            return None
+        with _failures_named(uri):
+            experiment = self._client.get_run(run_id).info.experiment_id
+        return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}/artifacts/report.html"
+
+    def _digest_of(self, version: str) -> str:
+        tags = self._client.get_model_version(self._model, version).tags
+        return str(tags.get("digest") or f"version {version}")
 
 
 def candidate_metrics(judged: Judged) -> dict[str, float]:
@@ -153,21 +195,66 @@ def track_run(uri: str | None, experiment: str, params: dict[str, str], name: st
 
 def _connect(uri: str, experiment: str) -> tuple[Any, str]:
     """A client, and the experiment's id; a new experiment on SQLite keeps its artifacts beside the database."""
-    disable_telemetry()
-    from mlflow import MlflowClient  # noqa: PLC0415  its import takes seconds and reads the environment
-
     location = None
     if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        location = (folder / "artifacts").as_uri()
-    client = MlflowClient(tracking_uri=uri)
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
+    client = _open_client(uri)
     found = client.get_experiment_by_name(experiment)
     if found:
         return client, found.experiment_id
     # The kind opens the pages for models rather than those for chat traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
     return client, client.create_experiment(experiment, artifact_location=location, tags=tags)
+
+
+def _open_client(uri: str) -> Any:
+    disable_telemetry()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 wait four minutes for a dead server
+    from mlflow import MlflowClient  # noqa: PLC0415  its import takes seconds and reads the environment
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _failures_named(uri: str | None) -> Iterator[None]:
+    """MLflow's own errors as TrackingFailed, in one line."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise TrackingFailed(f"MLflow{f' at {uri}' if uri else ''}: {str(error).splitlines()[0]}") from None
+
+
+def _read_registered_aliases(client: Any, model: str) -> dict[str, str]:
+    """Alias → version number, as MLflow has them; empty for a model it does not know."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    try:
+        return {str(alias): str(version) for alias, version in client.get_registered_model(model).aliases.items()}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
+
+
+def _find_or_create_version(client: Any, model: str, digest: str, run_id: str | None, tags: dict[str, str]) -> str:
+    """The number of the version that stands for the bundle `digest`."""
+    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name = '{model}' and tags.digest = '{digest}'"):
+        return str(version.version)
+    # Names the bundle, not a place: MLflow's server refuses local paths, and a registry can move.
+    source = f"thorforge://registry/{model}/{digest}"
+    made = client.create_model_version(model, source, run_id=run_id, tags={"digest": digest, **tags})
+    return str(made.version)
 
 
 def _close_dead_runs(client: Any, experiment_id: str) -> None:

@@ -8,10 +8,13 @@ from pydantic import BaseModel
 import registry.errors
 import tasks.errors
 from flows.config import OptimizeConfig
+from registry.approval import ApprovalPolicy
 from registry.gate import GateLimits
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
+from tasks.delivery import WorkerConfig
+from tasks.notify import WebhookConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
@@ -28,6 +31,9 @@ def render_reference() -> str:
             "",
             *_table(("key", "default", "meaning"), _fields("optimize", OptimizeConfig)),
             *_table(("key", "default", "meaning"), _fields("optimize.gate", GateLimits)),
+            *_table(("key", "default", "meaning"), _fields("promote.approval", ApprovalPolicy)),
+            *_table(("key of each `[[promote.workers]]`", "default", "meaning"), _fields("", WorkerConfig)),
+            *_table(("key of each `[[promote.webhooks]]`", "default", "meaning"), _fields("", WebhookConfig)),
             "## Settings of the worker: `config.toml`, environment, flags",
             "",
             *_table(
@@ -67,7 +73,8 @@ def _fields(section: str, model: type[BaseModel]) -> list[tuple[str, str, str]]:
         default = field.get_default(call_default_factory=True)
         if not isinstance(default, BaseModel):
             shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-            rows.append((f"`{section}.{name}`", f"`{shown}`", field.description or ""))
+            key = f"{section}.{name}" if section else name
+            rows.append((f"`{key}`", "required" if field.is_required() else f"`{shown}`", field.description or ""))
     return rows
 
 

@@ -60,8 +60,9 @@ def test_readme_commands_parse() -> None:
 
 
 def test_readme_settings_are_accepted() -> None:
-    (settings,) = blocks("toml")
-    assert Settings.model_validate(tomllib.loads(settings))
+    assert len(blocks("toml")) == 2
+    for settings in blocks("toml"):
+        assert Settings.model_validate(tomllib.loads(settings))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LEAST_CAPABILITY = {"f16": (8, 0), "f8": (8, 9)}
@@ -62,14 +62,12 @@ def examine_node() -> Node:
 def _ask_gpu(found: Node) -> Node:
     import torch  # noqa: PLC0415  it is there
 
-    kept = (found.torch_version, True, found.triton_version)
-    machine = {"compiler": found.compiler, "has_headers": found.has_headers}
     try:
         torch.cuda.init()
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     except (RuntimeError, AssertionError) as error:
-        return Node(*kept, start_error=str(error).strip().splitlines()[0], **machine)
-    return Node(*kept, None, name, capability, tuple(torch.cuda.get_arch_list()), **machine)
+        return replace(found, start_error=str(error).strip().splitlines()[0])
+    return replace(found, gpu=name, capability=capability, architectures=tuple(torch.cuda.get_arch_list()))
 
 
 def find_problem(node: Node, compute: str) -> Problem | None:

@@ -24,11 +24,12 @@ class Project:
 
     folder: Path
     env: dict[str, str]
+    working_folder: Path = ROOT
 
     def run(self, *command: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
-        """Run a command in the checkout, output captured."""
+        """Run a command in the working folder, output captured."""
         return subprocess.run(
-            command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout, check=False
+            command, cwd=self.working_folder, env=self.env, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     def thorforge(self, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:

@@ -4,14 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+from glob import glob
 
-# Program → Debian package.
-_PROGRAMS = {"chromium": "chromium"}
+# Program → Debian package. PostgreSQL's server is not on the path there, but by version below /usr/lib.
+_PROGRAMS = {"chromium": "chromium", "postgres": "postgresql"}
+_ELSEWHERE = {"postgres": "/usr/lib/postgresql/*/bin/postgres"}
 
 
 def main() -> int:
     """Install missing system packages as root on Debian; otherwise say what to install. Returns the exit status."""
-    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+    missing = [package for program, package in _PROGRAMS.items() if not _is_there(program)]
     if not missing:
         return 0
     if shutil.which("apt-get") is None or os.geteuid() != 0:
@@ -22,6 +24,10 @@ def main() -> int:
     for command in (["apt-get", "update", "--quiet"], install):
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return 0
+
+
+def _is_there(program: str) -> bool:
+    return shutil.which(program) is not None or bool(glob(_ELSEWHERE.get(program, "")))
 
 
 if __name__ == "__main__":

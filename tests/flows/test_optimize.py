@@ -17,10 +17,10 @@ from flows.cli import app
 from flows.config import OptimizeConfig
 from flows.optimize import Outcome, pull_champion
 from flows.run import describe_outcome, run_optimize
-from registry.channel import move_channel
 from registry.client import list_bundles, pull
 from registry.errors import StoreFull
 from registry.manifest import read_manifest, verify_bundle
+from registry.moves import move_channel
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
 from tasks.errors import CorpusRejected

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from registry.channel import CHANNELS, ChannelRecord, move_channel, read_channel, read_channels
+from registry.channel import CHANNELS, ChannelRecord, read_channel, read_channels
 from registry.client import push
 from registry.errors import BundleNotFound, ChannelMoved, ChannelNotFound, RecordInvalid, ReferenceInvalid
+from registry.moves import move_channel
 from registry.store import FolderStore
 
 ROUNDS = 20

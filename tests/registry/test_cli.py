@@ -12,10 +12,11 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from registry.channel import CHANNELS, move_channel, read_channel
+from registry.channel import CHANNELS, read_channel
 from registry.cli import app
 from registry.client import push
 from registry.manifest import digest_of, read_manifest, verify_bundle
+from registry.moves import move_channel
 from registry.store import FolderStore
 from tests.registry.damage import edit_manifest, flip_byte
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from registry.channel import move_channel
 from registry.client import list_bundles, pull, push, read_stored, resolve, verify_stored
 from registry.errors import (
     AmbiguousDigest,
@@ -19,6 +18,7 @@ from registry.errors import (
     TargetExists,
 )
 from registry.manifest import digest_of, read_manifest, verify_bundle
+from registry.moves import move_channel
 from registry.store import FolderStore
 from tests.registry.damage import FILES, edit_manifest, flip_byte
 
@@ -45,7 +45,7 @@ def test_push_refuses_one_changed_byte(bundle: Path, store: FolderStore, name: s
     flip_byte(bundle / name, position)
     with pytest.raises(DigestMismatch, match=name):
         push(bundle, store)
-    assert not store.root.exists()
+    assert not (store.root / "models").exists()
 
 
 def test_push_refuses_a_broken_manifest(bundle: Path, store: FolderStore) -> None:
@@ -66,7 +66,7 @@ def test_push_refuses_links_and_extra_and_missing_files(bundle: Path, store: Fol
     (bundle / "golden.npz").unlink()
     with pytest.raises(BundleIncomplete, match=r"missing \['golden.npz'\]"):
         push(bundle, store)
-    assert not store.root.exists()
+    assert not (store.root / "models").exists()
 
 
 @pytest.mark.parametrize("name", ["../escaped", "models/../../escaped", "/escaped"])
@@ -78,7 +78,7 @@ def test_push_refuses_a_manifest_that_reaches_outside(bundle: Path, store: Folde
     edit_manifest(bundle, lambda d: (d["files"].pop(name), d.update(model_name="../escaped")))
     with pytest.raises(ManifestInvalid, match="is not a name"):
         push(bundle, store)
-    assert not store.root.exists()
+    assert not (store.root / "models").exists()
 
 
 def test_pull_makes_the_same_bundle(store: FolderStore, bundle: Path, digest: str, tmp_path: Path) -> None:

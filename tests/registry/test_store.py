@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.channel import move_channel, read_channel
+from registry.channel import read_channel
 from registry.client import pull, push, verify_stored
 from registry.errors import BundleIncomplete, BundleNotFound, DigestMismatch, ReferenceInvalid, StoreFull
 from registry.manifest import (
@@ -22,6 +22,7 @@ from registry.manifest import (
     verify_bundle,
     write_manifest,
 )
+from registry.moves import move_channel
 from registry.staging import staged_folder
 from registry.store import FolderStore
 from tests.bundles import make_bundle

@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
 from serving.opening import Opened, Opener, SwitchedEngine
 from serving.settings import CustomKernelsSettings, ModelSource
-from tests.serving.engines import WrappedEngine
+from tests.serving.engines import HeldEngine, WrappedEngine
 from tests.serving.test_models import engine_entries, rewrite
 
 KERNELS_ALWAYS, KERNELS_NEVER = (CustomKernelsSettings(use=use) for use in ("always", "never"))  # type: ignore[arg-type]
@@ -86,13 +87,24 @@ def test_bundle_of_one_engine_has_no_spare(model: LoadedModel) -> None:
     assert model.open_spare is None
 
 
-def test_switched_engine_runs_small_batches_on_the_one_and_large_ones_on_the_other(model: LoadedModel) -> None:
-    small, large = WrappedEngine(model.engine), WrappedEngine(model.engine)
+def test_switched_engine_runs_a_lone_small_batch_on_the_one_and_all_others_on_the_other(model: LoadedModel) -> None:
+    small, large = HeldEngine(model.engine, is_free=lambda ids: ids.size != 8), WrappedEngine(model.engine)
     engine = SwitchedEngine(small, large)
-    for shape in ((4, 16), (5, 13)):
+
+    def run(*shape: int) -> None:
         engine.embed(np.full(shape, 6), np.ones(shape, dtype=np.int64))
-    assert (small.shapes, large.shapes) == ([(4, 16)], [(5, 13)])
-    assert engine.runtime == f"{model.engine.runtime} + {model.engine.runtime}"
+
+    for shape in ((4, 16), (5, 13)):
+        run(*shape)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(run, 1, 8)
+        assert small.entered.wait(20)
+        run(1, 7)  # while another runs
+        small.gate.set()
+        held.result()
+    run(1, 6)
+    assert (small.shapes, large.shapes) == ([(4, 16), (1, 8), (1, 6)], [(5, 13), (1, 7)])
+    assert engine.runtime == model.engine.runtime
     engine.close()
     assert (small.is_closed, large.is_closed) == (True, True)
 

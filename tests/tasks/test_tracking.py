@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from tasks.errors import TrackingFailed
 from tasks.plots import plot_pareto
 from tasks.publish import Published
 from tasks.select import choose
-from tasks.tracking import Tracker, candidate_metrics, default_tracking_uri, track_run
+from tasks.tracking import ModelAliases, Tracker, candidate_metrics, default_tracking_uri, track_run
 from tests.forge import Forge
+from tests.servers import free_port
 
 # The tables of MLflow and of Prefect's server use what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -143,16 +145,43 @@ def test_tracking_leaves_runs_of_other_hosts_and_tools_alone(uri: str) -> None:
             assert [status(uri, run) for run in others] == ["RUNNING", "RUNNING"]
 
 
-def test_tracking_registers_a_digest_once(uri: str, forge: Forge, tmp_path: Path) -> None:
+def test_tracking_registers_a_digest_once(uri: str, forge: Forge) -> None:
     judged = forge.study.judged[0]
     published = [Published(name="tiny", variant=judged.name, version="v", digest=digest * 64) for digest in "ab"]
     with track_run(uri, "register", {}) as tracker:
-        versions = [tracker.register(p, judged, tmp_path) for p in (published[0], published[0], published[1])]
+        versions = [tracker.register(p, judged) for p in (published[0], published[0], published[1])]
     assert versions[0] == versions[1] != versions[2]
     version = client(uri).get_model_version("tiny", versions[0])
     assert version.tags["digest"] == "a" * 64
     assert version.tags["verdict"] == judged.gate.verdict
-    assert (version.tags["approver"], version.source) == ("none yet", tmp_path.as_uri())
+    assert (version.tags["approver"], version.source) == ("none yet", f"thorforge://registry/tiny/{'a' * 64}")
+
+
+def test_tracking_aliases_name_digests_and_register_what_is_unknown(uri: str) -> None:
+    first, second = "c" * 64, "d" * 64
+    aliases = ModelAliases(uri, "aliased")
+    assert aliases.read() == {}
+    aliases.write({"champion": first, "previous": None}, {"approver": "ada"})
+    assert aliases.read() == {"champion": first}
+    aliases.write({"champion": second, "previous": first, "candidate": second})
+    assert aliases.read() == {"champion": second, "previous": first, "candidate": second}
+    aliases.write({"candidate": None})
+    assert aliases.read() == {"champion": second, "previous": first}
+    assert len(client(uri).search_model_versions("name = 'aliased'")) == 2
+    assert client(uri).get_model_version_by_alias("aliased", "previous").tags["approver"] == "ada"
+
+
+def test_tracking_aliases_show_a_version_without_a_digest(uri: str) -> None:
+    client(uri).create_registered_model("by-hand")
+    client(uri).create_model_version("by-hand", "s3://somewhere/else")
+    client(uri).set_registered_model_alias("by-hand", "champion", "1")
+    assert ModelAliases(uri, "by-hand").read() == {"champion": "version 1"}
+
+
+def test_tracking_names_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingFailed, match=r"MLflow.*refused"):
+        ModelAliases(f"http://127.0.0.1:{free_port()}", "tiny").read()
 
 
 def test_tracking_default_is_sqlite_below_the_state_folder(home: Path) -> None:

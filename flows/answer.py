@@ -1,0 +1,148 @@
+"""Answering a promotion that waits, from the command line: what waits, what is asked, and a yes or a no."""
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterState
+from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import ObjectNotFound
+
+from flows.config import Settings, open_registry
+from registry.approval import Decision, check_approval, decide
+from registry.errors import ApprovalRejected, PromotionRefused
+from registry.gate import GateRecord
+from registry.ledger import Judged, Refused, append_once, read_ledger
+from registry.store import Store
+from tasks.errors import NotWaiting
+
+_FORM_TRIES, _FORM_SECONDS = 20, 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A promotion that waits: its run, what it asks, and the page that an approver reads."""
+
+    id: UUID
+    name: str
+    model: str
+    requested_by: str
+    bundle: str
+    gate: str
+    page: str
+
+
+def list_waiting() -> list[Waiting]:
+    """Every promotion that waits for an answer, oldest first."""
+    with get_client(sync_client=True) as client:
+        return [waiting for run in _paused_runs(client) if (waiting := _read_waiting(client, run))]
+
+
+def find_waiting(run: str) -> Waiting:
+    """The promotion whose run has this name or id. Raises NotWaiting, which lists those that wait."""
+    waiting = list_waiting()
+    for one in waiting:
+        if run in (one.name, str(one.id)):
+            return one
+    raise NotWaiting(f"no promotion waits under {run!r}; waiting: {', '.join(one.name for one in waiting) or 'none'}")
+
+
+def answer(
+    settings: Settings, waiting: Waiting, approver: str, decision: Decision, reason: str, is_override: bool
+) -> None:
+    """Hand a decision on exactly what `waiting` asks to its run.
+
+    One that the configuration here would not count is refused and recorded at once, and the run waits on; the run
+    judges it by its own configuration all the same. Raises PromotionRefused, NotWaiting.
+    """
+    store = open_registry(settings)
+    gate = _find_gate(store, waiting)
+    if gate is not None:
+        _refuse_what_cannot_count(store, settings, waiting, gate, approver, decision, reason, is_override)
+    form = {
+        "approver": approver,
+        "decision": decision,
+        "reason": reason,
+        "override": is_override,
+        "bundle": waiting.bundle,
+        "gate": waiting.gate,
+    }
+    with get_client(sync_client=True) as client:
+        result = client.resume_flow_run(waiting.id, run_input=form)
+    if result.status != SetStateStatus.ACCEPT:
+        raise NotWaiting(f"{waiting.name} did not take the answer: {getattr(result.details, 'reason', result.status)}")
+
+
+def _refuse_what_cannot_count(
+    store: Store,
+    settings: Settings,
+    waiting: Waiting,
+    gate: GateRecord,
+    approver: str,
+    decision: Decision,
+    reason: str,
+    is_override: bool,
+) -> None:
+    policy, now = settings.promote.approval, datetime.now(UTC)
+    approval = decide(approver, waiting.bundle, gate, decision, policy, now=now, reason=reason, is_override=is_override)
+    try:
+        check_approval(policy, waiting.bundle, gate, approval, requested_by=waiting.requested_by, now=now)
+    except ApprovalRejected:
+        return  # a plain no, which the run is to hear
+    except PromotionRefused as error:
+        refused = Refused(
+            action="promote", bundle=waiting.bundle, error=type(error).__name__, reason=str(error), asked_by=approver
+        )
+        append_once(store, waiting.model, refused)
+        raise
+
+
+def _find_gate(store: Store, waiting: Waiting) -> GateRecord | None:
+    """The gate report that is asked about, from the ledger; None where this registry is not the run's."""
+    for entry in read_ledger(store, waiting.model):
+        if isinstance(entry.event, Judged) and entry.event.report.digest == waiting.gate:
+            return entry.event.report
+    return None
+
+
+def _paused_runs(client: SyncPrefectClient) -> list[FlowRun]:
+    return client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=["promote"])),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=StateTypes(any_=[StateType.PAUSED]))),
+    )
+
+
+def _read_waiting(client: SyncPrefectClient, run: FlowRun) -> Waiting | None:
+    """What a paused run asks; None for one that was paused by hand."""
+    keys = run.state.state_details.run_input_keyset if run.state else None
+    if keys is None:
+        return None
+    defaults = {name: field.get("default") for name, field in _read_form(client, run, keys)["properties"].items()}
+    return Waiting(
+        id=run.id,
+        name=run.name,
+        model=run.parameters["model"],
+        requested_by=run.parameters["requested_by"],
+        bundle=defaults["bundle"],
+        gate=defaults["gate"],
+        page=client.read_flow_run_input(run.id, keys["description"]),
+    )
+
+
+def _read_form(client: SyncPrefectClient, run: FlowRun, keys: dict[str, str]) -> dict[str, Any]:
+    """The form's schema, which Prefect stores a moment after it pauses the run."""
+    for _ in range(_FORM_TRIES):
+        try:
+            form: dict[str, Any] = json.loads(client.read_flow_run_input(run.id, keys["schema"]))
+        except ObjectNotFound:
+            time.sleep(_FORM_SECONDS)
+        else:
+            return form
+    raise NotWaiting(f"{run.name} is paused, but asks nothing")

@@ -1,0 +1,42 @@
+"""Tiny bundles with the reports that `optimize` puts into them, published to a registry, for tests of promotion."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from registry.client import push
+from registry.manifest import MANIFEST_NAME, payload_checksum, read_manifest, scan_files, write_manifest
+from registry.store import Store
+from tests.bundles import make_bundle
+
+QUALITY = {"nonfinite": 0.0, "cosine_mean": 0.999, "ndcg_at_10_loss": 0.001, "recall_at_10_loss": 0.002}
+RATIOS = {"latency_ratio_vs_champion": 0.8, "throughput_ratio_vs_champion": 1.2}
+
+
+def publish_bundle(
+    store: Store,
+    folder: Path,
+    seed: int = 0,
+    quality: Mapping[str, float | None] = QUALITY,
+    ratios: Mapping[str, float] = RATIOS,
+    champion: str | None = None,
+) -> str:
+    """Write a bundle whose reports say this, measured beside `champion`, push it, and return its digest."""
+    make_bundle(folder, seed=seed)
+    (folder / "reports").mkdir()
+    metrics = {name: {"value": value, "low": value, "high": value} for name, value in quality.items()}
+    results = [{"metric": name, "value": value, "low": value, "high": value} for name, value in ratios.items()]
+    _write(folder / "reports" / "quality.json", {"metrics": metrics, "num_texts": 1, "num_queries": 1})
+    _write(folder / "reports" / "gate.json", {"verdict": "pass", "reason": "", "results": results if champion else []})
+    manifest = read_manifest(folder)
+    (folder / MANIFEST_NAME).unlink()
+    files = scan_files(folder)
+    lineage = manifest.lineage.model_copy(update={"parents": {"champion": champion} if champion else {}})
+    update = {"files": files, "checksum": payload_checksum(files), "lineage": lineage}
+    write_manifest(folder, manifest.model_copy(update=update))
+    return push(folder, store)
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document))
