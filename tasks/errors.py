@@ -42,6 +42,10 @@ class ArtifactChanged(TaskError):
     """A cached result names an artifact whose files were changed since it was made."""
 
 
+class ProfileInvalid(TaskError):
+    """What was asked to be profiled cannot be, or its trace holds nothing to summarise."""
+
+
 class SourceUnreachable(TaskError):
     """A model, bundle or worker named for evaluation does not answer as one."""
 
