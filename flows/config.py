@@ -11,16 +11,26 @@ from registry.approval import ApprovalPolicy
 from registry.gate import GateLimits
 from registry.manifest import SafeName, describe_validation
 from registry.store import Store, open_store
+from serving.engines import has_nvidia_driver
 from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
 from tasks.notify import WebhookConfig
-from tasks.variants import VariantName
+from tasks.variants import VariantName, list_variants
 
 CONFIG_NAME = "thorforge.toml"
 
 
 class ConfigRejected(TaskError):
     """A settings file with an unknown key or a value out of range."""
+
+
+def _has_cuda_engine() -> bool:
+    """Whether the cuda engine runs here; torch is asked only where the kernel has an NVIDIA driver."""
+    if not has_nvidia_driver():
+        return False
+    from serving.engines.cuda_node import examine_node, find_problem  # noqa: PLC0415  it starts CUDA
+
+    return find_problem(examine_node(), "f8") is None
 
 
 class OptimizeConfig(BaseModel):
@@ -43,9 +53,9 @@ class OptimizeConfig(BaseModel):
         default=(), description="STS files (score, sentence1, sentence2, tab-separated) to judge candidates on as well"
     )
     variants: tuple[VariantName, ...] = Field(
-        default=("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"),
+        default_factory=lambda: list_variants(_has_cuda_engine()),
         min_length=1,
-        description="which variants to build",
+        description="which variants to build; by default all that this node runs (cuda-fp16, cuda-fp8: a GPU)",
     )
     calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
     registry: str | None = Field(

@@ -1,6 +1,7 @@
 """optimize: from a teacher to a published, judged bundle. This file reads top to bottom as the pipeline."""
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -26,9 +27,9 @@ from tasks.quantize import quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
-from tasks.teacher import embed_teacher, load_teacher
+from tasks.teacher import Teacher, embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
-from tasks.variants import VARIANTS
+from tasks.variants import CUDA_VARIANTS, VARIANTS, VariantName
 
 
 class Outcome(BaseModel):
@@ -54,10 +55,10 @@ def optimize(config: OptimizeConfig) -> Outcome:
         exported = export_onnx(teacher)
         hardware = describe_hardware()
         recipe = (exported, teacher.max_seq_length, corpus, config.calibration_size)
-        building = [quantize.submit(VARIANTS[name], *recipe) for name in config.variants]
+        building = [_submit_build(name, teacher, recipe) for name in config.variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         # type: a future stands for its result, Prefect waits for it.
-        judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
+        judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]
         candidates = [future.result() for future in building]
         qualities = [future.result() for future in judging]
 
@@ -95,6 +96,16 @@ def pull_champion(registry: str | None, name: str) -> Path | None:
     target = state_dir() / "champions" / digest
     pull(store, name, digest, target)
     return target
+
+
+def _submit_build(name: VariantName, teacher: Teacher, recipe: tuple[Artifact, int, Artifact, int]) -> Any:
+    """The future of one candidate: from the exported graph, or from the weights for the cuda engine."""
+    if name not in CUDA_VARIANTS:
+        return quantize.submit(VARIANTS[name], *recipe)
+    from tasks.encoder import build_encoder  # noqa: PLC0415  torch: seconds that no other variant pays
+
+    _, _, corpus, calibration_size = recipe
+    return build_encoder.submit(CUDA_VARIANTS[name], teacher, corpus, calibration_size)
 
 
 def _params(config: OptimizeConfig) -> dict[str, str]:

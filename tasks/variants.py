@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import Precision, Runtime
 
-VariantName = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"]
+CudaVariantName = Literal["cuda-fp16", "cuda-fp8"]
+VariantName = Literal["fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino", CudaVariantName]
 
 
 class Variant(BaseModel):
@@ -18,7 +19,7 @@ class Variant(BaseModel):
     runtime: Runtime
     precision: Precision
     method: str
-    compute: Literal["f32", "bf16"] = "f32"
+    compute: Literal["f32", "bf16", "f16", "f8"] = "f32"
     is_calibrated: bool = False
 
 
@@ -45,3 +46,24 @@ VARIANTS: dict[VariantName, Variant] = {
         Variant(name="bf16-openvino", runtime="openvino", precision="bf16", method="bf16 arithmetic", compute="bf16"),
     )
 }
+
+# Made of the teacher's weights, not of the exported graph, and judged where there is a GPU alone.
+CUDA_VARIANTS: dict[VariantName, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant(name="cuda-fp16", runtime="cuda", precision="fp16", method="float16, packed", compute="f16"),
+        Variant(
+            name="cuda-fp8",
+            runtime="cuda",
+            precision="fp8",
+            method="linear layers in E4M3, max calibration; the rest in float16, packed",
+            compute="f8",
+            is_calibrated=True,
+        ),
+    )
+}
+
+
+def list_variants(has_gpu: bool) -> tuple[VariantName, ...]:
+    """What is built unless something else is asked for."""
+    return (*VARIANTS, *(CUDA_VARIANTS if has_gpu else ()))

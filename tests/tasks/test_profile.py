@@ -31,7 +31,7 @@ def test_recorded_run_is_told_apart_by_kind() -> None:
     assert 0.4 < products.compute_share < 1
     assert all(0 < rows[kind].bandwidth_share < 1 for kind in ("norms", "embedding", "pooling"))
     assert profile.copy_share == pytest.approx(rows["copies"].share)
-    assert 0 < profile.idle_share < 0.2
+    assert 0 < profile.idle_share < 0.3  # the host packs the next run
 
 
 def test_gaps_and_overlaps_are_counted_once() -> None:
