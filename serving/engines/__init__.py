@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class LimitedEngine(Protocol):
+    """An engine that learns while it serves how much fits its memory."""
+
+    @property
+    def memory_limit_tokens(self) -> int | None:
+        """Tokens of the largest batch that fitted after one that did not; None while all did."""
         ...
 
 

@@ -1,5 +1,6 @@
 """The CUDA engine: packed batches on our own kernels, CUDA graphs for small ones, copies beside the computation."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _LONG_LENGTH, _LONG_TOKENS = 128, 4096  # a mean length and a size from which lo
 _NUM_SLOTS = 2
 
 
+_log = logging.getLogger(__name__)
+
+
 class CudaEngine:
     """Runs `model.safetensors` with the `config.json` beside it; `compute` is `f16` or `f8` (E4M3 linear layers).
 
@@ -48,6 +52,7 @@ class CudaEngine:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._encoder = _fit_encoder(weights, self._config, self._device, compute, max_tokens)
         self._streams = _Streams.make()
+        self.memory_limit_tokens: int | None = None
         self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
         self._static = torch.zeros_like(self._slots[0].integers)
         self._graphs = self._capture()
@@ -72,7 +77,15 @@ class CudaEngine:
             torch.cuda.empty_cache()
             middle = len(lengths) // 2
             halves = slice(None, middle), slice(middle, None)
-            return np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
+            vectors = np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
+            self._learn_limit(max(int(lengths[half].sum()) for half in halves))
+            return vectors
+
+    def _learn_limit(self, tokens: int) -> None:
+        """Halves of halves come first, so the smallest stays."""
+        if self.memory_limit_tokens is None or tokens < self.memory_limit_tokens:
+            self.memory_limit_tokens = tokens
+            _log.warning("engine out of memory: batches are limited tokens=%d", tokens)
 
     def prepare(self, input_ids: Ids, attention_mask: Ids) -> Callable[[], "torch.Tensor"]:
         """Put a batch that fits one run on the GPU; the function computes its vectors there, again and again.
