@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, PathDistribution, version
 from pathlib import Path
@@ -30,6 +30,7 @@ _START_SECONDS = 120.0
 _POLL_SECONDS = 0.01
 _REQUEST_SECONDS = 60.0
 _STOP_SECONDS = 30.0
+_HOLD_SECONDS = 5.0
 
 
 class ServerFailed(Exception):
@@ -84,14 +85,18 @@ class Server:
     def pause(self) -> None:
         """Stop it where it is, so that it takes no processor time from another's turn; returns once it stands."""
         self._signal(signal.SIGSTOP)
-        if self.process is not None:
-            # A stop signal is delivered some time after it was sent. WNOWAIT: an end stays for `process` to notice.
-            with suppress(ChildProcessError):
-                os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        deadline = time.perf_counter() + _HOLD_SECONDS  # the signal is delivered some time after it was sent
+        while self._is_running() and time.perf_counter() < deadline:
+            time.sleep(_POLL_SECONDS)
 
     def resume(self) -> None:
         """Let it go on."""
         self._signal(signal.SIGCONT)
+
+    def _is_running(self) -> bool:
+        if self.process is None or self.process.poll() is not None:
+            return False
+        return psutil.Process(self.process.pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.poll() is None:

@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from registry.approval import Approval, ApprovalPolicy, approve_by_policy, check_approval, check_approvals, decide
 from registry.errors import ApprovalExpired, ApprovalMissing, ApprovalRejected, PromotionRefused
@@ -26,6 +26,9 @@ _DIGEST = "^[0-9a-f]{64}$"
 
 class ApprovalForm(RunInput):
     """What an approver decides. Leave `bundle` and `gate` as they are: they say what is decided on."""
+
+    # Prefilled, and asked for all the same: who answers by HTTP has to say what the answer is about.
+    model_config = ConfigDict(json_schema_extra={"required": ["approver", "decision", "bundle", "gate"]})
 
     approver: str = Field(title="Your name", min_length=1, max_length=256)
     decision: Literal["approve", "reject"] = Field(title="Decision")

@@ -3,19 +3,19 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from registry.approval import ApprovalPolicy
-from registry.gate import GateLimits
+from registry.gate import GateSettings
 from registry.manifest import SafeName, describe_validation
 from registry.store import Store, open_store
 from serving.engines import has_nvidia_driver
 from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
 from tasks.notify import WebhookConfig
-from tasks.variants import VariantName, list_variants
+from tasks.variants import CUDA_VARIANTS, VARIANTS, Recipe, Variant, list_variants
 
 CONFIG_NAME = "thorforge.toml"
 
@@ -52,10 +52,15 @@ class OptimizeConfig(BaseModel):
     sts: tuple[Path, ...] = Field(
         default=(), description="STS files (score, sentence1, sentence2, tab-separated) to judge candidates on as well"
     )
-    variants: tuple[VariantName, ...] = Field(
+    variants: tuple[str, ...] = Field(
         default_factory=lambda: list_variants(_has_cuda_engine()),
         min_length=1,
-        description="which variants to build; by default all that this node runs (cuda-fp16, cuda-fp8: a GPU)",
+        description="which variants to build: "
+        + ", ".join((*VARIANTS, *CUDA_VARIANTS))
+        + ", or a recipe's name; the last two need a GPU and are built by default where there is one",
+    )
+    recipe: tuple[Recipe, ...] = Field(
+        default=(), description="variants of your own: [[optimize.recipe]] with name, build and steps"
     )
     calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
     registry: str | None = Field(
@@ -63,15 +68,31 @@ class OptimizeConfig(BaseModel):
         description="a folder or s3://bucket/prefix[?endpoint=URL]; by default registry of the state folder",
     )
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
-    gate: GateLimits = Field(default_factory=GateLimits, description="the accuracy gate's limits")
+    gate: GateSettings = Field(default_factory=GateSettings, description="the accuracy gate's limits")
 
     @field_validator("variants")
     @classmethod
-    def _variants_differ(cls, variants: tuple[VariantName, ...]) -> tuple[VariantName, ...]:
+    def _variants_differ(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
         for name in variants:
             if variants.count(name) > 1:
                 raise ValueError(f"{name!r} is named twice")
         return variants
+
+    @model_validator(mode="after")
+    def _variants_are_known(self) -> Self:
+        known = [*VARIANTS, *CUDA_VARIANTS, *(recipe.name for recipe in self.recipe)]
+        for name in known:
+            if known.count(name) > 1:
+                raise ValueError(f"a recipe is called {name!r}, as another variant is")
+        for name in self.variants:
+            if name not in known:
+                raise ValueError(f"{name!r} is no variant: known are {', '.join(known)}")
+        return self
+
+    def recipes(self) -> list[Variant]:
+        """The variants to build."""
+        known = VARIANTS | CUDA_VARIANTS | {recipe.name: recipe.variant() for recipe in self.recipe}
+        return [known[name] for name in self.variants]
 
 
 class PromoteConfig(BaseModel):
@@ -135,7 +156,7 @@ def _validate(table: dict[str, Any], place: str) -> Settings:
 
 def _suggest(error: ValidationError) -> str:
     """The closest known key, where an unknown one looks like a slip."""
-    sections = (Settings, OptimizeConfig, GateLimits, PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig)
+    sections = (Settings, OptimizeConfig, GateSettings, PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig)
     known = {name for section in sections for name in section.model_fields}
     unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
     found = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]

@@ -19,6 +19,8 @@ def prepare_environment() -> None:
     defaults = {
         "PREFECT_HOME": str(state / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Its own limit of 20 s is missed on a slow or busy machine.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "TOKENIZERS_PARALLELISM": "true",
         # Inherited by the temporary Prefect server, so that the next run can tell whose it was.

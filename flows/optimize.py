@@ -1,5 +1,6 @@
 """optimize: from a teacher to a published, judged bundle. This file reads top to bottom as the pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
+from flows.models import make_models
 from registry.channel import read_channel
 from registry.client import pull
 from registry.errors import ChannelNotFound
@@ -18,18 +20,19 @@ from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.evaluate import evaluate
+from tasks.evaluate import evaluate, score_champion
 from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
-from tasks.plots import plot_latency_cdf, plot_pareto
+from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
 from tasks.quantize import quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
+from tasks.steps import Step
 from tasks.teacher import Teacher, embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
-from tasks.variants import CUDA_VARIANTS, VARIANTS, VariantName
+from tasks.variants import CUDA_VARIANTS, Variant
 
 
 class Outcome(BaseModel):
@@ -49,32 +52,32 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
-
+    limits = config.gate.for_model(teacher.name)
     with track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}") as tracker:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
-        exported = export_onnx(teacher)
-        hardware = describe_hardware()
-        recipe = (exported, teacher.max_seq_length, corpus, config.calibration_size)
-        building = [_submit_build(name, teacher, recipe) for name in config.variants]
+        variants, hardware = config.recipes(), describe_hardware()
+        models = make_models(teacher, variants, corpus)
+        exported = {steps: export_onnx(model) for steps, model in models.items()}
+        how = (teacher.max_seq_length, corpus, config.calibration_size)
+        building = [_submit_build(variant, models, exported, how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         # type: a future stands for its result, Prefect waits for it.
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]
-        candidates = [future.result() for future in building]
-        qualities = [future.result() for future in judging]
+        candidates, qualities = [future.result() for future in building], [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
         champion = pull_champion(config.registry, teacher.name)
+        scores = score_champion(champion, corpus, hardware)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
-
         study = Study(
             teacher=teacher,
             corpus_uri=config.corpus,
             corpus=corpus,
             sts=config.sts,
             speeds=speeds,
-            limits=config.gate,
+            limits=limits,
             champion=champion.name if champion else None,
-            judged=tuple(select(candidates, qualities, speeds, config.gate, with_sts=bool(config.sts))),
+            judged=tuple(select(candidates, qualities, speeds, limits, models, bool(config.sts), scores)),
         )
         published, bundle = None, None
         if winner := choose(study.judged):
@@ -98,14 +101,19 @@ def pull_champion(registry: str | None, name: str) -> Path | None:
     return target
 
 
-def _submit_build(name: VariantName, teacher: Teacher, recipe: tuple[Artifact, int, Artifact, int]) -> Any:
+def _submit_build(
+    variant: Variant,
+    models: Mapping[tuple[Step, ...], Teacher],
+    exported: Mapping[tuple[Step, ...], Artifact],
+    how: tuple[int, Artifact, int],
+) -> Any:
     """The future of one candidate: from the exported graph, or from the weights for the cuda engine."""
-    if name not in CUDA_VARIANTS:
-        return quantize.submit(VARIANTS[name], *recipe)
+    if variant.build not in CUDA_VARIANTS:
+        return quantize.submit(variant, exported[variant.steps], *how)
     from tasks.encoder import build_encoder  # noqa: PLC0415  torch: seconds that no other variant pays
 
-    _, _, corpus, calibration_size = recipe
-    return build_encoder.submit(CUDA_VARIANTS[name], teacher, corpus, calibration_size)
+    _, corpus, calibration_size = how
+    return build_encoder.submit(variant, models[variant.steps], corpus, calibration_size)
 
 
 def _params(config: OptimizeConfig) -> dict[str, str]:
@@ -127,6 +135,8 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
+    for name, figure in plot_steps(study).items():
+        tracker.log_figure(figure, f"{name}.png")
     tracker.log_file(page)
     if published and winner and bundle:
         tracker.log_file(bundle.folder / MANIFEST_NAME)

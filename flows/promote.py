@@ -47,7 +47,7 @@ def promote(model: str, digest: str, requested_by: str, reason: str = "") -> Pro
     settings = load_settings()
     rules, store, tracking_uri = settings.promote, open_registry(settings), settings.optimize.tracking_uri
     with refusals_told(rules, model, digest, requested_by):
-        case = open_case(store, model, digest, settings.optimize.gate, requested_by, reason)
+        case = open_case(store, model, digest, settings.optimize.gate.for_model(model), requested_by, reason)
         if not case.is_in_production:
             page = find_report(case, tracking_uri)
             approvals = collect_approvals(case, rules.approval, page, lambda: tell(rules, case, "approval.waiting"))

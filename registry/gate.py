@@ -4,15 +4,18 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from registry.manifest import SafeName, describe_validation
 
 __all__ = [
     "Check",
     "CheckResult",
     "GateLimits",
     "GateRecord",
+    "GateSettings",
     "Kind",
     "Measurement",
     "Verdict",
@@ -91,6 +94,11 @@ class GateLimits(_Record):
     max_task_loss: float = Field(default=0.01, description="largest loss on a task, as a share of the teacher's score")
     max_champion_latency_ratio: float = Field(default=1.05, gt=0, description="most median latency over the champion's")
     min_champion_throughput_ratio: float = Field(default=0.95, gt=0, description="least throughput over the champion's")
+    max_champion_p95_ratio: float = Field(default=1.5, gt=0, description="most 95th percentile over the champion's")
+    max_champion_memory_ratio: float = Field(default=1.5, gt=0, description="most peak memory over the champion's")
+    max_champion_task_loss: float = Field(
+        default=0.01, description="largest loss on a task, as a share of the champion's score in the same run"
+    )
     tasks: tuple[str, ...] = Field(default=("ndcg_at_10", "recall_at_10"), description="tasks whose loss is checked")
 
     @model_validator(mode="after")
@@ -102,11 +110,32 @@ class GateLimits(_Record):
         return self
 
 
-def default_checks(limits: GateLimits, with_sts: bool, with_champion: bool) -> tuple[Check, ...]:
-    """The default gate: no non-finite output, cosine, task losses and, where there is a champion, its speed.
+class GateSettings(GateLimits):
+    """The limits, and for models by name the ones that differ."""
 
-    Losses are `<task>_loss` (and `sts_spearman_loss`) as a share of the teacher's score; the ratios are candidate over
-    champion, measured in one run.
+    models: dict[SafeName, dict[str, Any]] = Field(
+        default={}, description="limits of single models: `[optimize.gate.models.<name>]` with any of the keys above"
+    )
+
+    @model_validator(mode="after")
+    def _overrides_are_limits(self) -> Self:
+        for name in self.models:
+            try:
+                self.for_model(name)
+            except ValidationError as error:
+                raise ValueError(f"models.{name}: {describe_validation(error)}") from None
+        return self
+
+    def for_model(self, name: str) -> GateLimits:
+        """The limits that hold for a model."""
+        return GateLimits.model_validate(self.model_dump(exclude={"models"}) | self.models.get(name, {}))
+
+
+def default_checks(limits: GateLimits, with_sts: bool, with_champion: bool) -> tuple[Check, ...]:
+    """The default gate: no non-finite output, cosine, task losses and, where there is a champion, the same against it.
+
+    Losses are `<task>_loss` (and `sts_spearman_loss`) as a share of the teacher's score, `<task>_loss_vs_champion` as a
+    share of the champion's; the ratios are candidate over champion, measured in one run.
     """
     tasks = (*limits.tasks, "sts_spearman") if with_sts else limits.tasks
     checks = [
@@ -119,7 +148,13 @@ def default_checks(limits: GateLimits, with_sts: bool, with_champion: bool) -> t
     if with_champion:
         checks += [
             Check(metric="latency_ratio_vs_champion", kind="max", limit=limits.max_champion_latency_ratio),
+            Check(metric="p95_ratio_vs_champion", kind="max", limit=limits.max_champion_p95_ratio),
             Check(metric="throughput_ratio_vs_champion", kind="min", limit=limits.min_champion_throughput_ratio),
+            Check(metric="memory_ratio_vs_champion", kind="max", limit=limits.max_champion_memory_ratio),
+            *(
+                Check(metric=f"{task}_loss_vs_champion", kind="max", limit=limits.max_champion_task_loss)
+                for task in limits.tasks
+            ),
         ]
     return tuple(checks)
 

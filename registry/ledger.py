@@ -1,7 +1,7 @@
 """The ledger: what was judged, approved, refused, moved and collected, one hash-chained line of records a model.
 
 Entry n lies under `ledger/<model>/<n>.json`, is created once and never written again, and holds the SHA-256 of entry
-n-1. To create it is to take place n, so writers who race form one line. `head.json` is a hint where the line ends.
+n-1. To create it is to take place n, so writers who race form one line. `head` names one that was newest a moment ago.
 """
 
 import hashlib
@@ -142,7 +142,7 @@ def append(store: Store, model: str, event: Event | Propose, *, now: datetime | 
             return None
         entry, data = _follow(model, newest, proposed, now or datetime.now(UTC))
         if store.swap_record(_key(model, entry.sequence), None, data):
-            store.swap_record(_head_key(model), hint, str(entry.sequence).encode())
+            store.swap_record(_head_key(model), hint, f"{entry.sequence} {entry.digest}".encode())
             return entry
         newest = _read_on(store, model, newest)
 
@@ -238,9 +238,7 @@ def verify_ledger(store: Store, model: str) -> int:
         if move.number != 1 or move.replaced is not None:
             raise LedgerBroken(f"the first recorded move of {channel} of {model} in {store} is move {move.number}")
     for gate, sequence in unseen_gates.items():
-        raise LedgerBroken(
-            f"entry {sequence} of {model} in {store} names gate report {gate}, which nothing before it is"
-        )
+        raise LedgerBroken(f"entry {sequence} of {model} in {store} names gate report {gate}, which was not recorded")
     return length
 
 
@@ -260,9 +258,14 @@ def _check_line(entry: Entry, later: Moved | None, store: Store) -> None:
 def _find_end(store: Store, model: str) -> tuple[Entry | None, bytes | None]:
     """The newest entry, and the hint that led there: it lags behind where a writer died before writing it."""
     hint = store.read_record(_head_key(model))
-    if hint is not None and not (hint.isdigit() and len(hint) < _MAX_DIGITS):
-        raise LedgerBroken(f"{_head_key(model)} in {store} holds no number of an entry")
-    newest = read_entry(store, model, int(hint)) if hint else None
+    newest = None
+    if hint is not None:
+        sequence, _, digest = hint.decode(errors="replace").partition(" ")
+        if not (sequence.isdigit() and len(sequence) < _MAX_DIGITS):
+            raise LedgerBroken(f"{_head_key(model)} in {store} names no entry")
+        newest = read_entry(store, model, int(sequence))
+        if newest.digest != digest:
+            raise LedgerBroken(f"entry {sequence} of {model} in {store} is not the one that was written")
     return _read_on(store, model, newest), hint
 
 

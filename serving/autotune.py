@@ -9,9 +9,9 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -69,6 +69,16 @@ class Choice:
 
     large: Setup
     small: Setup
+
+    def __str__(self) -> str:
+        return str(self.large) if self.small == self.large else f"{self.large}, lone {self.small}"
+
+    def keep_layout(self, runtimes: Collection[str]) -> "Choice":
+        """The same numbers of threads and runs for a bundle that has `runtimes`, the preferred one first."""
+        if {self.large.runtime, self.small.runtime} <= set(runtimes):
+            return self
+        setup = replace(self.large, runtime=next(iter(runtimes)))
+        return Choice(setup, setup)
 
 
 def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances: int, num_cores: int) -> list[Setup]:

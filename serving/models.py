@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from registry.manifest import Manifest, RegistryError, digest_of, verify_bundle
-from serving.autotune import Setup
+from serving.autotune import Choice
 from serving.containment import OpenEngine
 from serving.engines import Embeddings, Engine
 from serving.errors import BundleRejected
@@ -69,14 +69,14 @@ class LoadedModel:
     engine: Engine
     golden: Golden
     cost: EngineCost
-    setup: Setup
+    choice: Choice
     reopen: OpenEngine | None  # opens the same engine anew
     open_spare: OpenEngine | None  # opens another engine of the bundle
 
     @property
     def has_custom_kernels(self) -> bool:
         """Whether its engine computes on kernels of our own."""
-        return self.setup.runtime == "cuda"
+        return self.choice.large.runtime == "cuda"
 
     @property
     def grid(self) -> ShapeGrid:
@@ -88,23 +88,23 @@ def load_model(
     source: ModelSource,
     on_fallback: Callable[[Manifest, str], None] = lambda *_: None,
     public_key: Path | None = None,
+    layout: Choice | None = None,
     kernels: CustomKernelsSettings = BY_DEFAULT,
 ) -> LoadedModel:
     """Check, load and warm up a bundle.
 
     `on_fallback(manifest, runtime)` hears of every engine that did not load when `source.engine` is `auto`. With
-    `public_key` the bundle must be signed by a key of that file.
+    `public_key` the bundle must be signed by a key of that file. With `layout` nothing is measured.
     Raises BundleRejected for a damaged or contradictory bundle, EngineUnavailable when no engine loads.
     """
     try:
-        manifest = verify_bundle(source.path, public_keys=public_key)
-        digest = digest_of(source.path)
+        manifest, digest = verify_bundle(source.path, public_keys=public_key), digest_of(source.path)
     except RegistryError as error:
         raise BundleRejected(str(error)) from None
     tokenizer = TextTokenizer.from_folder(source.path, manifest.max_seq_length)
     golden = _read_golden(source.path / GOLDEN_NAME, manifest)
     _check_tokenizer(tokenizer, golden)
-    opened = Opener(source, manifest, on_fallback, kernels).open_best(digest, golden.rows)
+    opened = Opener(source, manifest, on_fallback, kernels).open_best(digest, golden.rows, layout)
     try:
         cost = warm_up(opened.engine, golden.rows, manifest)
         if opened.engine.compiles_shapes:
@@ -120,7 +120,7 @@ def load_model(
         opened.engine,
         golden,
         cost,
-        opened.setup,
+        opened.choice,
         opened.reopen,
         opened.open_spare,
     )
@@ -154,8 +154,9 @@ def _meet_shapes(opened: Opened, rows: Sequence[Ids], grid: ShapeGrid) -> None:
                 return
             opened.engine.embed(*batch)
 
-    with ThreadPoolExecutor(opened.setup.num_instances) as pool:
-        list(pool.map(meet, range(opened.setup.num_instances)))
+    num_instances = opened.choice.large.num_instances
+    with ThreadPoolExecutor(num_instances) as pool:
+        list(pool.map(meet, range(num_instances)))
 
 
 def _run_checked(engine: Engine, rows: Sequence[Ids], manifest: Manifest) -> float:

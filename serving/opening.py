@@ -47,7 +47,7 @@ class Opened:
     """An engine, how it was set up, and how to open it anew or another one of the bundle."""
 
     engine: Engine
-    setup: Setup
+    choice: Choice
     reopen: Callable[[], Engine]
     open_spare: Callable[[], Engine] | None
 
@@ -103,8 +103,11 @@ class Opener:
         if not self._entries:
             raise EngineUnavailable(f"the bundle has no {wanted} engine, it has {', '.join(entries)}")
 
-    def open_best(self, digest: str, rows: Sequence[Ids]) -> Opened:
-        """The engine remembered or measured as best on `rows`. Raises EngineUnavailable when none loads."""
+    def open_best(self, digest: str, rows: Sequence[Ids], layout: Choice | None = None) -> Opened:
+        """The first of the GPU's engines, else the best on the CPU: remembered, of `layout`, or measured on `rows`.
+
+        Raises EngineUnavailable or BundleRejected when none loads.
+        """
         failed: list[ServingError] = []
         for name in (name for name in GPU_CHAIN if name in self._entries):
             setup = Setup(name, self._source.num_threads or num_cores(), 1)
@@ -118,27 +121,29 @@ class Opener:
                     self._report_fallback(name, error)
         if len(failed) == len(self._entries):
             raise _combine(failed)
-        return self._open_best_on_cpu(digest, rows)
+        return self._open_best_on_cpu(digest, rows, layout)
 
-    def _open_best_on_cpu(self, digest: str, rows: Sequence[Ids]) -> Opened:
+    def _open_best_on_cpu(self, digest: str, rows: Sequence[Ids], layout: Choice | None) -> Opened:
         entries = [entry for name, entry in self._entries.items() if name not in GPU_CHAIN]
         setups = list_setups(entries, self._source.num_threads, self._source.num_instances, num_cores())
         path, key = record_path(self._source.path), node_key(digest, setups)
         choice = Choice(setups[0], setups[0]) if len(setups) == 1 else read_choice(path, key)
+        if choice is None and layout is not None:
+            choice = layout.keep_layout([entry.runtime for entry in entries])
         if choice is not None and {choice.large, choice.small} <= set(setups):
             try:
                 return self._opened(choice, self.open_choice(choice))
             except EngineUnavailable as error:
                 if len(setups) == 1:
                     raise
-                _log.warning("the engine remembered does not load reason=%s", error)
+                _log.warning("the engine chosen before does not load reason=%s", error)
         with TemporaryDirectory() as cache:  # not kept: what lies beside a bundle has no digest
             measured, engine, setup = self._measure(setups, rows, Path(cache))
         choice = choose(measured)
         if choice != Choice(setup, setup):
             engine.close()
             engine = self.open_choice(choice)
-        _log.info("engine chosen setup=%s measured=%s", choice.large, " ".join(map(str, measured)))
+        _log.info("engine chosen setup=%r measured=%s", str(choice), " ".join(map(str, measured)))
         write_choice(path, key, choice, measured)
         return self._opened(choice, engine)
 
@@ -148,7 +153,7 @@ class Opener:
         )
         return Opened(
             engine,
-            choice.large,
+            choice,
             partial(self.open_choice, choice),
             None if spare is None else partial(self._open, replace(choice.large, runtime=spare.runtime)),
         )

@@ -110,7 +110,7 @@ class EmbeddingService:
             self._engine,
             Batcher(self._queue, _batch_limits(limits), LatencyModel(model.cost.runs), model.grid),
             self._deliver_threadsafe,
-            num_threads=model.setup.num_instances,
+            num_threads=model.choice.large.num_instances,
             clock=clock,
         )
         self._cache = VectorCache(settings.cache_bytes)

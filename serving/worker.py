@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from registry.manifest import Manifest
+from serving.autotune import Choice
 from serving.errors import ChangeRefused, ConfigInvalid, LoadFailed, ModelNotFound, NotReady, RequestError, ServingError
 from serving.metrics import Metrics
 from serving.models import LoadedModel, load_model
@@ -246,13 +247,9 @@ class Worker:
         return await asyncio.to_thread(self._load_quietly if self.models else self._load_model, source)
 
     def _load_quietly(self, source: ModelSource) -> LoadedModel:
-        if not source.num_threads and not source.num_instances:
-            # What is measured beside traffic says nothing: take the layout that was measured at the start.
-            layout = self.services[0].model.setup
-            threads = {"num_threads": layout.num_threads, "num_instances": layout.num_instances}
-            source = source.model_copy(update=threads)
         with low_priority():
-            return self._load_model(source)
+            # What is measured beside traffic says nothing: take the layout that was measured at the start.
+            return self._load_model(source, self.services[0].model.choice)
 
     def _add_first(self, model: LoadedModel) -> None:
         """Serve `model` at start-up: a model and version stand there once."""
@@ -309,7 +306,7 @@ class Worker:
         for version, service in versions.services.items():
             service.metrics.set_weight(versions.weights[version])
 
-    def _load_model(self, source: ModelSource) -> LoadedModel:
+    def _load_model(self, source: ModelSource, layout: Choice | None = None) -> LoadedModel:
         def count_fallback(manifest: Manifest, runtime: str) -> None:
             self.metrics.count_fallback(source.name or manifest.model_name, manifest.version, runtime)
 
@@ -318,6 +315,7 @@ class Worker:
             source.model_copy(update={"path": located.folder}),
             count_fallback,
             self.settings.models.public_key,
+            layout,
             self.settings.custom_kernels,
         )
         _log.info(

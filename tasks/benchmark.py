@@ -74,15 +74,16 @@ class SpeedReport(BaseModel):
         return self.speeds[name].throughput_per_s / self.speeds[TORCH].throughput_per_s
 
     def champion_ratios(self, name: str) -> dict[str, Measurement]:
-        """Median latency and throughput over the champion's, with intervals; empty without a champion."""
+        """Latency, its 95th percentile, throughput and memory over the champion's; empty without a champion."""
         champion = self.speeds.get(CHAMPION)
         if champion is None:
             return {}
         speed = self.speeds[name]
         return {
             "latency_ratio_vs_champion": _paired_ratio(speed.latencies_ms, champion.latencies_ms, np.median),
+            "p95_ratio_vs_champion": _paired_ratio(speed.latencies_ms, champion.latencies_ms, _percentile_95),
             "throughput_ratio_vs_champion": _paired_ratio(champion.batch_seconds, speed.batch_seconds, np.sum),
-        }
+        } | _memory_ratio(speed.peak_memory_mb, champion.peak_memory_mb)
 
 
 @task(task_run_name="benchmark", cache_policy=CACHED, persist_result=True, result_serializer="json")
@@ -94,38 +95,62 @@ def benchmark(
     Shapes are rounded as the worker rounds them, and an engine that compiles each meets them all untimed first: a
     server meets a shape for the first time only once.
     """
-    tokenizer = TextTokenizer.from_folder(candidates[0].artifact.folder, teacher.max_seq_length)
-    ids = sample_ids(tokenizer, corpus)
-    singles, batches = _single_batches(ids), _sorted_batches(ids)
+    singles, groups, mean_tokens = sample_calls(teacher, corpus)
     systems = _systems(candidates, teacher, champion)
+    inputs = {
+        name: [_tokenize(folder, teacher.max_seq_length, calls) for calls in (singles, groups)]
+        for name, folder in _tokenizers(candidates, teacher, champion).items()
+    }
     latencies: dict[str, list[float]] = {name: [] for name in systems}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     with progress("benchmark", _ROUNDS * len(systems)) as advance:
         for turn in range(_ROUNDS):
-            part = singles[turn * _TEXTS_PER_TURN : (turn + 1) * _TEXTS_PER_TURN]
             for name in _rotate(list(systems), turn):
+                part = inputs[name][0][turn * _TEXTS_PER_TURN : (turn + 1) * _TEXTS_PER_TURN]
+                batches = inputs[name][1]
                 with systems[name]([*part, *batches]) as run:
                     latencies[name].extend(1e3 * call for call in _time_calls(run, part))
                     seconds[name].extend(_time_calls(run, batches))
                 advance(1)
-    peaks = {c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates}
+    peaks: dict[str, float] = {
+        c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates
+    }
+    for name, folder, entry in _champion_entry(champion):
+        peaks[name] = _peak_memory_mb(folder, entry, teacher.max_seq_length)
     speeds = {
         name: Speed(
             latencies_ms=tuple(latencies[name]),
             batch_seconds=tuple(seconds[name]),
-            peak_memory_mb=peaks.get(name),  # type: ignore[call-overload]  # keyed by variant; torch and champion have none
+            peak_memory_mb=peaks.get(name),  # torch has none
         )
         for name in systems
     }
-    return SpeedReport(hardware=hardware, mean_tokens=float(np.mean([len(row) for row in ids])), speeds=speeds)
+    return SpeedReport(hardware=hardware, mean_tokens=mean_tokens, speeds=speeds)
 
 
-def sample_ids(tokenizer: TextTokenizer, corpus: Artifact) -> list[Ids]:
-    """Ids of evaluation texts (sentences, queries and documents in their real proportion), evenly drawn."""
+def sample_calls(teacher: Teacher, corpus: Artifact) -> tuple[list[list[str]], list[list[str]], float]:
+    """The texts of each call: single ones, and 32 of like length; and how many tokens one has on average.
+
+    Drawn evenly from evaluation texts: sentences, queries and documents in their real proportion. Lengths are the
+    teacher's, so that call i of every system meets the same texts.
+    """
     sets, _ = evaluation_sets(corpus)
     texts = [text for name in ("sentences", "queries", "documents") for text in sets.get(name, ())]
     count = max(_ROUNDS * _TEXTS_PER_TURN, NUM_BATCHES * BATCH_SIZE)
-    return tokenizer.encode([texts[index % len(texts)] for index in _spread(count, len(texts))])
+    texts = [texts[index % len(texts)] for index in _spread(count, len(texts))]
+    ids = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length).encode(texts)
+    order = sorted(range(NUM_BATCHES * BATCH_SIZE), key=lambda place: len(ids[place]))
+    groups = [
+        [texts[place] for place in order[start : start + BATCH_SIZE]] for start in range(0, len(order), BATCH_SIZE)
+    ]
+    singles = [[text] for text in texts[: _ROUNDS * _TEXTS_PER_TURN]]
+    return singles, groups, float(np.mean([len(row) for row in ids]))
+
+
+def _tokenize(folder: Path, max_length: int, calls: list[list[str]]) -> list[Batch]:
+    """The calls as a system's own tokenizer has them: a step may have trimmed it."""
+    tokenizer = TextTokenizer.from_folder(folder, max_length)
+    return [pad_batch(tokenizer.encode(call)) for call in calls]
 
 
 def _spread(count: int, size: int) -> NDArray[np.intp]:
@@ -133,14 +158,10 @@ def _spread(count: int, size: int) -> NDArray[np.intp]:
     return np.random.default_rng(0).permutation(max(count, size))[:count]
 
 
-def _single_batches(ids: list[Ids]) -> list[Batch]:
-    return [pad_batch([row]) for row in ids[: _ROUNDS * _TEXTS_PER_TURN]]
-
-
-def _sorted_batches(ids: list[Ids]) -> list[Batch]:
-    """Batches of 32 of like length, as the worker and sentence-transformers both pack them."""
-    ordered = sorted(ids[: NUM_BATCHES * BATCH_SIZE], key=len)
-    return [pad_batch(ordered[start : start + BATCH_SIZE]) for start in range(0, len(ordered), BATCH_SIZE)]
+def _tokenizers(candidates: list[Candidate], teacher: Teacher, champion: Path | None) -> dict[str, Path]:
+    """The folder of each system's tokenizer, by the system's name."""
+    folders = {TORCH: teacher.tokenizer.parent, **{c.variant.name: c.artifact.folder for c in candidates}}
+    return folders | ({CHAMPION: champion} if champion is not None else {})
 
 
 def _systems(candidates: list[Candidate], teacher: Teacher, champion: Path | None) -> dict[str, System]:
@@ -215,6 +236,17 @@ def _rotate(names: list[str], turn: int) -> list[str]:
     """Another system goes first in each round."""
     start = turn % len(names)
     return names[start:] + names[:start]
+
+
+def _memory_ratio(own: float | None, other: float | None) -> dict[str, Measurement]:
+    """Peak memory over the champion's: one number of each, so an interval of one point."""
+    if own is None or not other:
+        return {}
+    return {"memory_ratio_vs_champion": Measurement(own / other, own / other, own / other)}
+
+
+def _percentile_95(values: Values, axis: int) -> Values:
+    return np.asarray(np.percentile(values, 95, axis=axis), dtype=np.float64)
 
 
 def _paired_ratio(own: tuple[float, ...], other: tuple[float, ...], summary: Callable[..., Values]) -> Measurement:

@@ -1,6 +1,7 @@
 """The page an approver decides on: verdict, checks, what changes in production, and how to answer. Markdown."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from registry.approval import Approval, ApprovalPolicy
 from registry.client import read_stored
@@ -9,54 +10,52 @@ from registry.gate import GateRecord
 from registry.manifest import Manifest
 from tasks.promotion import Case
 
-_NONE = "nothing yet"
+_SHORT = 12  # of a digest: Prefect's dialog is narrow, and does not break what is longer than a line
 
 
 def describe_case(
     case: Case, policy: ApprovalPolicy, approvals: Sequence[Approval], note: str, report_url: str | None
 ) -> str:
-    """Everything needed for a yes or a no, shortest first. `note` says why the last answer did not count."""
+    """Everything needed for a yes or a no, the shortest first. `note` says why the last answer did not count."""
     manifest = case.manifest
-    given = ", ".join(approval.approver for approval in approvals) or "nobody yet"
-    allowed = ", ".join(policy.approvers) or "anybody who gives a name"
-    report = f"[HTML report with plots]({report_url})" if report_url else "none on a server: see the run's artifacts"
     parts = [
         f"## Promote {manifest.model_name} {manifest.version}?",
-        f"> **The last answer did not count.** {note}" if note else "",
+        f"> **The last answer did not count.** {_shorten(note)}" if note else "",
         f"**The gate says {case.gate.verdict}**: {case.gate.reason}. {_consequence(case.gate)}",
-        _compare(manifest, _read_production(case), case),
+        f"[The HTML report, with plots]({report_url})" if report_url else "",
+        "### What would change",
+        _list(_changes(case)),
         "### What was checked",
-        _checks(case.gate),
+        _list(f"**{result.verdict}** {result.reason}" for result in case.gate.results),
         "### Who decides",
-        f"- asked for by **{case.requested_by}**: {case.reason or 'no reason given'}",
-        f"- approvals: {len(approvals)} of {policy.required} ({given}); may approve: {allowed}",
-        *([f"- not {case.requested_by}, who started this"] if policy.refuse_requester else []),
-        f"- a decision counts for {policy.valid_hours:g} hours, for this bundle and this gate report alone",
-        f"- report: {report}",
-        f"- bundle `{case.digest}`",
-        f"- gate report `{case.gate.digest}`",
+        _list(_rules(case, policy, approvals)),
     ]
-    return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ")
+    return "\n\n".join(part for part in parts if part)
 
 
 def _consequence(gate: GateRecord) -> str:
     if gate.verdict == "caution":
-        return "A yes takes an override: tick *Approve in spite of a caution* and give the reason."
+        return "A yes takes an override: switch on *Approve in spite of a caution* and give the reason."
     return "A no ends this run and changes nothing."
 
 
-def _checks(gate: GateRecord) -> str:
-    rows = [f"| {result.metric} | **{result.verdict}** | {result.reason} |" for result in gate.results]
-    return "\n".join(["| check | verdict | measured, with its 95 % interval |", "|---|---|---|", *rows])
+def _changes(case: Case) -> Iterator[str]:
+    """The bundle's figures, each with production's behind it; both as their own runs measured them."""
+    production = _read_production(case)
+    old = _figures(production) if production else {}
+    yield f"in production now: {production.version if production else case.replaces or 'nothing yet'}"
+    for name, value in _figures(case.manifest).items():
+        yield f"{name}: **{value}**{f', in production {old[name]}' if name in old else ''}"
 
 
-def _compare(candidate: Manifest, production: Manifest | None, case: Case) -> str:
-    """Candidate and production side by side, each as its own run measured it."""
-    rows = ["| | this bundle | in production now |", "|---|---|---|"]
-    rows.append(f"| version | {candidate.version} | {production.version if production else case.replaces or _NONE} |")
-    new, old = _figures(candidate), _figures(production) if production else {}
-    rows += [f"| {name} | {value} | {old.get(name, '-')} |" for name, value in new.items()]
-    return "\n".join(rows)
+def _rules(case: Case, policy: ApprovalPolicy, approvals: Sequence[Approval]) -> Iterator[str]:
+    yield f"asked for by **{case.requested_by}**: {case.reason or 'no reason given'}"
+    given = ", ".join(approval.approver for approval in approvals) or "nobody yet"
+    yield f"approvals: {len(approvals)} of {policy.required} ({given})"
+    yield f"may approve: {', '.join(policy.approvers) or 'anybody who gives a name'}"
+    if policy.refuse_requester:
+        yield f"not {case.requested_by}, who started this"
+    yield f"counts for {policy.valid_hours:g} hours, for bundle `{case.digest[:_SHORT]}` and this gate report alone"
 
 
 def _figures(manifest: Manifest) -> dict[str, str]:
@@ -71,6 +70,14 @@ def _figures(manifest: Manifest) -> dict[str, str]:
         "judged on": manifest.validation.test_dataset,
         "measured on": speed.hardware,
     }
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _shorten(text: str) -> str:
+    return re.sub(r"[0-9a-f]{64}", lambda digest: f"{digest[0][:_SHORT]}…", text)
 
 
 def _optional(number: float | None) -> str:

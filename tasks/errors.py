@@ -4,9 +4,12 @@ TaskError
 ├── TeacherRejected   the model folder is missing, damaged, or needs what we will not run
 ├── CorpusRejected    the corpus is missing, empty, too small, or holds what is not text
 ├── ExportFailed      the exported graph is not the teacher
+├── StepRejected      a recipe's step asks for what its model or its corpus cannot give
+├── TrainingFailed    a training run broke down
 ├── QuantizationFailed  a variant could not be built
 ├── ArtifactMissing   the cache names an artifact that is gone
 ├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
+├── ProfileInvalid    what was asked to be profiled cannot be, or its trace is empty
 ├── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
 ├── VerificationFailed  a running worker does not serve the bundle it should, or not as well
 ├── NotWaiting        no promotion waits for an answer under that name
@@ -28,6 +31,14 @@ class CorpusRejected(TaskError):
 
 class ExportFailed(TaskError):
     """The exported graph does not equal the teacher."""
+
+
+class StepRejected(TaskError):
+    """A recipe's step asks for what its model or its corpus cannot give."""
+
+
+class TrainingFailed(TaskError):
+    """A training run broke down: its loss is no number, or a process of it died."""
 
 
 class QuantizationFailed(TaskError):

@@ -1,6 +1,7 @@
 """Evaluate: how close a candidate's embeddings are to the teacher's, and what that costs on tasks."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.stats import rankdata
 
 from registry.gate import Measurement
+from registry.manifest import read_manifest
 from serving.engines import Embeddings, Engine, open_engine
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
@@ -36,10 +38,20 @@ class Quality(BaseModel):
     metrics: dict[str, Measurement]
     num_texts: int
     num_queries: int
+    scores: dict[str, list[float]] = {}
+    """Per query, what `ndcg_at_10` and `recall_at_10` are the means of: two systems are compared query by query."""
 
     def value(self, name: str) -> float | None:
         """The point value of a metric, or None where it was not measured."""
         return self.metrics[name].value if name in self.metrics else None
+
+    def losses_vs(self, champion: dict[str, list[float]]) -> dict[str, Measurement]:
+        """Losses as a share of the champion's scores of the same queries; empty without any."""
+        return {
+            f"{name}_loss_vs_champion": loss_interval(np.array(self.scores[name]), np.array(scores))
+            for name, scores in champion.items()
+            if len(self.scores.get(name, ())) == len(scores) > 0
+        }
 
 
 @task(
@@ -65,7 +77,31 @@ def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifac
         metrics |= compare_retrieval(own, teacher, retrieval)
     if rated := read_rated_pairs(corpus):
         metrics |= compare_sts(own, teacher, rated)
-    return Quality(metrics=metrics, num_texts=len(sets["sentences"]), num_queries=len(sets.get("queries", ())))
+    return Quality(
+        metrics=metrics,
+        num_texts=len(sets["sentences"]),
+        num_queries=len(sets.get("queries", ())),
+        scores={} if retrieval is None else _score_queries(own, retrieval),
+    )
+
+
+@task(task_run_name="score-champion", cache_policy=CACHED, persist_result=True, result_serializer="json")
+def score_champion(champion: Path | None, corpus: Artifact, hardware: str) -> dict[str, list[float]]:
+    """Per query, the champion bundle's nDCG@10 and recall@10 on the same texts, through its first engine; or nothing.
+
+    `hardware` is part of the cache key, as `evaluate`'s.
+    """
+    sets, retrieval = evaluation_sets(corpus)
+    if champion is None or retrieval is None:
+        return {}
+    manifest = read_manifest(champion)
+    engine = open_engine(champion, manifest.engines[0])
+    encode = make_encoder(TextTokenizer.from_folder(champion, manifest.max_seq_length), engine)
+    wanted = {name: sets[name] for name in ("queries", "documents")}
+    with progress("evaluate champion", sum(map(len, wanted.values()))) as advance:
+        own = {name: encode(texts, advance) for name, texts in wanted.items()}
+    engine.close()
+    return _score_queries(own, retrieval)
 
 
 def open_candidate(candidate: Candidate) -> tuple[Encode, Engine]:
@@ -145,6 +181,11 @@ def compare_sts(
         "sts_spearman": statistic_interval(candidate, *sizes),
         "sts_spearman_loss": statistic_interval(lambda *rows: relative_loss(candidate(*rows), base(*rows)), *sizes),
     }
+
+
+def _score_queries(own: dict[str, Embeddings], retrieval: Retrieval) -> dict[str, list[float]]:
+    scores = rank_scores(own["queries"], own["documents"], relevant_columns(retrieval))
+    return {name: values.tolist() for name, values in scores.items()}
 
 
 def relevant_columns(retrieval: Retrieval) -> list[dict[int, int]]:

@@ -1,6 +1,7 @@
 """Pictures of a run: the Pareto plot and the latency CDF, as matplotlib figures (no display, no global state)."""
 
 import io
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from tasks.benchmark import TORCH
 from tasks.select import Study
+from tasks.steps import read_step
 
 _VERDICT_COLORS = {"pass": "#1a7f37", "caution": "#bf8700", "fail": "#cf222e"}
 
@@ -64,6 +66,32 @@ def plot_latency_cdf(study: Study) -> Figure:
     axes.set_title("Latency at batch 1", fontsize=10)
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
+    return figure
+
+
+def plot_steps(study: Study) -> dict[str, Figure]:
+    """By name, a picture of each step that left one: of distillation, the loss curve."""
+    figures = {}
+    for row in study.judged:
+        record = read_step(row.model.folder)
+        if record is not None and "curve" in record.details:
+            figures[f"{record.config.kind}-{row.model.digest[:8]}"] = _plot_curve(str(record.config), record.details)
+    return figures
+
+
+def _plot_curve(title: str, details: dict[str, Any]) -> Figure:
+    """The loss and, beside it, the cosine on held-out texts."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    loss = figure.subplots()
+    cosine = loss.twinx()
+    steps = [point["step"] for point in details["curve"]]
+    loss.plot(steps, [point["loss"] for point in details["curve"]], color="#57606a")
+    cosine.plot(steps, [point["held_out_cosine"] for point in details["curve"]], color="#0969da", marker=".")
+    loss.set_xlabel(f"steps, {details['num_texts']} texts")
+    loss.set_ylabel("loss (grey)")
+    cosine.set_ylabel("cosine to the teacher on held-out texts (blue)")
+    loss.set_title(title[:1].upper() + title[1:], fontsize=10)
+    loss.grid(visible=True, alpha=0.25)
     return figure
 
 

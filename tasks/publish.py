@@ -1,5 +1,6 @@
 """Publish: put a candidate together as a bundle and push it to the registry."""
 
+import json
 import platform
 import shutil
 import subprocess
@@ -70,7 +71,7 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
         artifact.verify()
     with draft("bundle") as work:
         shutil.copytree(judged.candidate.artifact.folder, work.folder, dirs_exist_ok=True)
-        _write_golden(work.folder, study, teacher_embeddings)
+        _write_golden(work.folder, study, judged.candidate.max_seq_length, teacher_embeddings)
         _write_reports(work.folder, judged)
         files = scan_files(work.folder)
         write_manifest(work.folder, _manifest(study, judged, origin, files))
@@ -98,9 +99,10 @@ def find_git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def _write_golden(folder: Path, study: Study, teacher_embeddings: Artifact) -> None:
+def _write_golden(folder: Path, study: Study, max_length: int, teacher_embeddings: Artifact) -> None:
+    """Token ids by the candidate's own tokenizer, which a step may have trimmed; embeddings by the teacher."""
     texts = read_part(study.corpus, "evaluation")[:_NUM_GOLDEN]
-    input_ids, mask = pad_batch(TextTokenizer.from_folder(folder, study.teacher.max_seq_length).encode(texts))
+    input_ids, mask = pad_batch(TextTokenizer.from_folder(folder, max_length).encode(texts))
     embeddings = np.load(teacher_embeddings.folder / "sentences.npy", allow_pickle=False)[: len(texts)]
     np.savez(
         folder / "golden.npz", input_ids=input_ids.astype(np.int32), lengths=mask.sum(axis=1), embeddings=embeddings
@@ -110,14 +112,15 @@ def _write_golden(folder: Path, study: Study, teacher_embeddings: Artifact) -> N
 def _write_reports(folder: Path, judged: Judged) -> None:
     (folder / "reports").mkdir()
     for name, report in (("quality", judged.quality), ("speed", judged.speed), ("gate", judged.gate)):
-        (folder / "reports" / f"{name}.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        text = report.model_dump_json(indent=1, exclude={"scores"})  # query by query: ten times the rest
+        (folder / "reports" / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, FileEntry]) -> Manifest:
     teacher = study.teacher
     checksum = payload_checksum(files)
     variant = judged.candidate.variant
-    parents = {"teacher": teacher.digest, "corpus": study.corpus.digest}
+    parents = {"teacher": teacher.digest, "corpus": study.corpus.digest, "model": judged.model.digest}
     if study.champion is not None:
         parents["champion"] = study.champion  # the gate's ratios are to this one, and mean nothing beside another
     return Manifest(
@@ -137,7 +140,13 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         validation=_validation(judged, study),
         lineage=Lineage(
             parents=parents,
-            recipe={"variant": variant.name, "method": variant.method, "compute": variant.compute},
+            recipe={
+                "variant": variant.name,
+                "steps": json.dumps([step.model_dump() for step in variant.steps]),
+                "build": variant.build,
+                "method": variant.method,
+                "compute": variant.compute,
+            },
             git_commit=origin.git_commit,
             mlflow_run_id=origin.mlflow_run_id,
             versions={**library_versions(), "python": platform.python_version()},

@@ -20,7 +20,7 @@ from tasks.corpus import read_part
 from tasks.errors import QuantizationFailed
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
-from tasks.variants import Variant, VariantName
+from tasks.variants import Build, Variant
 
 
 class Candidate(BaseModel):
@@ -69,7 +69,7 @@ def quantize(
     batches = [pad_batch([ids]) for ids in sorted(tokenizer.encode(texts), key=len)] if texts else []
     with draft(variant.name) as work, progress(f"quantize {variant.name}", max(len(batches), 1)) as advance:
         (work.folder / TOKENIZER_NAME).write_bytes((exported.folder / TOKENIZER_NAME).read_bytes())
-        file = _BUILDERS[variant.name](exported.folder / ONNX_NAME, work.folder, batches, advance)
+        file = _BUILDERS[variant.build](exported.folder / ONNX_NAME, work.folder, batches, advance)
         entry = hash_file(work.folder / file)
         disk_bytes = sum(path.stat().st_size for path in work.folder.iterdir())
     return Candidate(
@@ -231,7 +231,7 @@ def _save_ir(model: Any, folder: Path) -> str:
     return "model.xml"
 
 
-_BUILDERS: dict[VariantName, Callable[[Path, Path, Batches, Advance], str]] = {
+_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], str]] = {
     "fp32-onnx": _keep_fp32,
     "int8-dynamic": _quantize_dynamic,
     "int8-static": _quantize_static,

@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from tasks.benchmark import TORCH
-from tasks.plots import plot_latency_cdf, plot_pareto, to_svg
+from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps, to_svg
 from tasks.publish import Published
 from tasks.select import SELECTION_RULE, Judged, Study
 
@@ -57,6 +57,8 @@ def result_rows(judged: Sequence[Judged]) -> list[dict[str, str]]:
             "texts/s": f"{row.speed.throughput_per_s:.0f}",
             "× torch": f"{row.speedup_vs_torch:.2f}",
             "MB": f"{row.size_mb:.1f}",
+            "M params": f"{row.model.num_parameters / 1e6:.1f}",
+            "in layers": f"{row.model.num_encoder_parameters / 1e6:.1f}",
             "peak MB": f"{row.speed.peak_memory_mb:.0f}",
             "compatibility": row.compatibility,
             "Pareto": "yes" if row.is_on_pareto_front else "no",
@@ -87,6 +89,7 @@ def render_html(study: Study, published: Published | None) -> str:
             f"Measured on {html.escape(speeds.hardware)}, mean {speeds.mean_tokens:.0f} tokens a text.</p>",
             f"<figure>{to_svg(plot_pareto(study))}</figure>",
             f"<figure>{to_svg(plot_latency_cdf(study))}</figure>",
+            *(f"<figure>{to_svg(figure)}</figure>" for figure in plot_steps(study).values()),
             "<h2>Why</h2>",
             *(_verdict_html(row) for row in study.judged),
             f"<h2>What was judged</h2><p>Teacher <code>{html.escape(teacher.uri)}</code>,",
@@ -116,7 +119,10 @@ def _cell(name: str, value: str) -> str:
 
 def _verdict_html(row: Judged) -> str:
     items = "".join(f"<li class='{r.verdict}'>{r.verdict}: {html.escape(r.reason)}</li>" for r in row.gate.results)
-    return f"<h3>{row.name}: <span class='{row.gate.verdict}'>{row.gate.verdict}</span></h3><ul>{items}</ul>"
+    steps = "".join(
+        f"<p>{html.escape(str(step))}, then {row.candidate.variant.build}.</p>" for step in row.candidate.variant.steps
+    )
+    return f"<h3>{row.name}: <span class='{row.gate.verdict}'>{row.gate.verdict}</span></h3>{steps}<ul>{items}</ul>"
 
 
 def _verdicts_markdown(judged: Sequence[Judged], published: Published | None) -> str:

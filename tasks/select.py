@@ -1,18 +1,19 @@
 """Select: the gate's verdict on every candidate, the Pareto front, and the one to publish."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from registry.gate import Check, GateLimits, GateRecord, default_checks, judge
+from registry.gate import Check, GateLimits, GateRecord, Measurement, default_checks, judge
 from registry.manifest import Compatibility
 from tasks.artifacts import Artifact
 from tasks.benchmark import CHAMPION, Speed, SpeedReport
 from tasks.evaluate import Quality
 from tasks.quantize import Candidate
+from tasks.steps import Step
 from tasks.teacher import Teacher
 
 SELECTION_RULE = "of the candidates the gate passes, the one with the highest throughput at batch 32"
@@ -24,11 +25,12 @@ _DROP_IN_CHECKS = tuple(
 
 
 class Judged(BaseModel):
-    """A candidate with everything known of it: quality, speed, verdict, compatibility, place on the Pareto front."""
+    """A candidate with all that is known of it: its model, quality, speed, verdict, compatibility, Pareto front."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     candidate: Candidate
+    model: Teacher
     quality: Quality
     speed: Speed
     speedup_vs_torch: float
@@ -72,24 +74,38 @@ def select(
     qualities: list[Quality],
     speeds: SpeedReport,
     limits: GateLimits,
+    models: Mapping[tuple[Step, ...], Teacher],
     with_sts: bool = False,
+    champion_scores: dict[str, list[float]] | None = None,
 ) -> list[Judged]:
-    """Judge every candidate, fastest first; the gate decides, the Pareto front explains."""
+    """Judge every candidate, fastest first; the gate decides, the Pareto front explains.
+
+    `models` are those the candidates were built from, by the steps that made them; `champion_scores` are the
+    champion's, query by query, where there is one.
+    """
     front = pareto_front(candidates, qualities, speeds)
     checks = default_checks(limits, with_sts=with_sts, with_champion=CHAMPION in speeds.speeds)
     judged = [
         Judged(
             candidate=candidate,
+            model=models[candidate.variant.steps],
             quality=quality,
             speed=speeds.speeds[candidate.variant.name],
             speedup_vs_torch=speeds.speedup_vs_torch(candidate.variant.name),
-            gate=judge({**quality.metrics, **speeds.champion_ratios(candidate.variant.name)}, checks),
+            gate=judge(_gated_metrics(candidate, quality, speeds, champion_scores or {}), checks),
             compatibility=judge_compatibility(quality),
             is_on_pareto_front=candidate.variant.name in front,
         )
         for candidate, quality in zip(candidates, qualities, strict=True)
     ]
     return sorted(judged, key=lambda row: -row.speed.throughput_per_s)
+
+
+def _gated_metrics(
+    candidate: Candidate, quality: Quality, speeds: SpeedReport, champion_scores: dict[str, list[float]]
+) -> dict[str, Measurement]:
+    ratios = speeds.champion_ratios(candidate.variant.name)
+    return {**quality.metrics, **quality.losses_vs(champion_scores), **ratios}
 
 
 def choose(judged: Iterable[Judged]) -> Judged | None:

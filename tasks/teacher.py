@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import math
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import hash_file, is_name, payload_checksum
 from serving.tokenizer import TOKENIZER_NAME
@@ -21,6 +19,7 @@ from tasks.corpus import evaluation_sets
 from tasks.errors import TeacherRejected
 from tasks.progress import progress
 from tasks.state import state_dir
+from tasks.weights import check_finite, count_parameters
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
@@ -43,6 +42,7 @@ class Teacher(BaseModel):
     normalize: bool
     prompts: dict[str, str]
     num_parameters: int
+    num_encoder_parameters: int
 
 
 @task(task_run_name="load-teacher", cache_policy=NO_CACHE)
@@ -66,6 +66,9 @@ def load_teacher(uri: str, name: str | None = None) -> Teacher:
         )
     _require_tokenizer(transformer)
     pooling = _read_object(folder / modules[1]["path"] / "config.json")
+    counts = [count_parameters(path) for path in _weights(transformer)]
+    for path in _weights(transformer):
+        check_finite(path)
     return Teacher(
         uri=uri,
         name=name or _safe_name_of(uri, folder),
@@ -78,7 +81,8 @@ def load_teacher(uri: str, name: str | None = None) -> Teacher:
         pooling=_pooling_mode(folder, pooling),
         normalize="Normalize" in kinds,
         prompts=_prompts(folder),
-        num_parameters=sum(_count_parameters(path) for path in _weights(transformer)),
+        num_parameters=sum(count.everything for count in counts),
+        num_encoder_parameters=sum(count.encoder for count in counts),
     )
 
 
@@ -270,34 +274,3 @@ def _weights(folder: Path) -> list[Path]:
             f"{folder} has no model.safetensors: pickled weights are never loaded; save it as safetensors"
         )
     return paths
-
-
-class _Tensor(BaseModel):
-    """What a safetensors header says of one tensor; the offsets are bytes after the header."""
-
-    dtype: str
-    shape: tuple[NonNegativeInt, ...]
-    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
-
-
-_HEADER = TypeAdapter(dict[str, _Tensor])
-
-
-def _count_parameters(path: Path) -> int:
-    """Parameters of a safetensors file, from its header. Raises TeacherRejected for a file cut short or not of them."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise TeacherRejected(f"{path} is truncated: {size} bytes do not hold its header; fetch it again")
-        header = stream.read(length)
-    try:
-        entries = json.loads(header)
-        tensors = _HEADER.validate_python({name: entries[name] for name in entries if name != "__metadata__"})
-    except (ValueError, TypeError):  # pydantic's ValidationError and Unicode and JSON errors are ValueErrors
-        raise TeacherRejected(f"{path} has a header that is not one of safetensors; fetch it again") from None
-    needed = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
-    if needed != size:
-        raise TeacherRejected(f"{path} is truncated or padded: {size} bytes, its header needs {needed}; fetch it again")
-    return sum(math.prod(t.shape) for t in tensors.values() if t.dtype.startswith(("F", "BF")))

@@ -48,6 +48,7 @@ class Tracker:
             "mlflow.parentRunId": self.run_id,
             "gate": judged.gate.reason,
             "method": variant.method,
+            "steps": ", ".join(map(str, variant.steps)) or "none",
             "corpus": corpus,
             "compatibility": judged.compatibility,
         }
@@ -64,7 +65,7 @@ class Tracker:
             self._client.log_param(run_id, name, value)
         self._log_metrics(run_id, judged)
         for name in ("quality", "speed", "gate"):
-            report = getattr(judged, name).model_dump(mode="json")
+            report = getattr(judged, name).model_dump(mode="json", exclude={"scores"})
             self._client.log_dict(run_id, report, f"{name}.json")
         self._client.set_terminated(run_id)
 
@@ -161,6 +162,8 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
     metrics["speed.throughput_per_s"] = judged.speed.throughput_per_s
     metrics["speed.speedup_vs_torch"] = judged.speedup_vs_torch
     metrics["size.disk_mb"] = judged.size_mb
+    metrics["size.params"] = judged.model.num_parameters
+    metrics["size.encoder_params"] = judged.model.num_encoder_parameters
     if judged.speed.peak_memory_mb is not None:
         metrics["size.peak_memory_mb"] = judged.speed.peak_memory_mb
     metrics["cost.node_seconds_per_million_texts"] = 1e6 / judged.speed.throughput_per_s

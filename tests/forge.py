@@ -55,7 +55,7 @@ def build_forge(root: Path, teacher_folder: Path) -> Forge:
     corpus = build_corpus.fn(uri, (), corpus_fingerprint(uri))
     exported, embeddings = export_onnx.fn(teacher), embed_teacher.fn(teacher, corpus)
     length = teacher.max_seq_length
-    candidates = [quantize.fn(v, exported, length, corpus, CALIBRATION_SIZE) for v in VARIANTS.values()]
+    candidates = [quantize.fn(v, exported, length, corpus, CALIBRATION_SIZE) for v in VARIANTS.values() if not v.steps]
     qualities = [evaluate.fn(candidate, corpus, embeddings, "here") for candidate in candidates]
     speeds = benchmark.fn(candidates, teacher, corpus, "a test's machine", None)
     study = Study(
@@ -64,6 +64,6 @@ def build_forge(root: Path, teacher_folder: Path) -> Forge:
         corpus=corpus,
         speeds=speeds,
         limits=GateLimits(),
-        judged=tuple(select.fn(candidates, qualities, speeds, GateLimits())),
+        judged=tuple(select.fn(candidates, qualities, speeds, GateLimits(), {(): teacher})),
     )
     return Forge(root / "state", exported, embeddings, study)

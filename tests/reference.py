@@ -9,12 +9,14 @@ import registry.errors
 import tasks.errors
 from flows.config import OptimizeConfig
 from registry.approval import ApprovalPolicy
-from registry.gate import GateLimits
+from registry.gate import GateSettings
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
 from tasks.delivery import WorkerConfig
 from tasks.notify import WebhookConfig
+from tasks.steps import DistillConfig
+from tasks.variants import Recipe
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
@@ -30,7 +32,9 @@ def render_reference() -> str:
             "## Settings of the pipeline: `thorforge.toml`",
             "",
             *_table(("key", "default", "meaning"), _fields("optimize", OptimizeConfig)),
-            *_table(("key", "default", "meaning"), _fields("optimize.gate", GateLimits)),
+            *_table(("key", "default", "meaning"), _fields("optimize.gate", GateSettings)),
+            *_table(("key of each `[[optimize.recipe]]`", "default", "meaning"), _fields("", Recipe)),
+            *_table(("key of a step that distils", "default", "meaning"), _fields("", DistillConfig)),
             *_table(("key", "default", "meaning"), _fields("promote.approval", ApprovalPolicy)),
             *_table(("key of each `[[promote.workers]]`", "default", "meaning"), _fields("", WorkerConfig)),
             *_table(("key of each `[[promote.webhooks]]`", "default", "meaning"), _fields("", WebhookConfig)),

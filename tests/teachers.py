@@ -1,4 +1,4 @@
-"""A real, tiny teacher: a random two-layer BERT that sentence-transformers itself writes as a model folder."""
+"""A real, tiny teacher: a random BERT that sentence-transformers itself writes as a model folder."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.texts import make_sentences
 HIDDEN, MAX_LENGTH, POSITIONS = 32, 48, 64
 
 
-def make_teacher(folder: Path) -> Path:
+def make_teacher(folder: Path, layers: int = 2) -> Path:
     """Write a sentence-transformers folder (Transformer, mean Pooling, Normalize; safetensors) with random weights."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -24,7 +24,7 @@ def make_teacher(folder: Path) -> Path:
     config = BertConfig(
         vocab_size=words.get_vocab_size(),
         hidden_size=HIDDEN,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=POSITIONS,

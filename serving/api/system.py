@@ -145,7 +145,7 @@ def describe_version(
         "compatibility": manifest.compatibility,
         "cosine_similarity_vs_fp32": manifest.validation.cosine_similarity_vs_fp32.mean,
         "engine": model.engine.runtime,
-        "engine_setup": str(model.setup),
+        "engine_setup": str(model.choice),
         "weight": weight,
         "state": state,
         "default": is_default,

@@ -106,8 +106,13 @@ class Stage:
         return result
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
-        """Prefect's API."""
-        reply = httpx.request(method, f"{self.prefect_api}{path}", trust_env=False, timeout=60, **options)
+        """Prefect's API, which asks to come again while its SQLite is locked."""
+
+        def look() -> httpx.Response | None:
+            reply = httpx.request(method, f"{self.prefect_api}{path}", trust_env=False, timeout=60, **options)
+            return None if reply.status_code == httpx.codes.SERVICE_UNAVAILABLE else reply
+
+        reply = wait_until(look)
         assert reply.is_success, reply.text
         return reply.json()
 

@@ -1,5 +1,6 @@
 """From two candidates to production and back, with every server real: what the trail says and the vectors prove."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -104,11 +105,16 @@ def approve_in_the_pages(stage: Stage, page: Page, screens: Path, digest: str) -
     stage.wait_for(run, "Suspended")
     page.goto(f"{stage.prefect_ui}/runs/flow-run/{run['id']}")
     page.get_by_role("button", name="Resume").first.click()
-    expect(page.get_by_text("The gate says pass")).to_be_visible()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_text("The gate says pass")).to_be_visible()
+    expect(dialog.get_by_role("link", name="The HTML report")).to_have_attribute("href", re.compile(stage.mlflow))
+    name, reason = dialog.get_by_role("textbox").nth(0), dialog.get_by_role("textbox").nth(1)
+    name.fill("grace")
+    reason.fill("read the report")
+    dialog.get_by_role("button", name="Decision").or_(dialog.locator(".p-select").first).first.click()
+    page.get_by_role("option", name="approve").or_(page.get_by_text("approve", exact=True)).first.click()
     page.screenshot(path=screens / "form.png")
-    page.get_by_label("Your name").fill("grace")
-    page.screenshot(path=screens / "form-filled.png")
-    page.get_by_role("button", name="Submit").click()
+    dialog.get_by_role("button", name="Submit").click()
     stage.wait_for(run, "Completed")
     page.reload()
     page.screenshot(path=screens / "completed.png")

@@ -146,7 +146,7 @@ ERRORS = [
     (["evaluate", "no/such/model", "--sts", "x.tsv"], "error: model 'no/such/model' is no folder"),
     (["evaluate", "http://127.0.0.1:9", "--sts", "x.tsv"], "error: http://127.0.0.1:9 does not answer"),
     (["optimize", "--config", "none.toml"], "error: settings file none.toml does not exist"),
-    (["optimize", "--variant", "int4"], "error: the command line: optimize.variants.0"),
+    (["optimize", "--variant", "int4"], "error: the command line: optimize: Value error, 'int4' is no variant"),
     (["registry", "list", "../x"], "error: "),
 ]
 

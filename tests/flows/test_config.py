@@ -4,7 +4,9 @@ import pytest
 from pydantic import BaseModel
 
 from flows.config import ConfigRejected, OptimizeConfig, Settings, load_settings, override
-from registry.gate import GateLimits
+from registry.gate import GateSettings
+from tasks.steps import DistillConfig
+from tasks.variants import VARIANTS
 
 
 def write(folder: Path, text: str) -> Path:
@@ -23,7 +25,7 @@ def test_config_is_read_from_the_working_folder_where_there_is_one(
     )
     found = load_settings().optimize
     assert (found.corpus, found.variants, found.gate.max_task_loss) == ("my.jsonl", ("fp32-onnx",), 0.02)
-    assert found.gate.cosine_mean_pass == GateLimits().cosine_mean_pass
+    assert found.gate.cosine_mean_pass == GateSettings().cosine_mean_pass
 
 
 BAD: dict[str, tuple[str, str]] = {
@@ -36,7 +38,15 @@ BAD: dict[str, tuple[str, str]] = {
     "key like nothing": ("[optimize]\nzzz = 1", r"optimize\.zzz: unknown key$"),
     "wrong type": ("[optimize]\ncalibration_size = 'many'", r"optimize\.calibration_size: .*valid integer"),
     "out of range": ("[optimize]\ncalibration_size = 0", r"calibration_size: .*greater than or equal to 1"),
-    "unknown variant": ("[optimize]\nvariants = ['int4']", r"optimize\.variants\.0: .*'fp32-onnx'"),
+    "unknown variant": ("[optimize]\nvariants = ['int4']", r"'int4' is no variant: known are fp32-onnx, int8"),
+    "recipe without a budget": (
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'fp32-onnx'\nsteps = [{depth = 3, max_minutes = 0}]",
+        r"optimize\.recipe\.0\.steps\.0.*max_minutes: .*greater than 0",
+    ),
+    "recipe of a name that is taken": (
+        "[[optimize.recipe]]\nname = 'int8-static'\nbuild = 'fp32-onnx'\nsteps = []",
+        "a recipe is called 'int8-static', as another variant is",
+    ),
     "no variants": ("[optimize]\nvariants = []", r"optimize\.variants: .*at least 1 item"),
     "variant twice": (
         "[optimize]\nvariants = ['fp32-onnx', 'fp32-onnx']",
@@ -45,8 +55,23 @@ BAD: dict[str, tuple[str, str]] = {
     "bad name": ("[optimize]\nname = '../evil'", r"optimize\.name: .*is not a name"),
     "limits crossed": ("[optimize.gate]\ncosine_mean_caution = 0.995", "cosine_mean_caution 0.995 is above"),
     "nan limit": ("[optimize.gate]\nmax_task_loss = nan", "max_task_loss: .*finite"),
+    "bad limit of a model": ("[optimize.gate.models.minilm]\nmax_loss = 1", r"models\.minilm: max_loss: unknown key"),
     "not TOML": ("[optimize\n", r"thorforge\.toml is not TOML"),
 }
+
+
+def test_config_recipe_is_a_variant_like_any_other(tmp_path: Path) -> None:
+    text = """
+        optimize.variants = ["student3-fp32", "mine"]
+        [[optimize.recipe]]
+        name = "mine"
+        build = "int8-openvino"
+        steps = [{ kind = "distill", depth = 2, epochs = 1 }]
+    """
+    known, mine = load_settings(write(tmp_path, text)).optimize.recipes()
+    assert known == VARIANTS["student3-fp32"]
+    assert (mine.name, mine.runtime, mine.precision, mine.is_calibrated) == ("mine", "openvino", "int8", True)
+    assert mine.steps == (DistillConfig(depth=2, epochs=1),)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -70,7 +95,7 @@ def test_config_that_is_not_text_or_not_there_is_rejected(tmp_path: Path) -> Non
 
 
 def test_override_takes_only_what_is_given_and_checks_it() -> None:
-    config = OptimizeConfig(corpus="a.txt", gate=GateLimits(max_task_loss=0.5))
+    config = OptimizeConfig(corpus="a.txt", gate=GateSettings(max_task_loss=0.5))
     changed = override(config, corpus=None, model="hf:x/y", variants=("fp32-onnx",), calibration_size=7)
     assert changed == config.model_copy(update={"model": "hf:x/y", "variants": ("fp32-onnx",), "calibration_size": 7})
     with pytest.raises(ConfigRejected, match=r"the command line: optimize\.calibration_size"):

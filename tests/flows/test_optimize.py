@@ -23,8 +23,9 @@ from registry.manifest import read_manifest, verify_bundle
 from registry.moves import move_channel
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
-from tasks.errors import CorpusRejected
+from tasks.errors import CorpusRejected, StepRejected
 from tasks.teacher import open_teacher
+from tasks.variants import Recipe
 from tests.disks import mounted_disk
 from tests.forge import write_corpus, write_sts
 from tests.texts import make_sentences
@@ -32,8 +33,9 @@ from tests.texts import make_sentences
 # The tables of MLflow and of Prefect's server use what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
-VARIANTS = ("fp32-onnx", "int8-dynamic", "bf16-openvino")
-CACHED_TASKS = {"corpus", "export", "embed-teacher", "benchmark"} | {
+VARIANTS = ("fp32-onnx", "int8-dynamic", "bf16-openvino", "student1")
+STUDENT = {"name": "student1", "build": "fp32-onnx", "steps": [{"kind": "distill", "depth": 1, "epochs": 0.5}]}
+CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "score-champion", "benchmark"} | {
     f"{verb}-{name}" for verb in ("quantize", "evaluate") for name in VARIANTS
 }
 FRESH_TASKS = {"load-teacher", "select", "report"}
@@ -61,11 +63,16 @@ def runs(prefect_api: None, tiny_teacher: Path, tmp_path_factory: pytest.TempPat
     registry, sts = root / "registry", write_sts_of(tiny_teacher, root / "sts.tsv")
     settings = {"model": str(tiny_teacher), "corpus": str(corpus), "registry": str(registry)}
     table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
-    table = f"[optimize]\n{table}variants = {json.dumps(VARIANTS)}\ncalibration_size = 8\n"
+    recipe = (
+        'recipe = [{name = "student1", build = "fp32-onnx", steps = [{kind = "distill", depth = 1, epochs = 0.5}]}]'
+    )
+    table = f"[optimize]\n{table}variants = {json.dumps(VARIANTS)}\ncalibration_size = 8\n{recipe}\n"
     (root / "same.toml").write_text(table)
     strict = f"{table}gate = {{ cosine_mean_pass = 1.0, cosine_mean_caution = 1.0, max_task_loss = -1.0 }}\n"
     (root / "strict.toml").write_text(strict)
-    config = OptimizeConfig.model_validate({**settings, "sts": [sts], "variants": VARIANTS, "calibration_size": 8})
+    config = OptimizeConfig.model_validate(
+        {**settings, "sts": [sts], "variants": VARIANTS, "recipe": [STUDENT], "calibration_size": 8}
+    )
     runner = CliRunner(env={"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"})
     with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root / "results"}):
         patch.setenv("THORFORGE_HOME", str(root / "state"))
@@ -165,7 +172,9 @@ def test_optimize_is_tracked_in_mlflow(runs: Runs) -> None:
     assert {run.info.run_name for run in children} == set(VARIANTS)
     assert first.data.tags["chosen"] == runs.first.published.variant
     client = MlflowClient(tracking_uri=f"sqlite:///{runs.state}/mlflow/mlflow.db")
+    student = runs.first.study.find("student1").model
     assert {file.path for file in client.list_artifacts(first.info.run_id)} == {
+        f"distill-{student.digest[:8]}.png",
         "latency_cdf.png",
         "manifest.json",
         "pareto.png",
@@ -180,7 +189,7 @@ def test_optimize_judges_on_sts_and_records_it(runs: Runs, tmp_path: Path) -> No
     assert published is not None
     for row in study.judged:
         assert "sts_spearman_loss" in {result.metric for result in row.gate.results}
-        assert row.quality.metrics["sts_spearman"].value > 0.9
+        assert row.quality.metrics["sts_spearman"].value > (0.5 if row.candidate.variant.steps else 0.9)
     assert study.find("fp32-onnx").quality.metrics["sts_spearman"].value == pytest.approx(1, abs=1e-3)
     pull(FolderStore(runs.config.registry), "tiny", published.digest, tmp_path / "bundle")
     validation = read_manifest(tmp_path / "bundle").validation
@@ -241,10 +250,35 @@ def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch:
     outcome = run_optimize(runs.config.model_copy(update={"variants": ("fp32-onnx",)}))
     assert CHAMPION in outcome.study.speeds.speeds
     checked = {result.metric for result in outcome.study.judged[0].gate.results}
-    assert {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"} <= checked
+    ratios = {f"{name}_ratio_vs_champion" for name in ("latency", "p95", "throughput", "memory")}
+    assert ratios | {"ndcg_at_10_loss_vs_champion", "recall_at_10_loss_vs_champion"} <= checked
+    assert all(result.value is not None for result in outcome.study.judged[0].gate.results)
     champion = pull_champion(runs.config.registry, "tiny")
     assert champion is not None
     assert read_manifest(champion).version == runs.first.published.version
+
+
+def test_optimize_judges_a_student_against_the_teacher_and_counts_its_parameters(runs: Runs) -> None:
+    study = runs.first.study
+    student, whole = study.find("student1"), study.find("fp32-onnx")
+    assert whole.model == study.teacher
+    assert student.model.num_encoder_parameters * 2 == whole.model.num_encoder_parameters
+    assert student.quality.metrics["cosine_mean"].value < 0.9999 < whole.quality.metrics["cosine_mean"].value
+    run = next(run for run in mlflow_runs(runs.state) if run.info.run_name == "student1")
+    assert run.data.metrics["size.params"] == student.model.num_parameters
+    assert run.data.metrics["size.encoder_params"] == student.model.num_encoder_parameters
+    assert run.data.tags["steps"] == "distill to 1 layers"
+    page = runs.first.report.read_text(encoding="utf-8")
+    assert "distill to 1 layers, then fp32-onnx" in page
+    assert page.count("<svg") == 3
+
+
+def test_optimize_refuses_a_student_too_deep_before_anything_is_trained(runs: Runs) -> None:
+    deep = Recipe.model_validate(STUDENT | {"name": "deep", "steps": [{"kind": "distill", "depth": 2}]})
+    config = runs.config.model_copy(update={"variants": ("student1", "deep"), "recipe": (*runs.config.recipe, deep)})
+    with final_states() as states, pytest.raises(StepRejected, match="a student of 2 layers is not smaller than tiny"):
+        run_optimize(config)
+    assert "distill-1" not in states
 
 
 @pytest.mark.parametrize("change", [{"corpus": "none.txt"}, {"sts": (Path("none.tsv"),)}])
@@ -264,13 +298,13 @@ def test_optimize_on_a_full_disk_names_the_folder_and_leaves_nothing_half_writte
 ) -> None:
     sizes = {kind: disk_kibibytes(runs.state, kind) for kind in ("corpus", "export", "fp32-onnx")}
     monkeypatch.setenv("THORFORGE_HOME", str(tmp_path / "state"))
-    config = runs.config.model_copy(update={"registry": tmp_path / "registry"})
+    config = runs.config.model_copy(update={"registry": str(tmp_path / "registry"), "variants": VARIANTS[:3]})
     room = sizes["corpus"] + sizes["export"] + sizes["fp32-onnx"] // 2
     with mounted_disk(tmp_path / "state" / "artifacts", room) as disk:
         with pytest.raises(StoreFull, match=rf"^{disk} is full: \d+ bytes free$"):
             run_optimize(config, refresh=True)
         assert {path.name.rpartition("-")[0] for path in disk.iterdir()} == {"corpus", "export"}
-    assert not config.registry.exists()
+    assert not (tmp_path / "registry").exists()
     assert [run.info.status for run in mlflow_runs(tmp_path / "state")] == ["FAILED"]
 
 

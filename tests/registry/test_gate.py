@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from registry.gate import Check, GateLimits, GateRecord, Measurement, default_checks, judge
+from registry.gate import Check, GateLimits, GateRecord, GateSettings, Measurement, default_checks, judge
 
 BADNESS = ("pass", "caution", "fail")
 LOSS = Check(metric="loss", kind="max", limit=0.01)
@@ -146,12 +146,24 @@ def test_limits_refuse_unknown_keys_and_a_caution_above_the_pass() -> None:
         GateLimits(cosine_mean_pass=0.9)
 
 
+def test_limits_of_one_model_stand_above_the_common_ones() -> None:
+    settings = GateSettings(max_task_loss=0.02, models={"minilm": {"max_champion_memory_ratio": 2.0}})
+    assert settings.for_model("other") == GateLimits(max_task_loss=0.02)
+    assert settings.for_model("minilm") == GateLimits(max_task_loss=0.02, max_champion_memory_ratio=2.0)
+    for wrong in ({"max_loss": 0.1}, {"cosine_mean_caution": 0.995}, {"models": {}}):
+        with pytest.raises(ValidationError, match=r"models\.minilm"):
+            GateSettings(models={"minilm": wrong})
+
+
 def test_default_checks_cover_what_was_asked_for() -> None:
     def names(with_sts: bool, with_champion: bool) -> list[str]:
         return [check.metric for check in default_checks(GateLimits(), with_sts, with_champion)]
 
     quality = ["nonfinite", "cosine_mean", "ndcg_at_10_loss", "recall_at_10_loss"]
-    speed = ["latency_ratio_vs_champion", "throughput_ratio_vs_champion"]
+    speed = [
+        "latency_ratio_vs_champion", "p95_ratio_vs_champion", "throughput_ratio_vs_champion",
+        "memory_ratio_vs_champion", "ndcg_at_10_loss_vs_champion", "recall_at_10_loss_vs_champion",
+    ]  # fmt: skip
     assert names(False, False) == quality
     assert names(True, False) == [*quality, "sts_spearman_loss"]
     assert names(False, True) == [*quality, *speed]

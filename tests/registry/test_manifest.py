@@ -86,7 +86,7 @@ def test_manifest_refuses_an_engine_file_it_does_not_list(bundle: Path) -> None:
 
 def test_manifest_refuses_to_list_itself(bundle: Path) -> None:
     edit_manifest(bundle, lambda d: d["files"].update({"manifest.json": d["files"]["model.onnx"]}))
-    with pytest.raises(ManifestInvalid, match=r"manifest\.json cannot list itself"):
+    with pytest.raises(ManifestInvalid, match=r"manifest\.json cannot be listed"):
         read_manifest(bundle)
 
 

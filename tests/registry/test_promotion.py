@@ -1,14 +1,17 @@
 """Promotion: what it takes, what is recorded, and what is left when the promoter dies anywhere."""
 
+import multiprocessing
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from registry.approval import ApprovalPolicy, decide
-from registry.channel import read_channel
+from registry.channel import read_channel, read_channels
 from registry.client import push, verify_stored
 from registry.errors import (
     ApprovalExpired,
@@ -20,10 +23,14 @@ from registry.errors import (
     RollbackRefused,
 )
 from registry.folder_store import FolderStore
+from registry.fsck import check_registry
 from registry.gate import Check, GateRecord, Measurement, judge
 from registry.ledger import as_move, read_ledger, read_moves, verify_ledger
 from registry.promotion import promote, rollback, status
+from registry.store import open_store
 
+ROUNDS = 20
+TIMEOUT_SECONDS = 120
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
 POLICY = ApprovalPolicy(approvers=("ann", "bob"))
 CHECKS = (Check(metric="cosine_mean", kind="min", limit=0.99, caution_limit=0.98),)
@@ -140,6 +147,62 @@ def test_promoter_killed_anywhere_leaves_a_whole_bundle_and_one_move(store: Fold
             move(store, digests[0])
     assert num_operations > 15
     assert as_move(entry).bundle == digests[1]
+
+
+def test_rollback_killed_anywhere_is_done_once(store: FolderStore, digests: list[str]) -> None:
+    move(store, digests[0])
+    for num_operations in range(1_000):
+        move(store, digests[1])
+        before = len(list(read_moves(store, "tiny", "production")))
+        try:
+            rollback(MortalStore(store, num_operations), "tiny", asked_by="eve", expected=digests[1])
+            break
+        except Killed:
+            entry = rollback(store, "tiny", asked_by="eve", expected=digests[1])
+            assert (as_move(entry).kind, as_move(entry).bundle) == ("rollback", digests[0])
+            assert read_channel(store, "tiny", "production").digest == digests[0]
+            assert len(list(read_moves(store, "tiny", "production"))) == before + 1
+    assert num_operations > 15
+    verify_ledger(store, "tiny")
+
+
+def race(place: str, number: int, digests: list[str], barrier: Barrier, results: Queue) -> None:
+    """Both promoters judge against the same champion, then both promote: each a bundle of its own."""
+    store = open_store(place)
+    for _ in range(ROUNDS):
+        records = read_channels(store, "tiny")
+        current = records[0].digest if records else None
+        target = [digest for digest in digests if digest != current][number]
+        barrier.wait(TIMEOUT_SECONDS)
+        try:
+            entry = move(store, target, expected=current, requested_by=f"promoter{number}")
+            results.put((entry.sequence, as_move(entry).moved_by))
+        except ChannelMoved:
+            results.put(None)
+        barrier.wait(TIMEOUT_SECONDS)
+
+
+@pytest.mark.parametrize("place", ["folder", pytest.param("s3_place", marks=pytest.mark.e2e)])
+def test_racing_promoters_move_a_channel_in_one_line(
+    place: str, bundles: list[Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    place = str(tmp_path / "registry") if place == "folder" else request.getfixturevalue(place)
+    store = open_store(place)
+    digests = [push(bundle, store) for bundle in bundles]
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    racers = [context.Process(target=race, args=(place, number, digests, barrier, results)) for number in range(2)]
+    for racer in racers:
+        racer.start()
+    outcomes = [results.get(timeout=TIMEOUT_SECONDS) for _ in range(2 * ROUNDS)]
+    for racer in racers:
+        racer.join(TIMEOUT_SECONDS)
+        assert racer.exitcode == 0
+    moves = list(read_moves(store, "tiny", "production"))[::-1]
+    assert outcomes.count(None) == ROUNDS
+    assert sorted(outcome for outcome in outcomes if outcome) == [(m.sequence, as_move(m).moved_by) for m in moves]
+    assert [as_move(entry).number for entry in moves] == list(range(1, ROUNDS + 1))
+    assert list(check_registry(store)) == []
 
 
 def test_rollback_leads_back_step_by_step(store: FolderStore, digests: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from serving.autotune import Choice
 from serving.containment import OpenEngine
 from serving.engines import Engine
 from serving.models import LoadedModel, load_model
@@ -90,8 +91,8 @@ def keep_open(model: LoadedModel) -> LoadedModel:
 
 def with_engine(model: LoadedModel, engine: Engine, reopen: OpenEngine | None = None) -> LoadedModel:
     """The same model on another engine, which only `reopen` can replace."""
-    setup = replace(model.setup, num_instances=1)  # one run at a time, so that tests can tell what waits
-    return replace(model, engine=engine, setup=setup, reopen=reopen, open_spare=None)
+    setup = replace(model.choice.large, num_instances=1)  # one run at a time, so that tests can tell what waits
+    return replace(model, engine=engine, choice=Choice(setup, setup), reopen=reopen, open_spare=None)
 
 
 @pytest.fixture(scope="module")

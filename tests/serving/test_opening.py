@@ -9,7 +9,7 @@ import pytest
 
 from registry.manifest import digest_of, read_manifest
 from serving.autotune import Choice, Setup, record_path
-from serving.engines import Engine, open_engine
+from serving.engines import Engine, num_cores, open_engine
 from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
 from serving.opening import Opened, Opener, SwitchedEngine
@@ -35,7 +35,7 @@ def open_best(folder: Path, **options: object) -> tuple[Opener, Setup]:
     opener = Opener(ModelSource(path=folder, **options), read_manifest(folder), nothing)  # type: ignore[arg-type]
     opened = opener.open_best(digest_of(folder), ROWS)
     opened.engine.close()
-    return opener, opened.setup
+    return opener, opened.choice.large
 
 
 def test_measured_choice_is_remembered_and_taken_again(
@@ -78,7 +78,7 @@ def test_engine_opens_anew_and_the_other_one_is_the_spare(bundle: Path, tmp_path
     assert model.open_spare is not None
     again, spare = model.reopen(), model.open_spare()
     assert again.runtime == model.engine.runtime
-    assert spare.runtime.split()[0] == ({"onnxruntime", "openvino"} - {model.setup.runtime}).pop()
+    assert spare.runtime.split()[0] == ({"onnxruntime", "openvino"} - {model.choice.large.runtime}).pop()
     for engine in (model.engine, again, spare):
         engine.close()
 
@@ -160,7 +160,7 @@ def test_chain_takes_the_first_gpu_engine_that_loads(
     bundle: Path, tmp_path: Path, working: tuple[str, ...], taken: str, fallen: list[str]
 ) -> None:
     folder, heard = copy_with(bundle, tmp_path, "onnxruntime", "tensorrt", "cuda"), []  # type: ignore[var-annotated]
-    assert open_on_gpu(folder, working, heard).setup.runtime == taken
+    assert open_on_gpu(folder, working, heard).choice.large.runtime == taken
     assert heard == fallen
     assert record_path(folder).exists() == (taken == "onnxruntime")
 
@@ -181,7 +181,7 @@ def test_custom_kernels_that_must_not_be_used_are_not_tried(bundle: Path, tmp_pa
     )
     opened = opener.open_best(digest_of(folder), ROWS)
     opened.engine.close()
-    assert (opened.setup.runtime, opened.open_spare, heard) == ("onnxruntime", None, [])
+    assert (opened.choice.large.runtime, opened.open_spare, heard) == ("onnxruntime", None, [])
 
 
 @pytest.mark.parametrize(("engine", "kernels"), [("onnxruntime", KERNELS_ALWAYS), ("cuda", KERNELS_NEVER)])
@@ -194,3 +194,27 @@ def test_contradicting_settings_are_named(bundle: Path, engine: str, kernels: Cu
 def test_onnxruntime_without_its_cuda_provider_says_so(bundle: Path) -> None:
     with pytest.raises(EngineUnavailable, match="has no CUDAExecutionProvider: pip install onnxruntime-gpu"):
         open_engine(bundle, read_manifest(bundle).engines[0], on_gpu=True)
+
+
+def test_bundle_loaded_beside_traffic_takes_the_layout_in_use_and_measures_nothing(
+    bundle: Path, tmp_path: Path
+) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "openvino")
+    opener = Opener(ModelSource(path=folder), read_manifest(folder), nothing)
+    in_use = Choice(Setup("onnxruntime", 1, min(2, num_cores())), Setup("onnxruntime", num_cores(), 1))
+    opened = opener.open_best(digest_of(folder), ROWS, in_use)
+    assert opened.choice == in_use
+    opened.engine.close()
+    assert not record_path(folder).exists()
+    remembered = open_best(folder)[1]
+    opened = opener.open_best(digest_of(folder), ROWS, in_use)
+    assert opened.choice.large == remembered
+    opened.engine.close()
+
+
+def test_layout_of_an_engine_that_a_bundle_lacks_is_kept_for_the_one_it_has() -> None:
+    in_use = Choice(Setup("onnxruntime", 1, 2), Setup("onnxruntime", 2, 1))
+    assert in_use.keep_layout(["openvino", "onnxruntime"]) == in_use
+    kept = Setup("openvino", 1, 2)
+    assert in_use.keep_layout(["openvino"]) == Choice(kept, kept)
+    assert (str(in_use), str(Choice(kept, kept))) == ("onnxruntime:2x1, lone onnxruntime:1x2", "openvino:2x1")

@@ -10,7 +10,9 @@ import httpx
 import numpy as np
 import pytest
 
+from registry.signing import make_keys, sign
 from serving.app import create_app
+from serving.autotune import Choice
 from serving.errors import ChangeRefused, ConfigInvalid, InvalidRequest, LoadFailed, ModelNotFound, NotReady
 from serving.models import LoadedModel, load_model
 from serving.service import EmbeddingService, EmbedRequest
@@ -118,11 +120,11 @@ def test_model_answers_while_others_still_load(bundles: Path, monkeypatch: pytes
     entered, gate = threading.Event(), threading.Event()
 
     class Slow(Worker):
-        def _load_model(self, asked: ModelSource) -> LoadedModel:
+        def _load_model(self, asked: ModelSource, layout: Choice | None = None) -> LoadedModel:
             if asked.path.name == "other":
                 entered.set()
                 assert gate.wait(WAIT)
-            return super()._load_model(asked)
+            return super()._load_model(asked, layout)
 
     async def main() -> None:
         worker = Slow(settings_of(bundles, "v0", "other"))
@@ -357,3 +359,22 @@ def test_ten_swaps_under_load_fail_no_request_and_mix_no_versions(bundles: Path)
     worker = run(settings_of(bundles, "v0"), body)
     swaps = [metric(worker, "akidb_model_swaps_total", model="tiny", model_version=version) for version in expected]
     assert swaps == [5, 5]
+
+
+def test_unsigned_bundle_is_refused_where_a_public_key_is_configured(bundles: Path, tmp_path: Path) -> None:
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    make_keys(private, public)
+    signed = shutil.copytree(bundles / "v0", tmp_path / "signed")
+    (signed / "manifest.sig").write_bytes(sign((signed / "manifest.json").read_bytes(), private))
+    later = shutil.copytree(bundles / "v1", tmp_path / "later")
+    (later / "manifest.sig").write_bytes((signed / "manifest.sig").read_bytes())
+    asking = settings_of(tmp_path, "signed")
+    asking = asking.model_copy(update={"models": asking.models.model_copy(update={"public_key": public})})
+
+    async def body(worker: Worker) -> None:
+        for folder, reason in ((bundles, "is not signed"), (tmp_path, "was made by no key of")):
+            with pytest.raises(LoadFailed, match=reason):
+                await worker.swap(source(folder, "v1" if folder == bundles else "later"))
+        assert version_of(worker.resolve("tiny"))
+
+    run(asking, body)

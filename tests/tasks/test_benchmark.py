@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +20,10 @@ from tasks.benchmark import (
     SpeedReport,
     _open_for_turn,
     _rotate,
-    _sorted_batches,
     _time_calls,
+    _tokenize,
     benchmark,
-    sample_ids,
+    sample_calls,
 )
 from tasks.footprint import measure_footprint
 from tasks.publish import Origin, assemble_bundle
@@ -39,6 +41,7 @@ def report(**speeds: Speed) -> SpeedReport:
 
 
 ROUNDS = (100.0, 101.0, 99.0, 100.5, 99.5, 100.0, 100.2, 99.8)
+CHAMPION_RATIOS = {"latency_ratio_vs_champion", "p95_ratio_vs_champion", "throughput_ratio_vs_champion"}
 STEADY = speed(tuple(1.0 + 0.1 * (i % 7) for i in range(200)), ROUNDS)
 
 
@@ -51,7 +54,7 @@ def test_rotation_lets_every_system_go_first_and_loses_none(names: list[str]) ->
 
 def test_champion_ratios_of_a_system_against_itself_are_one() -> None:
     ratios = report(own=STEADY, champion=STEADY).champion_ratios("own")
-    assert ratios.keys() == {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"}
+    assert ratios.keys() == CHAMPION_RATIOS
     for ratio in ratios.values():
         assert ratio.low <= ratio.value == 1 <= ratio.high
 
@@ -106,15 +109,24 @@ def test_turn_pads_as_the_worker_does_and_meets_every_shape_before_it_is_timed(
 
 
 def test_sample_draws_from_every_set_and_batches_by_length(forge: Forge) -> None:
-    tokenizer = TextTokenizer.from_folder(forge.exported.folder, forge.study.teacher.max_seq_length)
-    ids = sample_ids(tokenizer, forge.study.corpus)
-    batches = _sorted_batches(ids)
-    assert {batch[0].shape[0] for batch in batches} == {BATCH_SIZE}
-    longest = [batch[0].shape[1] for batch in batches]
+    teacher = forge.study.teacher
+    singles, groups, mean_tokens = sample_calls(teacher, forge.study.corpus)
+    assert {len(group) for group in groups} == {BATCH_SIZE}
+    tokenizer = TextTokenizer.from_folder(forge.exported.folder, teacher.max_seq_length)
+    longest = [max(map(len, tokenizer.encode(group))) for group in groups]
     assert longest == sorted(longest)
-    assert len({row.tobytes() for row in ids}) > 100
-    again = sample_ids(tokenizer, forge.study.corpus)
-    assert all(np.array_equal(a, b) for a, b in zip(ids, again, strict=True))
+    assert min(longest) < mean_tokens < max(longest)
+    assert len({text for (text,) in singles}) > 100
+    assert sample_calls(teacher, forge.study.corpus) == (singles, groups, mean_tokens)
+
+
+def test_benchmark_gives_each_system_the_ids_of_its_own_tokenizer(forge: Forge, tmp_path: Path) -> None:
+    """A step may have trimmed the vocabulary: ids of another tokenizer would be other words, or none."""
+    rules = json.loads((forge.exported.folder / "tokenizer.json").read_text())
+    rules["model"]["vocab"] = {word: 1000 + place for word, place in rules["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    own, moved = (_tokenize(folder, 48, [["the baker"]])[0][0] for folder in (forge.exported.folder, tmp_path))
+    assert moved[0, 1:-1].tolist() == (own[0, 1:-1] + 1000).tolist()
 
 
 def test_benchmark_measured_every_system_in_every_round(forge: Forge) -> None:
@@ -139,7 +151,7 @@ def test_benchmark_times_the_champion_bundle_beside_the_candidates(forge: Forge)
     candidate = study.find("fp32-onnx").candidate
     speeds = benchmark.fn([candidate], study.teacher, study.corpus, "here", champion)
     assert speeds.speeds.keys() == {TORCH, "fp32-onnx", CHAMPION}
-    assert speeds.champion_ratios("fp32-onnx").keys() == {"latency_ratio_vs_champion", "throughput_ratio_vs_champion"}
+    assert speeds.champion_ratios("fp32-onnx").keys() == CHAMPION_RATIOS | {"memory_ratio_vs_champion"}
 
 
 def test_footprint_counts_the_engine_itself(forge: Forge) -> None:

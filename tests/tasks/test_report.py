@@ -42,7 +42,10 @@ def strict(study: Study) -> Study:
     candidates = [row.candidate for row in study.judged]
     qualities = [row.quality for row in study.judged]
     return study.model_copy(
-        update={"limits": limits, "judged": tuple(select.fn(candidates, qualities, study.speeds, limits))}
+        update={
+            "limits": limits,
+            "judged": tuple(select.fn(candidates, qualities, study.speeds, limits, {(): study.teacher})),
+        }
     )
 
 

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,27 @@ from tasks.benchmark import CHAMPION, NUM_BATCHES, TORCH, Speed, SpeedReport
 from tasks.evaluate import Quality
 from tasks.quantize import Candidate
 from tasks.select import choose, judge_compatibility, pareto_front, select
+from tasks.teacher import Teacher
 from tests.forge import Forge
 
 NAMES = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
+
+MODELS = {
+    (): Teacher(
+        uri="x",
+        name="x",
+        folder=Path("x"),
+        tokenizer=Path("x"),
+        digest="x",
+        dimension=8,
+        max_seq_length=8,
+        pooling="mean",
+        normalize=True,
+        prompts={},
+        num_parameters=2,
+        num_encoder_parameters=1,
+    )
+}
 
 Point = tuple[float, float, float, int]
 POINTS = st.lists(
@@ -39,7 +58,13 @@ def candidate(name: str, disk_bytes: int = 1) -> Candidate:
     """As `quantize` describes one; the engine and artifact behind it play no part in selection."""
     return Candidate.model_validate(
         {
-            "variant": {"name": name, "runtime": "onnxruntime", "precision": "fp32", "method": "x"},
+            "variant": {
+                "name": name,
+                "build": "fp32-onnx",
+                "runtime": "onnxruntime",
+                "precision": "fp32",
+                "method": "x",
+            },
             "artifact": {"path": "x", "digest": "x"},
             "engine": {"runtime": "onnxruntime", "file": "x", "sha256": "0" * 64, "size": 1},
             "max_seq_length": 8,
@@ -102,7 +127,7 @@ def test_select_judges_fastest_first_and_chooses_the_fastest_that_passes() -> No
     found = {TORCH: (50.0, 9.0), "fp32-onnx": (100.0, 4.0), "int8-dynamic": (300.0, 2.0), "int8-openvino": (200.0, 2.0)}
     names = ["fp32-onnx", "int8-dynamic", "int8-openvino"]
     qualities = [quality(1.0), quality(0.97), quality(0.995)]
-    judged = select.fn([candidate(n) for n in names], qualities, speeds(found), GateLimits())
+    judged = select.fn([candidate(n) for n in names], qualities, speeds(found), GateLimits(), MODELS)
     assert [row.name for row in judged] == ["int8-dynamic", "int8-openvino", "fp32-onnx"]
     assert [row.gate.verdict for row in judged] == ["fail", "pass", "pass"]
     assert [row.speedup_vs_torch for row in judged] == pytest.approx([6, 4, 2])
@@ -116,7 +141,7 @@ def test_select_judges_fastest_first_and_chooses_the_fastest_that_passes() -> No
 )
 def test_choose_takes_only_what_passed(cosine: float, verdict: str) -> None:
     found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (100.0, 4.0)})
-    judged = select.fn([candidate("fp32-onnx")], [quality(cosine)], found, GateLimits())
+    judged = select.fn([candidate("fp32-onnx")], [quality(cosine)], found, GateLimits(), MODELS)
     assert judged[0].gate.verdict == verdict
     assert (choose(judged) is not None) == (verdict == "pass")
 
@@ -124,7 +149,7 @@ def test_choose_takes_only_what_passed(cosine: float, verdict: str) -> None:
 def test_select_of_a_corpus_without_queries_fails_the_gate() -> None:
     bare = Quality(metrics={"cosine_mean": measured(1.0), "nonfinite": measured(0.0)}, num_texts=10, num_queries=0)
     found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (100.0, 4.0)})
-    judged = select.fn([candidate("fp32-onnx")], [bare], found, GateLimits())
+    judged = select.fn([candidate("fp32-onnx")], [bare], found, GateLimits(), MODELS)
     assert judged[0].gate.verdict == "fail"
     assert "ndcg_at_10_loss" in judged[0].gate.reason
     assert choose(judged) is None
@@ -134,15 +159,29 @@ def test_select_of_a_corpus_without_queries_fails_the_gate() -> None:
 def test_select_with_sts_checks_its_loss(loss: float | None, verdict: str) -> None:
     found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (100.0, 4.0)})
     own = quality(**({} if loss is None else {"sts_spearman_loss": measured(loss)}))
-    judged = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), with_sts=True)
+    judged = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), MODELS, with_sts=True)
     assert judged[0].gate.verdict == verdict
 
 
 @pytest.mark.parametrize(("throughput", "verdict"), [(300.0, "pass"), (285.0, "pass"), (270.0, "fail")])
 def test_select_compares_with_the_champion_of_the_same_run(throughput: float, verdict: str) -> None:
     found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (throughput, 4.0), CHAMPION: (300.0, 4.0)})
-    judged = select.fn([candidate("fp32-onnx")], [quality()], found, GateLimits())
+    scores = {"ndcg_at_10": [0.5, 0.7], "recall_at_10": [0.5, 0.7]}
+    own = quality().model_copy(update={"scores": scores})
+    judged = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), MODELS, champion_scores=scores)
     assert judged[0].gate.verdict == verdict
+
+
+def test_select_compares_quality_with_the_champion_query_by_query() -> None:
+    found = speeds({TORCH: (50.0, 9.0), "fp32-onnx": (300.0, 4.0), CHAMPION: (300.0, 4.0)})
+    champion = {"ndcg_at_10": [0.5, 0.7] * 50, "recall_at_10": [1.0, 0.5] * 50}
+    worse = {**champion, "ndcg_at_10": [0.48, 0.68] * 50}
+    for scores, failed in ((champion, set()), (worse, {"ndcg_at_10_loss_vs_champion"})):
+        own = quality().model_copy(update={"scores": scores})
+        gate = select.fn([candidate("fp32-onnx")], [own], found, GateLimits(), MODELS, champion_scores=champion)[0].gate
+        assert {result.metric for result in gate.results if result.verdict == "fail"} == failed
+    unmeasured = select.fn([candidate("fp32-onnx")], [quality()], found, GateLimits(), MODELS, champion_scores=champion)
+    assert "ndcg_at_10_loss_vs_champion" in unmeasured[0].gate.reason
 
 
 def test_choose_of_nothing_is_nothing() -> None:
