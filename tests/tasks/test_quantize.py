@@ -7,10 +7,10 @@ from registry.manifest import hash_file
 from tasks.errors import QuantizationFailed
 from tasks.evaluate import open_candidate
 from tasks.quantize import quantize
-from tasks.variants import VARIANTS, VariantName
+from tasks.variants import VARIANTS, Build
 from tests.forge import CALIBRATION_SIZE, Forge
 
-NAMES: tuple[VariantName, ...] = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
+NAMES: tuple[Build, ...] = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
 
 
 def test_variants_are_the_five_known_ones() -> None:
@@ -20,7 +20,7 @@ def test_variants_are_the_five_known_ones() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_quantize_builds_a_variant_that_embeds_like_the_teacher(name: VariantName, forge: Forge) -> None:
+def test_quantize_builds_a_variant_that_embeds_like_the_teacher(name: Build, forge: Forge) -> None:
     judged = forge.study.find(name)
     candidate = judged.candidate
     entry = hash_file(candidate.artifact.folder / candidate.engine.file)
@@ -36,7 +36,7 @@ def test_quantize_builds_a_variant_that_embeds_like_the_teacher(name: VariantNam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_quantize_accounts_for_its_calibration(name: VariantName, forge: Forge) -> None:
+def test_quantize_accounts_for_its_calibration(name: Build, forge: Forge) -> None:
     candidate = forge.study.find(name).candidate
     account = candidate.quantization("docs:", 0.99)
     if VARIANTS[name].precision != "int8":
@@ -51,7 +51,7 @@ def test_quantize_accounts_for_its_calibration(name: VariantName, forge: Forge) 
 
 
 @pytest.mark.parametrize("name", ["int8-dynamic", "int8-static"])
-def test_quantize_stores_weights_as_int8(name: VariantName, forge: Forge) -> None:
+def test_quantize_stores_weights_as_int8(name: Build, forge: Forge) -> None:
     import onnx
     from onnx import TensorProto
 
