@@ -1,6 +1,8 @@
 """optimize: from a teacher to a published, judged bundle. This file reads top to bottom as the pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -30,8 +32,10 @@ from tasks.quantize import quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
-from tasks.teacher import embed_teacher, load_teacher
+from tasks.steps import Step
+from tasks.teacher import Teacher, embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
+from tasks.variants import CUDA_VARIANTS, Variant
 
 
 class Outcome(BaseModel):
@@ -59,7 +63,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
         models = make_models(teacher, variants, corpus)
         exported = {steps: export_onnx(model) for steps, model in models.items()}
         how = (teacher.max_seq_length, corpus, config.calibration_size)
-        building = [quantize.submit(variant, exported[variant.steps], *how) for variant in variants]
+        building = [_submit_build(variant, models, exported, how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         candidates, not_built = build_engines([future.result() for future in building], config.tensorrt)
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in candidates]
@@ -109,6 +113,21 @@ def pull_champion(registry: str | None, name: str) -> Path | None:
     target = state_dir() / "champions" / digest
     pull(store, name, digest, target)
     return target
+
+
+def _submit_build(
+    variant: Variant,
+    models: Mapping[tuple[Step, ...], Teacher],
+    exported: Mapping[tuple[Step, ...], Artifact],
+    how: tuple[int, Artifact, int],
+) -> Any:
+    """The future of one candidate: from the exported graph, or from the weights for the cuda engine."""
+    if variant.build not in CUDA_VARIANTS:
+        return quantize.submit(variant, exported[variant.steps], *how)
+    from tasks.encoder import build_encoder  # noqa: PLC0415  torch: seconds that no other variant pays
+
+    _, corpus, calibration_size = how
+    return build_encoder.submit(variant, models[variant.steps], corpus, calibration_size)
 
 
 def _params(config: OptimizeConfig) -> dict[str, str]:

@@ -9,7 +9,7 @@ from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
 Build = Literal[
     "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino",
-    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt",
+    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt", "cuda-fp16", "cuda-fp8",
 ]  # fmt: skip
 
 
@@ -118,6 +118,30 @@ _BUILDS: dict[Build, Variant] = {
     )
 }
 
+# Made of the weights, not of the exported graph, and judged where there is a GPU alone.
+CUDA_VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            name="cuda-fp16",
+            build="cuda-fp16",
+            runtime="cuda",
+            precision="fp16",
+            method="float16, packed",
+            compute="f16",
+        ),
+        Variant(
+            name="cuda-fp8",
+            build="cuda-fp8",
+            runtime="cuda",
+            precision="fp8",
+            method="linear layers in E4M3, max calibration; the rest in float16, packed",
+            compute="f8",
+            is_calibrated=True,
+        ),
+    )
+}
+
 
 class Recipe(BaseModel):
     """A variant as a user writes it: what to do to the teacher, and how to build what is left."""
@@ -130,7 +154,8 @@ class Recipe(BaseModel):
 
     def variant(self) -> Variant:
         """The variant that `optimize` makes."""
-        return _BUILDS[self.build].model_copy(update={"name": self.name, "steps": self.steps})
+        plain = CUDA_VARIANTS.get(self.build) or _BUILDS[self.build]
+        return plain.model_copy(update={"name": self.name, "steps": self.steps})
 
 
 _STUDENT3 = (DistillConfig(depth=3),)
@@ -145,3 +170,8 @@ _RECIPES = (
 VARIANTS: dict[str, Variant] = {
     variant.name: variant for variant in (*_BUILDS.values(), *(recipe.variant() for recipe in _RECIPES))
 }
+
+
+def list_variants(has_gpu: bool) -> tuple[str, ...]:
+    """What is built unless something else is asked for."""
+    return (*_BUILDS, *(CUDA_VARIANTS if has_gpu else ()))
