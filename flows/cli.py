@@ -76,12 +76,9 @@ def optimize(
     variant: _Variants = None,
     calibration_size: Annotated[int | None, typer.Option(help="texts to calibrate static quantisation on")] = None,
     registry: Annotated[str | None, typer.Option(help="registry to publish to: a folder or s3://bucket/prefix")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
-    ] = None,
-    refresh: Annotated[
-        bool, typer.Option("--refresh", help="run every step again instead of using cached results")
-    ] = False,
+    dask_scheduler: Annotated[str | None, typer.Option(help="run on the workers of this Dask scheduler")] = None,
+    config: Annotated[Path | None, typer.Option(help="settings file; else thorforge.toml where there is one")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="run every step again, use no cached results")] = False,
     as_json: Json = False,
 ) -> None:
     """Make every variant of a model, judge each, publish the best one that passes the gate.
@@ -103,6 +100,7 @@ def optimize(
         variants=tuple(variant) if variant else None,
         calibration_size=calibration_size,
         registry=registry,
+        dask_scheduler=dask_scheduler,
     )
     outcome = run_optimize(settings, refresh=refresh)
     print_outcome(outcome, as_json=as_json)

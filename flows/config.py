@@ -11,9 +11,11 @@ from registry.approval import ApprovalPolicy
 from registry.gate import GateSettings
 from registry.manifest import SafeName, describe_validation
 from registry.store import Store, open_store
+from tasks.build import BuildConfig
 from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
 from tasks.notify import WebhookConfig
+from tasks.select import Criterion
 from tasks.variants import VARIANTS, Recipe, Variant
 
 CONFIG_NAME = "thorforge.toml"
@@ -51,12 +53,24 @@ class OptimizeConfig(BaseModel):
         default=(), description="variants of your own: [[optimize.recipe]] with name, build and steps"
     )
     calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
+    dask_scheduler: str | None = Field(
+        default=None,
+        description="Dask scheduler whose workers build and judge variants (tcp://host:port); by default threads",
+    )
     registry: str | None = Field(
         default=None,
         description="a folder or s3://bucket/prefix[?endpoint=URL]; by default registry of the state folder",
     )
     tracking_uri: str | None = Field(default=None, description="MLflow server; by default SQLite in the state folder")
     gate: GateSettings = Field(default_factory=GateSettings, description="the accuracy gate's limits")
+    tensorrt: BuildConfig = Field(default_factory=BuildConfig, description="the sweep over TensorRT builds")
+    price_per_node_hour: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="what an hour of the node costs, in a currency of your own"
+    )
+    select_by: Criterion = Field(
+        default="throughput",
+        description="of the candidates that pass, publish the best by: throughput, latency (p95), size or cost",
+    )
 
     @field_validator("variants")
     @classmethod
@@ -144,7 +158,8 @@ def _validate(table: dict[str, Any], place: str) -> Settings:
 
 def _suggest(error: ValidationError) -> str:
     """The closest known key, where an unknown one looks like a slip."""
-    sections = (Settings, OptimizeConfig, GateSettings, PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig)
+    sections: tuple[type[BaseModel], ...] = (Settings, OptimizeConfig, GateSettings, BuildConfig)
+    sections += (PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig)
     known = {name for section in sections for name in section.model_fields}
     unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
     found = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]

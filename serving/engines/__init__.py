@@ -45,18 +45,24 @@ def num_cores() -> int:
 
 
 def open_engine(
-    folder: Path, entry: "EngineEntry", num_threads: int = 0, num_instances: int = 1, cache: Path | None = None
+    folder: Path,
+    entry: "EngineEntry",
+    num_threads: int = 0,
+    num_instances: int = 1,
+    cache: Path | None = None,
+    is_exact: bool = False,
 ) -> Engine:
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
     With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
+    `is_exact` asks onnxruntime for the arithmetic of the graph as written, slow but the same on every processor.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
     if entry.runtime == "onnxruntime":
         from serving.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return OnnxRuntimeEngine(folder / entry.file, num_threads)
+        return OnnxRuntimeEngine(folder / entry.file, num_threads, is_exact, entry.compute)
     if entry.runtime == "openvino":
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
@@ -65,4 +71,10 @@ def open_engine(
         from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
 
         return CudaEngine(folder / entry.file, entry.compute)
-    raise EngineUnavailable(f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino and cuda")
+    if entry.runtime == "tensorrt":
+        from serving.engines.tensorrt import TensorRtEngine  # noqa: PLC0415  a runtime loads only when chosen
+
+        return TensorRtEngine(folder / entry.file)
+    raise EngineUnavailable(
+        f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino, tensorrt and cuda"
+    )

@@ -16,8 +16,12 @@ class OnnxRuntimeEngine:
 
     compiles_shapes = False
 
-    def __init__(self, path: Path, num_threads: int = 0) -> None:
-        """Load `path` with `num_threads` (0: one per core). Raises EngineUnavailable."""
+    def __init__(self, path: Path, num_threads: int = 0, is_exact: bool = False, compute: str = "f32") -> None:
+        """Load `path` with `num_threads` (0: one per core). Raises EngineUnavailable.
+
+        `is_exact` computes Q and DQ as they are written, slowly: int8 kernels saturate on processors without VNNI.
+        Graphs of `compute` f8 know no other way, onnxruntime has no float8 kernels and its fusions break them.
+        """
         try:
             import onnxruntime as ort  # noqa: PLC0415  loading it takes 100 ms a worker on another engine need not pay
         except ImportError:
@@ -26,6 +30,10 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = num_threads or num_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if compute == "f8":
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        elif is_exact:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOW_FUSIONS
