@@ -126,7 +126,10 @@ class Opener:
 
     def _open(self, setup: Setup, cache: Path | None = None) -> Engine:
         entry = self._entries[setup.runtime]
-        return open_engine(self._source.path, entry, setup.num_threads, setup.num_instances, cache)
+        engine = open_engine(self._source.path, entry, setup.num_threads, setup.num_instances, cache)
+        if getattr(engine, "rebuild_reason", None):  # the engine has logged it
+            self._on_fallback(self._manifest, f"{setup.runtime} plan")
+        return engine
 
     def open_choice(self, choice: Choice) -> Engine:
         """The engine, or the pair of engines, of a choice. Raises EngineUnavailable."""
