@@ -132,6 +132,8 @@ def evaluate(
 ) -> None:
     """Score a model, a bundle or a running worker on STS files and BEIR folders, with 95 % intervals.
 
+    THORFORGE_API_KEY is the worker's API key, SSL_CERT_FILE the certificate that an https one is trusted by.
+
     Example: thorforge evaluate http://127.0.0.1:8000 --sts stsb_dev.tsv --beir scifact
     """
     if not sts and not beir:

@@ -112,7 +112,7 @@ def _disk() -> Finding:
 
 
 def _package(name: str, extra: str, brings: str) -> Finding:
-    remedy = f"pip install 'thorforge[{extra}]'"
+    remedy = f"pip install '.[{extra}]' in the checkout"
     if importlib.util.find_spec(name.replace("-", "_")) is None:
         return Finding(name, False, "not installed", brings, remedy)
     try:

@@ -8,7 +8,7 @@ other processes on the cores) is learned too.
 import math
 from dataclasses import dataclass
 
-from serving.errors import Overloaded
+from serving.errors import Overloaded, RequestTooLarge
 from serving.latency_model import Quantile
 
 # A request predicted to take less than this part of the objective says little about a long queue.
@@ -57,6 +57,18 @@ class Admission:
             f"{backlog.size} texts with {backlog.tokens} tokens are waiting and {why}: try again in {seconds:.0f} s",
             retry_after_seconds=seconds,
         )
+
+    @staticmethod
+    def check_size(num_tokens: int, engine_seconds: float, timeout_seconds: float) -> None:
+        """Raises RequestTooLarge for a request that an engine with nothing else to do would be too slow for.
+
+        It would be computed for the whole timeout, at the cost of all others, to be answered with a failure.
+        """
+        if engine_seconds > timeout_seconds:
+            raise RequestTooLarge(
+                f"the texts have {num_tokens} tokens, which take the engine about {engine_seconds:.3g} s, limit "
+                f"{timeout_seconds:g} s: send at most {int(num_tokens * timeout_seconds / engine_seconds)} in a request"
+            )
 
     def observe(self, predicted_seconds: float, seconds: float) -> None:
         """Learn from a request of one text: what it was predicted to take, and what it took."""

@@ -12,6 +12,8 @@ ServingError
 │   ├── RequestTooSlow      408  the headers or the body did not arrive in time
 │   ├── ChangeRefused       409  what is served does not allow the change asked for
 │   ├── BodyTooLarge        413  more bytes than the limit
+│   ├── RequestTooLarge     413  more tokens than the engine computes within the request timeout
+│   ├── UnsupportedEncoding 415  a compressed body
 │   ├── LoadFailed          422  the bundle named cannot be served; what was served still is
 │   ├── HeadersTooLarge     431  a longer request line, more headers or longer ones than the limit
 │   └── Overloaded          429  the queue is full: come back after `retry_after_seconds`
@@ -87,6 +89,14 @@ class BodyTooLarge(RequestError):
     """The body has more bytes than the limit."""
 
 
+class RequestTooLarge(RequestError):
+    """The texts have more tokens than the engine is predicted to compute within the request timeout."""
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is compressed; the worker takes it as it is."""
+
+
 class HeadersTooLarge(RequestError):
     """The request line and the headers are more, or longer, than the limits."""
 
@@ -147,6 +157,8 @@ STATUS: dict[type[ServingError], HTTPStatus] = {
     ChangeRefused: HTTPStatus.CONFLICT,
     LoadFailed: HTTPStatus.UNPROCESSABLE_ENTITY,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    RequestTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    UnsupportedEncoding: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     Overloaded: HTTPStatus.TOO_MANY_REQUESTS,
     NotReady: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -120,11 +120,14 @@ class EngineRunner:
             if self._prefetched is not None:
                 due_tokens += self._prefetched.batch.num_tokens
                 seconds += model.predict(self._prefetched.batch.padded_tokens)
-            num_runs = 1 + padded // max(1, batcher.max_tokens)
-            seconds += num_runs * model.overhead_seconds + padded * model.seconds_per_token
-            return Backlog(
-                len(queue), queue.num_tokens, queue.is_full(num_coming), due_tokens, seconds / len(self._lanes)
-            )
+            seconds = seconds / len(self._lanes) + self.predict(padded)
+            return Backlog(len(queue), queue.num_tokens, queue.is_full(num_coming), due_tokens, seconds)
+
+    def predict(self, num_tokens: float) -> float:
+        """Seconds that all threads together take for that many tokens, padding included, in runs of full size."""
+        model = self._batcher.model
+        num_runs = 1 + num_tokens // max(1, self._batcher.max_tokens)
+        return (num_runs * model.overhead_seconds + num_tokens * model.seconds_per_token) / len(self._lanes)
 
     def submit(
         self, request: Request, rows: Sequence[Ids], share: float = FAIR_SHARE, recalled: Collection[int] = ()

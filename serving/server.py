@@ -126,8 +126,24 @@ class WorkerServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port, then load the model."""
-        await super().startup(sockets)
+        assert sockets, "`bind` makes the socket"
+        await super().startup([])
+        for listener in sockets:
+            self.servers.append(await self._listen(listener))
         self._loading = asyncio.create_task(self._load())
+
+    async def _listen(self, listener: socket.socket) -> asyncio.Server:
+        """As uvicorn does, except that a TLS handshake has to end: a connection is bounded only after it."""
+        protocol: Any = self.config.http_protocol_class
+        state = {"server_state": self.server_state, "app_state": self.lifespan.state}
+        tls, timeout = self.config.ssl, self.worker.settings.limits.header_timeout_seconds
+        return await asyncio.get_running_loop().create_server(
+            partial(protocol, config=self.config, **state),
+            sock=listener,
+            backlog=_BACKLOG,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else timeout,
+        )
 
     async def _load(self) -> None:
         try:

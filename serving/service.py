@@ -172,7 +172,8 @@ class EmbeddingService:
     async def embed(self, request: EmbedRequest, receive: Receive | None = None) -> Embedded:
         """Vectors of the request's texts; `receive` tells of a client that hangs up.
 
-        Raises Overloaded, InputTooLong, InvalidRequest, EngineFailed, DeadlineExceeded, NotReady or ClientGone.
+        Raises Overloaded, RequestTooLarge, InputTooLong, InvalidRequest, EngineFailed, DeadlineExceeded, NotReady or
+        ClientGone.
         """
         dimension = self.model.manifest.dimension
         if request.dimensions is not None and not 1 <= request.dimensions <= dimension:
@@ -231,6 +232,8 @@ class EmbeddingService:
         share: float,
         recalled: Collection[int],
     ) -> None:
+        if len(rows) > 1:
+            self._check_size(rows, recalled)
         waiting = self._waiting[pending] = _Waiting(pending, waiter, receive)
         if self._patrol_timer is None:
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
@@ -245,6 +248,14 @@ class EmbeddingService:
             waiter.cancel()  # when we were cancelled ourselves, the queue must see that nobody waits
             if waiting.watcher is not None:
                 waiting.watcher.cancel()
+
+    def _check_size(self, rows: Sequence[Ids], recalled: Collection[int]) -> None:
+        """Raises RequestTooLarge where the timeout is certain: by the tokens alone, without any padding."""
+        if self._runner.predict(sum(map(len, rows))) <= self._timeout_seconds:
+            return
+        distinct = {ids.tobytes(): len(ids) for index, ids in enumerate(rows) if index not in recalled}
+        num_tokens = sum(distinct.values())
+        self._admission.check_size(num_tokens, self._runner.predict(num_tokens), self._timeout_seconds)
 
     def _recall(self, pending: Request, rows: Sequence[Ids]) -> Collection[int]:
         """Put the vectors that the cache has in their places; returns which."""

@@ -33,6 +33,9 @@ def check_secret(secret: str, place: str) -> str:
 
 
 Weight = Annotated[float, Field(ge=0, le=1e9)]
+EngineName = Literal["auto", "cuda", "tensorrt", "onnxruntime-cuda", "onnxruntime", "openvino"]
+NumThreads = Annotated[int, Field(ge=0, le=1024)]
+NumInstances = Annotated[int, Field(ge=0, le=64)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_secrets), AfterValidator(_check_secrets)]
 
 
@@ -71,7 +74,7 @@ class LimitsSettings(_Section):
         default=16_384, ge=1024, le=1_048_576, description="request line and headers; more get 431"
     )
     max_headers: int = Field(default=64, ge=8, description="header lines of a request; more get 431")
-    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="larger request bodies get 413")
+    max_body_bytes: int = Field(default=6 * 1024 * 1024, ge=1024, description="larger request bodies get 413")
     max_text_chars: int = Field(default=1_000_000, ge=1, description="characters of one text; a longer one gets 400")
     header_timeout_seconds: float = Field(default=10, gt=0, description="time a request's headers have to arrive")
     body_timeout_seconds: float = Field(default=30, gt=0, description="time a request's body has to arrive")
@@ -114,9 +117,6 @@ class TracingSettings(_Section):
     )
 
 
-EngineName = Literal["auto", "cuda", "tensorrt", "onnxruntime-cuda", "onnxruntime", "openvino"]
-
-
 class CustomKernelsSettings(_Section):
     """`[embedding.custom_kernels]`: the cuda engine, which computes on kernels of our own."""
 
@@ -141,11 +141,11 @@ class ModelSource(_Section):
     engine: EngineName = Field(
         default="auto", description="auto: the first that loads on a GPU, else the fastest as measured on this CPU"
     )
-    num_threads: int = Field(
-        default=0, ge=0, le=1024, description="threads of one engine run; 0: the cores, shared among the runs"
+    num_threads: NumThreads = Field(
+        default=0, description="threads of one engine run; 0: the cores, shared among the runs"
     )
-    num_instances: int = Field(
-        default=0, ge=0, le=64, description="engine runs at a time; 0: measured, or one where num_threads is given"
+    num_instances: NumInstances = Field(
+        default=0, description="engine runs at a time; 0: measured, or one where num_threads is given"
     )
 
 
@@ -189,7 +189,8 @@ class SecuritySettings(_Section):
         default=None, description="file of admin tokens, one a line, re-read when it changes"
     )
     open_paths: tuple[str, ...] = Field(
-        default=("/healthz", "/readyz", "/metrics"), description="paths that answer without an API key, a JSON list"
+        default=("/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"),
+        description="paths that answer without an API key, a JSON list; the two pages hold no data, they ask for a key",
     )
 
 

@@ -145,7 +145,7 @@ def open_tracer(settings: TracingSettings) -> Tracer | None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased  # noqa: PLC0415
     except ImportError:
-        raise ConfigInvalid("embedding.tracing.endpoint is set: pip install 'thorforge[otel]'") from None
+        raise ConfigInvalid("embedding.tracing.endpoint is set: pip install '.[otel]' in the checkout") from None
     provider = TracerProvider(
         sampler=ParentBased(TraceIdRatioBased(settings.sample_ratio)),
         resource=Resource.create({"service.name": "thorforge-worker"}),

@@ -1,6 +1,7 @@
 """Anything that embeds text (a model, a bundle, a running worker) behind one call, for side-by-side evaluation."""
 
 import base64
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from registry.manifest import MANIFEST_NAME, verify_bundle
 from serving.engines import Embeddings, open_engine
+from serving.settings import check_secret
 from serving.tokenizer import TextTokenizer
 from tasks.errors import SourceUnreachable
 from tasks.evaluate import Encode, make_encoder
@@ -19,6 +21,7 @@ from tasks.teacher import locate_teacher, open_teacher
 
 _REQUEST_TEXTS = 128
 _TIMEOUT_SECONDS = 300.0
+API_KEY_VARIABLE = "THORFORGE_API_KEY"
 _RETRIES = 5  # of a request the worker was too busy for, each after the time it asks for
 
 
@@ -54,9 +57,14 @@ def _open_bundle(folder: Path) -> Source:
 
 
 def _open_worker(url: str) -> Source:
-    client = httpx.Client(base_url=url, timeout=_TIMEOUT_SECONDS, trust_env=False)
+    client = _connect(url)
     try:
-        models = client.get("/api/v1/models").raise_for_status().json()["models"]
+        reply = client.get("/api/v1/models")
+        if reply.status_code == httpx.codes.UNAUTHORIZED:
+            raise SourceUnreachable(
+                f"{url} wants an API key (401), and that of {API_KEY_VARIABLE} is not one of its own"
+            )
+        models = reply.raise_for_status().json()["models"]
         model = next(entry for entry in models if entry["default"])
         title = f"{model['name']} {model['version']}"
     except (httpx.HTTPError, ValueError, KeyError, TypeError, StopIteration) as error:
@@ -73,6 +81,20 @@ def _open_worker(url: str) -> Source:
         return np.concatenate(parts)
 
     return Source("worker", title, encode, client.close)
+
+
+def _connect(url: str) -> httpx.Client:
+    """A client with the key of the environment, and its certificates: no proxy stands between us and a worker."""
+    key = os.environ.get(API_KEY_VARIABLE)
+    try:
+        headers = {} if key is None else {"authorization": f"Bearer {check_secret(key, API_KEY_VARIABLE)}"}
+    except ValueError as error:
+        raise SourceUnreachable(str(error)) from None
+    try:
+        trust = httpx.create_ssl_context()
+    except OSError as error:
+        raise SourceUnreachable(f"SSL_CERT_FILE or SSL_CERT_DIR holds no certificates: {error}") from None
+    return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False, verify=trust)
 
 
 def _embed_remote(client: httpx.Client, model: str, texts: list[str]) -> Embeddings:

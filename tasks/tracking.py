@@ -1,6 +1,7 @@
 """MLflow: a run per optimisation, a child per candidate, a version per bundle, aliases; only here is it imported."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,14 +176,18 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
 def track_run(uri: str | None, experiment: str, params: dict[str, str], name: str | None = None) -> Iterator[Tracker]:
     """Open a parent run called `name` at `uri` (None: SQLite in the state folder).
 
+    Raises TrackingFailed, before any work, where there is no MLflow.
+
     It ends FINISHED, FAILED on an error, or KILLED on Ctrl-C and termination.
 
     A run that died too fast to say so (kill -9, power) is marked KILLED here, by the next run.
     """
-    client, experiment_id = _connect(uri or default_tracking_uri(), experiment)
-    _close_dead_runs(client, experiment_id)
-    tags = {_PROCESS_TAG: describe_process(os.getpid())}
-    run = client.create_run(experiment_id, run_name=name, tags=tags)
+    place = uri or default_tracking_uri()
+    with _failures_named(place):
+        client, experiment_id = _connect(place, experiment)
+        _close_dead_runs(client, experiment_id)
+        tags = {_PROCESS_TAG: describe_process(os.getpid())}
+        run = client.create_run(experiment_id, run_name=name, tags=tags)
     tracker = Tracker(client, experiment_id, run.info.run_id)
     try:
         for key, value in params.items():
@@ -212,7 +217,6 @@ def _connect(uri: str, experiment: str) -> tuple[Any, str]:
 
 
 def _open_client(uri: str) -> Any:
-    disable_telemetry()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 wait four minutes for a dead server
     from mlflow import MlflowClient  # noqa: PLC0415  its import takes seconds and reads the environment
 
@@ -223,13 +227,15 @@ def _open_client(uri: str) -> Any:
 
 @contextmanager
 def _failures_named(uri: str | None) -> Iterator[None]:
-    """MLflow's own errors as TrackingFailed, in one line."""
+    """MLflow's own errors as TrackingFailed, in one line; a password in the URI is not repeated."""
+    disable_telemetry()
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise TrackingFailed(f"MLflow{f' at {uri}' if uri else ''}: {str(error).splitlines()[0]}") from None
+        said = f"MLflow{f' at {uri}' if uri else ''}: {str(error).splitlines()[0]}"
+        raise TrackingFailed(re.sub(r"//[^/@\s]+@", "//", said)) from None
 
 
 def _read_registered_aliases(client: Any, model: str) -> dict[str, str]:

@@ -3,9 +3,13 @@
 import re
 import shlex
 import tomllib
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer import Exit
+from typer.exceptions import TyperException
 from typer.main import get_command
 
 from flows.cli import app
@@ -20,6 +24,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def blocks(language: str) -> list[str]:
     """Fenced blocks of the README in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def parse(command: Any, arguments: list[str]) -> None:
+    """Parse as the command line does, without running anything.
+
+    Raises TyperException, or KeyError for no such command.
+    """
+    while hasattr(command, "commands"):
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    with suppress(Exit):  # of --help
+        command.make_context(command.name, list(arguments))
 
 
 def test_reference_page_is_current() -> None:
@@ -53,10 +68,23 @@ def test_readme_commands_parse() -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if "bin/thorforge" in line]
     assert lines
     for line in lines:
-        name, *arguments = shlex.split(line)[1:]
+        call = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line).split(" | ")[0]  # what a variable is set to
+        name, *arguments = shlex.split(call)[1:]
         assert name in commands, line
         if name == "serve":
             build_parser().parse_args(arguments)
+        else:
+            parse(commands[name], arguments)
+
+
+def test_parse_refuses_what_the_command_line_would() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name, *arguments in (
+        ["registry", "pull", "tiny", "bundle"], ["registry", "pul"], ["promote", "3f2a9c01", "--resaon", "x"],
+        ["optimize", "--quality"],
+    ):  # fmt: skip
+        with pytest.raises((TyperException, KeyError)):
+            parse(commands[name], arguments)
 
 
 def test_readme_settings_are_accepted() -> None:

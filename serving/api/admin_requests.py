@@ -3,7 +3,12 @@
 from pydantic import BaseModel, ConfigDict, Field
 
 from registry.manifest import SafeName
-from serving.settings import EngineName, Weight
+from serving.settings import EngineName, ModelSource, NumInstances, NumThreads, Weight
+
+
+def _help(name: str) -> str:
+    """What the setting says, for a field that may be absent."""
+    return f"{ModelSource.model_fields[name].description}; as configured, or the setting's default, when absent"
 
 
 class AdminRequest(BaseModel):
@@ -21,8 +26,9 @@ class BundleRequest(AdminRequest):
         description="a configured bundle's name, or the last part of its path; or a folder below embedding.models.root",
     )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
-    engine: EngineName | None = Field(default=None, description="auto when absent")
-    num_threads: int | None = Field(default=None, ge=0, le=1024, description="of the engine; 0: one per core")
+    engine: EngineName | None = Field(default=None, description=_help("engine"))
+    num_threads: NumThreads | None = Field(default=None, description=_help("num_threads"))
+    num_instances: NumInstances | None = Field(default=None, description=_help("num_instances"))
 
 
 class UnloadRequest(AdminRequest):

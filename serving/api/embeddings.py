@@ -21,7 +21,7 @@ from serving.api.responses import (
     send_json,
     to_serving_error,
 )
-from serving.errors import BodyTooLarge, ClientGone, NotReady
+from serving.errors import BodyTooLarge, ClientGone, NotReady, UnsupportedEncoding
 from serving.models import LoadedModel
 from serving.request_log import Origin, RequestLog
 from serving.service import Embedded, EmbeddingService, EmbedRequest
@@ -136,7 +136,13 @@ def _server_timing(embedded: Embedded, seconds: float) -> tuple[bytes, bytes]:
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as that is known, ClientGone when the client hangs up."""
+    """The whole body.
+
+    Raises BodyTooLarge as soon as that is known, UnsupportedEncoding, or ClientGone when the client hangs up.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() not in (b"identity", b""):
+            raise UnsupportedEncoding("the body has a content-encoding: send it as it is, without the header")
     message = await receive()
     chunk: bytes = _chunk(message)
     if not message.get("more_body"):

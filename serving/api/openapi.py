@@ -15,9 +15,10 @@ Json = dict[str, Any]
 _NUMBER, _INTEGER, _STRING, _BOOLEAN = ({"type": name} for name in ("number", "integer", "string", "boolean"))
 _VECTOR: Json = {"oneOf": [{"type": "array", "items": _NUMBER}, {**_STRING, "format": "byte"}]}
 
-_EMBED_ERRORS = (400, 401, 404, 408, 413, 429, 431, 500, 503, 504)
-_TEI_ERRORS = (401, 404, 408, 413, 422, 424, 429, 431, 503)
-_CONNECTION_ERRORS = (400, 408, 431, 503)  # what any path may answer before it is looked at
+_EMBED_ERRORS = (400, 401, 404, 408, 413, 415, 429, 431, 500, 503, 504)
+_ADMIN_ERRORS = (400, 401, 403, 404, 408, 409, 413, 415, 422, 431, 503)
+_TEI_ERRORS = (401, 404, 408, 413, 415, 422, 424, 429, 431, 503)
+_COMMON_ERRORS = (400, 401, 408, 431, 503)  # what any path may answer before it is looked at
 
 
 def _object(properties: Mapping[str, Any], optional: tuple[str, ...] = ()) -> Json:
@@ -217,7 +218,7 @@ def _examples(model: str) -> dict[str, Json | list[Any]]:
 
 def build_openapi(model: str) -> Json:
     """The document; `model` is the name the examples use."""
-    paths = _embedding_paths(model) | _system_paths(model) | _admin_paths()
+    paths = _embedding_paths(model) | _system_paths(model) | _admin_paths(model)
     examples = _examples(model)
     for verbs in paths.values():
         for operation in verbs.values():
@@ -270,7 +271,7 @@ def _system_paths(model: str) -> Json:
             "One model served (OpenAI)", "OpenAIModel", 404,
             parameter={"name": "model", "in": "path", "required": True, "schema": _STRING, "example": model},
         ),
-        "/info": _get("What is served (text-embeddings-inference)", "TeiInfo"),
+        "/info": _get("What is served (text-embeddings-inference)", "TeiInfo", error="TeiError"),
         "/healthz": _get("Whether the process and its engine live", "Status"),
         "/readyz": _get(
             "Whether new requests are welcome, for one model or for all", "Status", 404,
@@ -279,20 +280,32 @@ def _system_paths(model: str) -> Json:
         "/metrics": {
             "get": {
                 "summary": "Prometheus metrics",
-                "responses": {"200": _content("text/plain", _STRING), **_errors(*_CONNECTION_ERRORS)},
+                "responses": {"200": _content("text/plain", _STRING), **_errors(*_COMMON_ERRORS)},
             }
         },
     }  # fmt: skip
 
 
-def _admin_paths() -> Json:
-    return {
-        f"{ADMIN_PREFIX}models": _get("Versions served and draining, bundles by name", "AdminModels", 401, 403),
-        f"{ADMIN_PREFIX}models/load": _admin("post", "Serve one more version or model", "BundleRequest", "Change"),
-        f"{ADMIN_PREFIX}models/swap": _admin("post", "Put a version in place of others", "BundleRequest", "Change"),
-        f"{ADMIN_PREFIX}models/unload": _admin("post", "Serve no longer", "UnloadRequest", "Retired"),
-        f"{ADMIN_PREFIX}traffic": _admin("put", "Share requests between versions", "TrafficRequest", "Weights"),
+def _admin_paths(model: str) -> Json:
+    bundle: dict[str, Json] = {
+        "a bundle": {"bundle": "minilm-int8"},
+        "its engine set": {"bundle": "minilm-int8", "engine": "openvino", "num_threads": 2, "num_instances": 1},
     }
+    unload: dict[str, Json] = {
+        "one version": {"model": model, "version": _VERSION},
+        "the whole model": {"model": model},
+    }
+    weights: Json = {"model": model, "weights": {_VERSION: 90, "fp32-onnx-0a1b2c3d4e5f": 10}}
+    paths: Json = {
+        "models": _get("Versions served and draining, bundles by name", "AdminModels", 403),
+        "models/load": _admin("post", "Serve one more version or model", "BundleRequest", "Change", bundle),
+        "models/swap": _admin("post", "Put a version in place of others", "BundleRequest", "Change", bundle),
+        "models/unload": _admin("post", "Serve no longer", "UnloadRequest", "Retired", unload),
+        "traffic": _admin(
+            "put", "Share requests between versions", "TrafficRequest", "Weights", {"nine in ten": weights}
+        ),
+    }
+    return {ADMIN_PREFIX + path: operations for path, operations in paths.items()}
 
 
 def _secure(path: str, operations: Json) -> Json:
@@ -301,16 +314,13 @@ def _secure(path: str, operations: Json) -> Json:
     return {verb: {**operation, "security": security} for verb, operation in operations.items()}
 
 
-def _admin(verb: str, summary: str, request: str, response: str) -> Json:
-    errors = _errors(*sorted({400, 401, 403, 404, 409, 413, 422, *_CONNECTION_ERRORS}))
-    body = {"required": True, **_content("application/json", _reference(request))}
+def _admin(verb: str, summary: str, request: str, response: str, examples: Mapping[str, Json]) -> Json:
     answer = _content("application/json", _reference(response))
-    return {verb: {"summary": summary, "requestBody": body, "responses": {"200": answer, **errors}}}
+    responses = {"200": answer, **_errors(*_ADMIN_ERRORS)}
+    return {verb: {"summary": summary, "requestBody": _body(request, examples), "responses": responses}}
 
 
 def _post(summary: str, request: str, response: str, examples: Mapping[str, Json], is_tei: bool = False) -> Json:
-    body = _content("application/json", _reference(request))
-    body["content"]["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
     answer = _content("application/json", _reference(response))
     answer["headers"] = {"server-timing": {"schema": _STRING, "description": "tokenize, queue, engine and total, ms"}}
     errors = _tei_errors() if is_tei else _errors(*_EMBED_ERRORS)
@@ -318,15 +328,21 @@ def _post(summary: str, request: str, response: str, examples: Mapping[str, Json
         "post": {
             "summary": summary,
             "parameters": _HEADERS,
-            "requestBody": {"required": True, **body},
+            "requestBody": _body(request, examples),
             "responses": {"200": answer, **errors},
         }
     }
 
 
-def _get(summary: str, response: str, *errors: int, parameter: Json | None = None) -> Json:
+def _body(request: str, examples: Mapping[str, Json]) -> Json:
+    body = _content("application/json", _reference(request))
+    body["content"]["application/json"]["examples"] = {name: {"value": value} for name, value in examples.items()}
+    return {"required": True, **body}
+
+
+def _get(summary: str, response: str, *errors: int, parameter: Json | None = None, error: str | None = None) -> Json:
     answer = _content("application/json", _reference(response))
-    responses = {"200": answer, **_errors(*sorted({*errors, *_CONNECTION_ERRORS}))}
+    responses = {"200": answer, **_errors(*sorted({*errors, *_COMMON_ERRORS}), other=error)}
     if response == "Status":
         either = {"oneOf": [_reference("Status"), _reference("Error")]}
         responses["503"] = _content("application/json", either) | {"description": "not now"}
@@ -344,11 +360,13 @@ def _reference(name: str) -> Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _errors(*statuses: int) -> dict[str, Json]:
+def _errors(*statuses: int, other: str | None = None) -> dict[str, Json]:
+    """`other`: the error object that the path itself answers with; what the connection answers is ours."""
+    schema = _reference("Error") if other is None else {"oneOf": [_reference(other), _reference("Error")]}
     answers: dict[str, Json] = {}
     for status in statuses:
         kinds = [kind.__name__ for kind, answered in STATUS.items() if answered == HTTPStatus(status)]
-        answers[str(status)] = _content("application/json", _reference("Error")) | {"description": ", ".join(kinds)}
+        answers[str(status)] = _content("application/json", schema) | {"description": ", ".join(kinds)}
     return answers
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 LEAST_CAPABILITY = {"f16": (8, 0), "f8": (8, 9)}
-_INSTALL = "pip install 'thorforge[gpu]'"
+_INSTALL = "pip install '.[gpu]'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ class OnnxRuntimeEngine:
         try:
             import onnxruntime as ort  # noqa: PLC0415  loading it takes 100 ms a worker on another engine need not pay
         except ImportError:
-            raise EngineUnavailable("onnxruntime is not installed: pip install 'thorforge[serve]'") from None
+            raise EngineUnavailable("onnxruntime is not installed: pip install '.[serve]' in the checkout") from None
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads or num_cores()
         options.inter_op_num_threads = 1

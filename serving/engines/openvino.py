@@ -31,7 +31,7 @@ class OpenVinoEngine:
         try:
             import openvino as ov  # noqa: PLC0415  an optional extra
         except ImportError:
-            raise EngineUnavailable("openvino is not installed: pip install 'thorforge[serve,openvino]'") from None
+            raise EngineUnavailable("openvino is not installed: pip install '.[openvino]' in the checkout") from None
         options = {"INFERENCE_PRECISION_HINT": compute, "NUM_STREAMS": str(num_instances)}
         if num_threads:
             options["INFERENCE_NUM_THREADS"] = str(num_threads * num_instances)

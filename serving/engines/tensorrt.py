@@ -54,9 +54,7 @@ def import_tensorrt() -> ModuleType:
                 raise EngineUnavailable(f"{name} is installed, but {error.name} is not: install it anew") from None
         except (ImportError, OSError) as error:  # its shared libraries
             raise EngineUnavailable(f"{name} does not load: {error}") from None
-    raise EngineUnavailable(
-        "tensorrt is not installed: pip install 'thorforge[gpu]', on a Jetson it is part of JetPack"
-    )
+    raise EngineUnavailable("tensorrt is not installed: pip install '.[gpu]', on a Jetson it is part of JetPack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class Node:
         try:
             import torch  # noqa: PLC0415  it owns the device's memory; only GPU engines need it
         except ImportError:
-            raise EngineUnavailable("torch is not installed: pip install 'thorforge[gpu]'") from None
+            raise EngineUnavailable("torch is not installed: pip install '.[gpu]'") from None
         if not torch.cuda.is_available():
             raise EngineUnavailable(
                 f"{name_vendor(trt)} is here, but no NVIDIA GPU that torch {torch.__version__} sees"

@@ -55,10 +55,11 @@ def test_several_keys_count_and_only_they() -> None:
     assert isinstance(access.refusal(scope(EMBED)), InvalidApiKey)
 
 
-def test_probes_are_open_unless_a_setting_says_otherwise() -> None:
+def test_probes_and_pages_are_open_unless_a_setting_says_otherwise() -> None:
     access = Access(SecuritySettings(api_keys=(KEY,)))  # type: ignore[arg-type]
     assert all(is_let_in(access, path) for path in ("/healthz", "/readyz", "/metrics"))
-    assert not any(is_let_in(access, path) for path in ("/", "/docs", "/v1/models", "/healthz/", "/nope"))
+    assert all(is_let_in(access, path) for path in ("/", "/docs", "/openapi.json"))  # a browser sends no key for a page
+    assert not any(is_let_in(access, path) for path in ("/v1/models", "/info", "/healthz/", "/docs/", "/nope"))
     closed = Access(SecuritySettings(api_keys=(KEY,), open_paths=("/docs",)))  # type: ignore[arg-type]
     assert is_let_in(closed, "/docs")
     assert not is_let_in(closed, "/metrics")

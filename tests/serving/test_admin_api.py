@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from serving.api.admin_requests import BundleRequest
 from serving.models import load_model
 from serving.settings import ModelSource
 from tests.serving.conftest import make_settings, serve
@@ -169,7 +171,7 @@ def test_without_a_root_only_configured_bundles_have_names(bundles: Path, tmp_pa
         ("POST", "/models/load", b"{", "the body is not a BundleRequest"),
         ("POST", "/models/load", b"{}", "bundle: Field required"),
         ("POST", "/models/load", b'{"bundle": "v1", "path": "/x"}', "path: unknown key"),
-        ("POST", "/models/load", b'{"bundle": "v1", "engine": "torch"}', "engine: "),
+        ("POST", "/models/load", b'{"bundle": "v1", "engine": "cudnn"}', "engine: "),
         ("POST", "/models/load", b'{"bundle": "v1", "num_threads": 9999}', "num_threads: "),
         ("POST", "/models/swap", b'{"bundle": "v1", "name": "../x"}', "name: "),
         ("POST", "/models/unload", b"[]", "document: "),
@@ -183,6 +185,16 @@ def test_bad_body_names_its_fault(admin: Admin, verb: str, path: str, body: byte
     answer = admin.request(verb, ADMIN + path, content=body)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+def test_load_can_set_what_the_settings_of_a_bundle_can() -> None:
+    assert BundleRequest.model_fields.keys() - {"bundle"} == ModelSource.model_fields.keys() - {"path"}
+    values = {"engine": ("cuda", "cudnn"), "num_threads": (1024, 1025), "num_instances": (64, 65)}
+    for name, (good, bad) in values.items():
+        for kind, least in ((BundleRequest, {"bundle": "v1"}), (ModelSource, {"path": "v1"})):
+            assert getattr(kind.model_validate({**least, name: good}), name) == good
+            with pytest.raises(ValidationError):
+                kind.model_validate({**least, name: bad})
 
 
 def test_large_body_and_wrong_method_are_refused(admin: Admin) -> None:

@@ -1,5 +1,6 @@
 """Every error, on every path, is the OpenAI error object with all four keys."""
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from serving import errors
 from serving.api.responses import describe_error, error_code, to_serving_error
 from serving.errors import STATUS, InternalError, InvalidRequest, Overloaded, ServingError
+from serving.settings import LimitsSettings
 
 EMBED_PATHS = ["/api/v1/embed", "/v1/embeddings"]
 GET_PATHS = ["/api/v1/models", "/api/v1/validate", "/v1/models", "/healthz", "/readyz", "/metrics", "/docs"]
@@ -139,12 +141,31 @@ def test_head_on_an_embed_path_has_no_body(url: str) -> None:
 
 @pytest.mark.parametrize("path", EMBED_PATHS)
 def test_body_over_the_limit_is_refused(url: str, path: str) -> None:
-    limit = 16 * 1024 * 1024
+    limit = LimitsSettings().max_body_bytes
     declared = httpx.post(url + path, content=b"x" * (limit + 1))
     error = check(declared, 413, "body_too_large")
     assert f"limit {limit}" in str(error["message"])
     chunks = (b"x" * 65536 for _ in range(limit // 65536 + 1))
     check(httpx.post(url + path, content=chunks), 413, "body_too_large")
+
+
+@pytest.mark.parametrize("path", EMBED_PATHS)
+def test_compressed_body_is_refused_and_named(url: str, path: str) -> None:
+    body = gzip.compress(b'{"text": "red", "input": "red", "model": "tiny", "inputs": "red"}')
+    error = check(
+        httpx.post(url + path, content=body, headers={"content-encoding": "gzip"}), 415, "unsupported_encoding"
+    )
+    assert "content-encoding" in str(error["message"])
+    plain = {"content-encoding": "identity"}
+    field = {"/api/v1/embed": {"text": "red"}, "/v1/embeddings": {"input": "red", "model": "tiny"}}[path]
+    assert httpx.post(url + path, json=field, headers=plain).status_code == 200
+
+
+def test_most_texts_of_full_length_fit_into_a_body(url: str) -> None:
+    text = "The quick brown fox jumps over the lazy dog, then rests in the shade. " * 20
+    assert len(text) == 1400  # about 256 tokens of English and more
+    answer = httpx.post(f"{url}/api/v1/embed", json={"texts": [text] * 2048, "encoding_format": "base64"})
+    assert answer.status_code == 200
 
 
 def test_body_in_many_chunks_is_read_to_its_end(url: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from registry.manifest import read_manifest
 from serving.access import ADMIN_PREFIX
 from serving.api.admin import admin_routes
+from serving.api.admin_requests import BundleRequest, TrafficRequest, UnloadRequest
 from serving.api.embeddings import DIALECTS
 from serving.api.openapi import build_openapi
 from serving.api.requests import NATIVE_FIELDS, OPENAI_FIELDS, TEI_FIELDS
@@ -96,6 +97,29 @@ def test_admin_answers_are_as_documented(bundles: Path) -> None:
             )
             assert answer.status_code == 200, answer.text
             assert conforms(answer.json(), schema_of(ADMIN_PREFIX + path, verb)), path
+
+
+def test_every_body_has_examples_that_its_handler_reads() -> None:
+    kinds = {kind.__name__: kind for kind in (BundleRequest, UnloadRequest, TrafficRequest)}
+    for path, verbs in DOCUMENT["paths"].items():
+        for operation in verbs.values():
+            if "requestBody" not in operation:
+                continue
+            content = operation["requestBody"]["content"]["application/json"]
+            assert content["examples"], path
+            kind = kinds.get(content["schema"]["$ref"].rpartition("/")[2])
+            for example in content["examples"].values():
+                assert kind is None or kind.model_validate(example["value"]), path
+
+
+def test_every_path_wants_a_key_as_documented(bundle: Path) -> None:
+    settings = make_settings(bundle, security={"api_keys": ["key"], "admin_tokens": ["token"], "open_paths": []})
+    with serve(settings, load_model(ModelSource(path=bundle))) as (url, _):
+        for path, verbs in DOCUMENT["paths"].items():
+            for verb in verbs:
+                answer = httpx.request(verb, url + path.replace("{model}", "tiny"))
+                assert answer.status_code == 401, path
+                assert conforms(answer.json(), schema_of(path, verb, "401")), path
 
 
 def test_example_answers_fit_their_schemas() -> None:

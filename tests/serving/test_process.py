@@ -183,8 +183,10 @@ def test_every_model_has_a_ready_line_and_secrets_stay_out_of_the_log(bundles: P
         second = worker.process.stdout.readline()
         assert second.startswith(f"ready url={worker.base_url} model=other model_version=fp32-onnx-")
         refused = httpx.post(f"{worker.base_url}/api/v1/embed", json={"text": "red"})
-        wrong = httpx.get(f"{worker.base_url}/docs", headers={"authorization": f"Bearer {token}"})
+        wrong = httpx.get(f"{worker.base_url}/info", headers={"authorization": f"Bearer {token}"})
         assert (refused.status_code, wrong.status_code) == (401, 401)
+        pages = [httpx.get(f"{worker.base_url}/{page}") for page in ("", "docs", "openapi.json")]
+        assert all(page.status_code == 200 for page in pages)
         headers = {"authorization": f"Bearer {key}"}
         answer = httpx.post(f"{worker.base_url}/api/v1/embed", json={"text": "red", "model": "other"}, headers=headers)
         assert answer.json()["model"] == "other"

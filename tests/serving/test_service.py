@@ -1,6 +1,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from serving.errors import (
     InvalidRequest,
     NotReady,
     Overloaded,
+    RequestTooLarge,
 )
+from serving.latency_model import Run
 from serving.metrics import Metrics
 from serving.models import LoadedModel
 from serving.service import EmbeddingService, EmbedRequest, shorten
@@ -135,6 +137,22 @@ def test_request_larger_than_every_limit_is_split(bundle: Path, model: LoadedMod
     batching = {"max_batch_size": 16, "max_queue_size": 20, "max_queue_tokens": 50}
     Bench(bundle, with_engine(model, engine), batching).run(body)
     assert max(size for size, _ in engine.shapes) == 16
+
+
+def test_request_that_must_time_out_is_refused_at_once(bundle: Path, model: LoadedModel) -> None:
+    """At 10 ms a token, as learned, hardly 500 tokens fit into the timeout of 5 s."""
+    engine = WrappedEngine(model.engine)
+    slow = replace(model.cost, runs=tuple(Run(tokens, 0.01 * tokens) for tokens in (10, 100)))
+
+    async def body(service: EmbeddingService, _: Clock) -> None:
+        with pytest.raises(RequestTooLarge, match=r"2500 tokens, .* 25 s, limit 5 s: send at most (499|500) in"):
+            await service.embed(ask(*DISTINCT))
+        assert engine.shapes == []
+        assert len((await service.embed(ask(*DISTINCT[:90]))).vectors) == 90
+        same = await service.embed(ask(*[DISTINCT[0]] * 500))  # one row for the engine
+        assert same.num_tokens == 2500
+
+    Bench(bundle, replace(with_engine(model, engine), cost=slow)).run(body)
 
 
 def test_overloaded_when_the_queue_it_finds_is_full(bundle: Path, model: LoadedModel) -> None:

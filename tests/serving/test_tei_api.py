@@ -4,6 +4,7 @@ import pytest
 
 from serving.api.tei import ERROR_TYPES, tei_error
 from serving.errors import STATUS, EngineFailed, InvalidRequest, NotReady, Overloaded
+from serving.settings import LimitsSettings
 
 
 def embed(url: str, **body: object) -> httpx.Response:
@@ -63,9 +64,10 @@ def test_other_failures_have_its_shape_too(url: str) -> None:
         httpx.post(f"{url}/embed", content=b"{"),
         httpx.get(f"{url}/embed"),
         httpx.post(f"{url}/info"),
-        httpx.post(f"{url}/embed", content=b"x" * (16 * 1024 * 1024 + 1)),
+        httpx.post(f"{url}/embed", content=b"x" * (LimitsSettings().max_body_bytes + 1)),
+        httpx.post(f"{url}/embed", content=b"x", headers={"content-encoding": "gzip"}),
     ]
-    assert [answer.status_code for answer in answers] == [422, 405, 405, 413]
+    assert [answer.status_code for answer in answers] == [422, 405, 405, 413, 415]
     assert all(answer.json().keys() == {"error", "error_type"} for answer in answers)
 
 

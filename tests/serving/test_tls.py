@@ -1,48 +1,20 @@
 """HTTPS by setting; a certificate that cannot be used stops the worker and names the file."""
 
-import datetime
-import ipaddress
+import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from serving.errors import ConfigInvalid
 from serving.models import load_model
 from serving.server import load_tls
 from serving.settings import ModelSource, TlsSettings
+from tests.certificates import write_pair
 from tests.serving.conftest import make_settings, serve
-
-
-def write_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "worker")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(address, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    paths = folder / f"{name}.crt", folder / f"{name}.key"
-    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    pkcs8 = serialization.PrivateFormat.PKCS8
-    paths[1].write_bytes(key.private_bytes(serialization.Encoding.PEM, pkcs8, plain))
-    return paths
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +33,15 @@ def test_https_is_spoken_and_plain_http_is_not(bundle: Path, pair: tuple[Path, P
             httpx.get(f"{url}/healthz")  # not signed by anybody
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(f"{url.replace('https', 'http')}/healthz")
+
+
+def test_handshake_has_to_end_in_time(bundle: Path, pair: tuple[Path, Path]) -> None:
+    limits = {"header_timeout_seconds": 0.2}
+    settings = make_settings(bundle, tls={"certificate": pair[0], "key": pair[1]}, limits=limits)
+    with serve(settings, load_model(ModelSource(path=bundle))) as (url, _):
+        host, port = urlsplit(url).netloc.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as half_open, suppress(ConnectionResetError):
+            assert half_open.recv(1) == b""  # without a limit of ours the loop's own, a minute, holds
 
 
 def test_no_certificate_means_http() -> None:

@@ -1,7 +1,9 @@
 import base64
 import json
+import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from tasks.errors import SourceUnreachable, TeacherRejected
 from tasks.hardware import cpu_flags, describe_hardware, memory_gib, num_cores
 from tasks.sources import open_source
 from tests.bundles import make_bundle
+from tests.certificates import write_pair
 
 
 class Worker(BaseHTTPRequestHandler):
     """Speaks as much of the native API as evaluation uses: each text's embedding is its length and its place."""
 
     broken = False
+    key: str | None = None
 
     def do_GET(self) -> None:
         self._reply(
@@ -32,7 +36,10 @@ class Worker(BaseHTTPRequestHandler):
         self._reply({"embeddings": [base64.b64encode(row).decode() for row in rows]})
 
     def _reply(self, document: object) -> None:
-        self.send_response(500 if self.broken and self.command == "POST" else 200)
+        status = 500 if self.broken and self.command == "POST" else 200
+        if self.key is not None and self.headers["authorization"] != f"Bearer {self.key}":
+            status = 401
+        self.send_response(status)
         self.end_headers()
         self.wfile.write(json.dumps(document).encode())
 
@@ -40,15 +47,25 @@ class Worker(BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def serve(handler: type[Worker], tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """The handler behind a URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.handle_error = lambda *_: None  # a client that does not trust us
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
 @pytest.fixture
 def worker() -> Iterator[tuple[str, type[Worker]]]:
     handler = type("Handler", (Worker,), {})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", handler
-        server.shutdown()
-        thread.join()
+    with serve(handler) as url:
+        yield url, handler
 
 
 def test_source_worker_is_asked_in_batches_and_answers_in_order(worker: tuple[str, type[Worker]]) -> None:
@@ -77,6 +94,43 @@ def test_source_url_that_is_no_worker_is_unreachable(worker: tuple[str, type[Wor
         open_source(f"{url}/elsewhere")
     with pytest.raises(SourceUnreachable, match=r"127\.0\.0\.1:9 does not answer.*ConnectError"):
         open_source("http://127.0.0.1:9")
+
+
+def test_source_worker_gets_the_key_of_the_environment(
+    worker: tuple[str, type[Worker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = worker
+    handler.key = "right-key"
+    for wrong in (None, "wrong-key"):
+        if wrong is not None:
+            monkeypatch.setenv("THORFORGE_API_KEY", wrong)
+        with pytest.raises(SourceUnreachable, match=r"wants an API key \(401\), .* THORFORGE_API_KEY") as refused:
+            open_source(url)
+        assert "wrong-key" not in str(refused.value)
+    monkeypatch.setenv("THORFORGE_API_KEY", "two\nlines")
+    with pytest.raises(SourceUnreachable, match="THORFORGE_API_KEY is empty or has") as refused:
+        open_source(url)
+    assert "two" not in str(refused.value)
+    monkeypatch.setenv("THORFORGE_API_KEY", "right-key")
+    source = open_source(url)
+    assert source.encode(["a"], lambda steps: None).shape == (1, 2)
+    source.close()
+
+
+def test_source_worker_is_trusted_by_the_certificate_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = write_pair(tmp_path, "worker")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with serve(type("Handler", (Worker,), {}), context) as url:
+        with pytest.raises(SourceUnreachable, match="certificate verify failed"):
+            open_source(url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
+        with pytest.raises(SourceUnreachable, match="SSL_CERT_FILE"):
+            open_source(url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        open_source(url).close()
 
 
 def test_source_bundle_is_verified_before_it_is_opened(tmp_path: Path) -> None:

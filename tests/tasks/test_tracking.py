@@ -184,6 +184,18 @@ def test_tracking_names_a_server_that_does_not_answer(monkeypatch: pytest.Monkey
         ModelAliases(f"http://127.0.0.1:{free_port()}", "tiny").read()
 
 
+def test_tracking_run_names_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port = free_port()
+    with (
+        pytest.raises(TrackingFailed, match=rf"^MLflow at http://127\.0\.0\.1:{port}: .*refused") as failed,
+        track_run(f"http://ada:secret@127.0.0.1:{port}", "optimize", {}),
+    ):
+        pytest.fail("the work was begun")
+    assert "secret" not in str(failed.value)
+    assert "\n" not in str(failed.value)
+
+
 def test_tracking_default_is_sqlite_below_the_state_folder(home: Path) -> None:
     assert default_tracking_uri() == f"sqlite:///{home}/mlflow/mlflow.db"
     assert not home.exists()
