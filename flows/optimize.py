@@ -1,6 +1,8 @@
 """optimize: from a teacher to a published, judged bundle. This file reads top to bottom as the pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -8,7 +10,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
+from flows.engines import build_engines
 from flows.models import make_models
+from flows.workers import dask_workers
 from registry.channel import read_channel
 from registry.client import pull
 from registry.errors import ChannelNotFound
@@ -23,12 +27,15 @@ from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
+from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
-from tasks.teacher import embed_teacher, load_teacher
+from tasks.steps import Step
+from tasks.teacher import Teacher, embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
+from tasks.variants import CUDA_VARIANTS, Variant
 
 
 class Outcome(BaseModel):
@@ -48,18 +55,19 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
-    limits = config.gate.for_model(teacher.name)
-    with track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}") as tracker:
+    limits, price = config.gate.for_model(teacher.name), config.price_per_node_hour
+    tracked = track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}")
+    with tracked as tracker, dask_workers(config.dask_scheduler):
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         variants, hardware = config.recipes(), describe_hardware()
         models = make_models(teacher, variants, corpus)
         exported = {steps: export_onnx(model) for steps, model in models.items()}
         how = (teacher.max_seq_length, corpus, config.calibration_size)
-        building = [quantize.submit(variant, exported[variant.steps], *how) for variant in variants]
+        building = [_submit_build(variant, models, exported, how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
-        # type: a future stands for its result, Prefect waits for it.
-        judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in building]  # type: ignore[call-overload]
-        candidates, qualities = [future.result() for future in building], [future.result() for future in judging]
+        candidates, not_built = build_engines([future.result() for future in building], config.tensorrt)
+        judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in candidates]
+        qualities = [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
         champion = pull_champion(config.registry, teacher.name)
@@ -73,16 +81,26 @@ def optimize(config: OptimizeConfig) -> Outcome:
             speeds=speeds,
             limits=limits,
             champion=champion.name if champion else None,
-            judged=tuple(select(candidates, qualities, speeds, limits, models, bool(config.sts), scores)),
+            judged=tuple(select(candidates, qualities, speeds, limits, models, bool(config.sts), scores, price)),
+            not_built=tuple(not_built),
+            select_by=config.select_by,
         )
-        published, bundle = None, None
-        if winner := choose(study.judged):
-            origin = Origin(mlflow_run_id=tracker.run_id, git_commit=find_git_commit())
-            bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
-            published = publish(bundle, winner.name, config.registry)
+        published, bundle = _publish_best(study, teacher_embeddings, tracker.run_id, config.registry)
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
         _track(tracker, study, published, bundle, page)
     return Outcome(study=study, published=published, report=page)
+
+
+def _publish_best(
+    study: Study, teacher_embeddings: Artifact, run_id: str, registry: str | None
+) -> tuple[Published | None, Artifact | None]:
+    """The bundle of the candidate that the rule chooses, in the registry; nothing where the gate passed none."""
+    winner = choose(study.judged, study.select_by)
+    if winner is None:
+        return None, None
+    origin = Origin(mlflow_run_id=run_id, git_commit=find_git_commit())
+    bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
+    return publish(bundle, winner.name, registry), bundle
 
 
 def pull_champion(registry: str | None, name: str) -> Path | None:
@@ -97,6 +115,21 @@ def pull_champion(registry: str | None, name: str) -> Path | None:
     return target
 
 
+def _submit_build(
+    variant: Variant,
+    models: Mapping[tuple[Step, ...], Teacher],
+    exported: Mapping[tuple[Step, ...], Artifact],
+    how: tuple[int, Artifact, int],
+) -> Any:
+    """The future of one candidate: from the exported graph, or from the weights for the cuda engine."""
+    if variant.build not in CUDA_VARIANTS:
+        return quantize.submit(variant, exported[variant.steps], *how)
+    from tasks.encoder import build_encoder  # noqa: PLC0415  torch: seconds that no other variant pays
+
+    _, corpus, calibration_size = how
+    return build_encoder.submit(variant, models[variant.steps], corpus, calibration_size)
+
+
 def _params(config: OptimizeConfig) -> dict[str, str]:
     """The run's parameters, as MLflow shows them."""
     return {
@@ -105,6 +138,8 @@ def _params(config: OptimizeConfig) -> dict[str, str]:
         "sts": ", ".join(map(str, config.sts)) or "none",
         "variants": ", ".join(config.variants),
         "calibration_size": str(config.calibration_size),
+        "select_by": config.select_by,
+        "price_per_node_hour": str(config.price_per_node_hour),
     }
 
 
@@ -116,7 +151,7 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
-    for name, figure in plot_steps(study).items():
+    for name, figure in (plot_steps(study) | plot_quantization(study)).items():
         tracker.log_figure(figure, f"{name}.png")
     tracker.log_file(page)
     if published and winner and bundle:

@@ -25,7 +25,7 @@ from registry.errors import RegistryError
 from serving.errors import ServingError
 from tasks.errors import TaskError
 from tasks.report import result_rows
-from tasks.select import SELECTION_RULE, Judged
+from tasks.select import Judged
 from tasks.state import describe_process, is_dead
 
 # What fits a terminal of 80 columns; the HTML report has the rest.
@@ -81,11 +81,9 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     for row in result_rows(outcome.study.judged):
         table.add_row(*(row[name] for name in _COLUMNS), style=None if row["verdict"] == "pass" else "dim")
     console.print(table)
-    for judged in outcome.study.judged:
-        failed = [result.reason for result in judged.gate.results if result.verdict != "pass"]
-        if failed:
-            console.print(f"{judged.name}: {'; '.join(failed)}", soft_wrap=True, highlight=False)
-    console.print(f"Rule: {SELECTION_RULE}.", soft_wrap=True)
+    for name, why in outcome.study.explain().items():
+        console.print(f"{name}: {why}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Rule: {outcome.study.rule}.", soft_wrap=True)
     published = outcome.published
     console.print(
         f"Published {published.name} {published.version}, digest {published.digest}"
@@ -106,6 +104,7 @@ def describe_outcome(outcome: Outcome) -> dict[str, Any]:
         "model": outcome.study.teacher.name,
         "teacher_params": outcome.study.teacher.num_parameters,
         "candidates": [_describe_candidate(row) for row in outcome.study.judged],
+        "not_built": {build.variant: build.reason for build in outcome.study.not_built},
         "published": {"digest": published.digest, "name": published.variant} if published else None,
         "report": str(outcome.report),
     }
@@ -127,6 +126,7 @@ def _describe_candidate(row: Judged) -> dict[str, Any]:
         "speedup_vs_torch": row.speedup_vs_torch,
         **{name: _finite(row.quality.value(name)) for name in _STS if name in row.quality.metrics},
         "size_mb": row.size_mb,
+        "cost_per_million": row.cost_per_million,
         "verdict": row.gate.verdict,
         "compatibility": row.compatibility,
     }

@@ -92,7 +92,7 @@ def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances:
     return [
         Setup(entry.runtime, num_threads or max(1, num_cores // n), n)
         for entry in entries
-        for n in (instances if entry.runtime != "cuda" else [1])  # a GPU runs one batch at a time
+        for n in (instances if entry.runtime not in ("cuda", "tensorrt") else [1])  # a GPU runs one batch at a time
     ]
 
 

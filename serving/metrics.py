@@ -53,7 +53,7 @@ class Metrics:
         self._queue_tokens = self._gauge("akidb_queue_tokens", "Tokens waiting for the engine.")
         self._fallback = Counter(
             "akidb_engine_fallback_total",
-            "Engines that did not load, so that the next of the bundle was taken.",
+            "Engines that did not load, so that the next of the bundle was taken, and plans that were built again.",
             (*_MODEL_LABELS, "engine"),
             registry=self.registry,
         )

@@ -9,6 +9,9 @@ TaskError
 ├── QuantizationFailed  a variant could not be built
 ├── ArtifactMissing   the cache names an artifact that is gone
 ├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
+├── NothingBuilt      no variant that was asked for can be built on this node
+├── SchedulerUnreachable  a Dask scheduler, or a worker of it, cannot run our tasks
+├── ProfileInvalid    what was asked to be profiled cannot be, or its trace is empty
 ├── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
 ├── VerificationFailed  a running worker does not serve the bundle it should, or not as well
 ├── NotWaiting        no promotion waits for an answer under that name
@@ -50,6 +53,18 @@ class ArtifactMissing(TaskError):
 
 class ArtifactChanged(TaskError):
     """A cached result names an artifact whose files were changed since it was made."""
+
+
+class NothingBuilt(TaskError):
+    """No variant that was asked for can be built on this node."""
+
+
+class SchedulerUnreachable(TaskError):
+    """No Dask scheduler answers, or its workers cannot run our tasks."""
+
+
+class ProfileInvalid(TaskError):
+    """What was asked to be profiled cannot be, or its trace holds nothing to summarise."""
 
 
 class SourceUnreachable(TaskError):

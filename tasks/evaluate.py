@@ -22,6 +22,7 @@ from tasks.text_files import RatedPairs
 
 TOP_K = 10
 _BATCH = 32
+_NUM_PARITY = 64
 _SCORE_ROWS = 512
 
 # Texts to embeddings [N, D] in their order, reporting progress.
@@ -63,15 +64,18 @@ class Quality(BaseModel):
 def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifact, hardware: str) -> Quality:
     """Judge a candidate on the evaluation part, through the engine class that the worker runs.
 
+    QDQ graphs are judged on exact arithmetic, and `engine_cosine_mean` says how near the fused engine comes to it.
     `hardware` is part of the cache key: int8 and bf16 arithmetic differ between processors, so a verdict is a node's.
     """
     sets, retrieval = evaluation_sets(corpus)
     teacher = {path.stem: np.load(path, allow_pickle=False) for path in teacher_embeddings.folder.glob("*.npy")}
-    encode, engine = open_candidate(candidate)
+    encode, engine = open_candidate(candidate, is_exact=candidate.variant.is_qdq)
     with progress(f"evaluate {candidate.variant.name}", sum(map(len, sets.values()))) as advance:
         own = {name: encode(texts, advance) for name, texts in sets.items()}
     engine.close()
     metrics = compare_embeddings(own["sentences"], teacher["sentences"])
+    if candidate.variant.is_qdq:
+        metrics["engine_cosine_mean"] = _compare_engines(candidate, sets["sentences"], own["sentences"])
     metrics["nonfinite"] = _count_nonfinite(list(own.values()))
     if retrieval is not None:
         metrics |= compare_retrieval(own, teacher, retrieval)
@@ -104,11 +108,19 @@ def score_champion(champion: Path | None, corpus: Artifact, hardware: str) -> di
     return _score_queries(own, retrieval)
 
 
-def open_candidate(candidate: Candidate) -> tuple[Encode, Engine]:
+def open_candidate(candidate: Candidate, is_exact: bool = False) -> tuple[Encode, Engine]:
     """The candidate's engine, and text encoding on top of it: batches of 32 of like length."""
     tokenizer = TextTokenizer.from_folder(candidate.artifact.folder, candidate.max_seq_length)
-    engine = open_engine(candidate.artifact.folder, candidate.engine)
+    engine = open_engine(candidate.artifact.folder, candidate.engine, is_exact=is_exact)
     return make_encoder(tokenizer, engine), engine
+
+
+def _compare_engines(candidate: Candidate, texts: Sequence[str], exact: Embeddings) -> Measurement:
+    """Cosine of the engine that will serve with exact arithmetic, on the first texts."""
+    encode, engine = open_candidate(candidate)
+    served = encode(texts[:_NUM_PARITY], lambda steps: None)
+    engine.close()
+    return mean_interval((_unit(served) * _unit(exact[:_NUM_PARITY])).sum(axis=1, dtype=np.float64))
 
 
 def make_encoder(tokenizer: TextTokenizer, engine: Engine) -> Encode:

@@ -11,7 +11,8 @@ from prefect.cache_policies import NO_CACHE
 from tasks.benchmark import TORCH
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps, to_svg
 from tasks.publish import Published
-from tasks.select import SELECTION_RULE, Judged, Study
+from tasks.quantization_plots import plot_quantization
+from tasks.select import Judged, Study
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
@@ -33,7 +34,7 @@ def report(path: Path, study: Study, published: Published | None) -> Path:
         description=f"Candidates of {study.teacher.name}, fastest first",
     )
     create_markdown_artifact(
-        markdown=_verdicts_markdown(study.judged, published),
+        markdown=_verdicts_markdown(study, published),
         key="optimize-verdicts",
         description="What the gate said, and why",
     )
@@ -59,6 +60,7 @@ def result_rows(judged: Sequence[Judged]) -> list[dict[str, str]]:
             "MB": f"{row.size_mb:.1f}",
             "M params": f"{row.model.num_parameters / 1e6:.1f}",
             "in layers": f"{row.model.num_encoder_parameters / 1e6:.1f}",
+            "cost/M": f"{row.cost_per_million:.4g}",
             "peak MB": f"{row.speed.peak_memory_mb:.0f}",
             "compatibility": row.compatibility,
             "Pareto": "yes" if row.is_on_pareto_front else "no",
@@ -82,15 +84,21 @@ def render_html(study: Study, published: Published | None) -> str:
             "<!doctype html><html lang='en'><meta charset='utf-8'>",
             f"<title>{html.escape(teacher.name)}: optimisation report</title><style>{_STYLE}</style>",
             f"<h1>{html.escape(teacher.name)}</h1><p>{outcome}</p>",
-            f"<p>Rule: {SELECTION_RULE}. The gate compares the bad end of each 95 % interval",
+            f"<p>Rule: {study.rule}. The gate compares the bad end of each 95 % interval",
             "with its limit. Losses are shares of the teacher's score, bad end in brackets; cosine is the mean.</p>",
             _table(result_rows(study.judged)),
             f"<p>torch fp32 in the same run: {torch.throughput_per_s:.0f} texts/s, p50 {torch.latency_ms(50):.2f} ms.",
             f"Measured on {html.escape(speeds.hardware)}, mean {speeds.mean_tokens:.0f} tokens a text.</p>",
             f"<figure>{to_svg(plot_pareto(study))}</figure>",
             f"<figure>{to_svg(plot_latency_cdf(study))}</figure>",
-            *(f"<figure>{to_svg(figure)}</figure>" for figure in plot_steps(study).values()),
+            *(
+                f"<figure>{to_svg(figure)}</figure>"
+                for figure in (plot_steps(study) | plot_quantization(study)).values()
+            ),
             "<h2>Why</h2>",
+            "<ul>",
+            *(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in study.explain().items()),
+            "</ul>",
             *(_verdict_html(row) for row in study.judged),
             f"<h2>What was judged</h2><p>Teacher <code>{html.escape(teacher.uri)}</code>,",
             f"{teacher.num_parameters / 1e6:.1f} M parameters, digest <code>{teacher.digest}</code>.",
@@ -125,12 +133,13 @@ def _verdict_html(row: Judged) -> str:
     return f"<h3>{row.name}: <span class='{row.gate.verdict}'>{row.gate.verdict}</span></h3>{steps}<ul>{items}</ul>"
 
 
-def _verdicts_markdown(judged: Sequence[Judged], published: Published | None) -> str:
-    lines = [f"Rule: {SELECTION_RULE}.", ""]
+def _verdicts_markdown(study: Study, published: Published | None) -> str:
+    lines = [f"Rule: {study.rule}.", ""]
     lines.append(
         f"Published **{published.variant}** `{published.digest}`." if published else "**Nothing was published.**"
     )
-    for row in judged:
+    lines += ["", *(f"- {name}: {why}" for name, why in study.explain().items())]
+    for row in study.judged:
         lines += ["", f"### {row.name}: {row.gate.verdict}", ""]
         lines += [f"- {result.verdict}: {result.reason}" for result in row.gate.results]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -11,12 +12,19 @@ from registry.gate import Check, GateLimits, GateRecord, Measurement, default_ch
 from registry.manifest import Compatibility
 from tasks.artifacts import Artifact
 from tasks.benchmark import CHAMPION, Speed, SpeedReport
+from tasks.build import EngineBuild
 from tasks.evaluate import Quality
 from tasks.quantize import Candidate
 from tasks.steps import Step
 from tasks.teacher import Teacher
 
-SELECTION_RULE = "of the candidates the gate passes, the one with the highest throughput at batch 32"
+Criterion = Literal["throughput", "latency", "size", "cost"]
+_BEST: dict[Criterion, str] = {
+    "throughput": "highest throughput at batch 32",
+    "latency": "lowest 95th percentile of latency for single texts",
+    "size": "smallest size on disk",
+    "cost": "lowest cost of a million texts",
+}
 # A candidate's queries on the teacher's index may lose this share of the teacher's score and still be a drop-in.
 _MAX_CROSS_LOSS = 0.01
 _DROP_IN_CHECKS = tuple(
@@ -36,6 +44,7 @@ class Judged(BaseModel):
     speedup_vs_torch: float
     gate: GateRecord
     compatibility: Compatibility
+    cost_per_million: float
     is_on_pareto_front: bool
 
     @property
@@ -47,6 +56,16 @@ class Judged(BaseModel):
     def size_mb(self) -> float:
         """Bytes on disk as served, in units of 10^6."""
         return self.candidate.disk_bytes / 1e6
+
+    def score(self, by: Criterion) -> float:
+        """What the candidate is chosen by; less is better."""
+        scores: dict[Criterion, float] = {
+            "throughput": -self.speed.throughput_per_s,
+            "latency": self.speed.latency_ms(95),
+            "size": self.size_mb,
+            "cost": self.cost_per_million,
+        }
+        return scores[by]
 
 
 class Study(BaseModel):
@@ -62,6 +81,19 @@ class Study(BaseModel):
     limits: GateLimits
     champion: str | None = None  # digest of the bundle in production that was measured beside the candidates
     judged: tuple[Judged, ...]
+    not_built: tuple[EngineBuild, ...] = ()
+    select_by: Criterion = "throughput"
+
+    @property
+    def rule(self) -> str:
+        """The selection rule in words."""
+        return f"of the candidates the gate passes, the one with the {_BEST[self.select_by]}"
+
+    def explain(self) -> dict[str, str]:
+        """Why each candidate that is not the chosen one was passed over, by how much; also what was not built."""
+        winner = choose(self.judged, self.select_by)
+        reasons = {row.name: _explain(row, winner, self.select_by) for row in self.judged if row is not winner}
+        return reasons | {build.variant: f"not built: {build.reason}" for build in self.not_built}
 
     def find(self, name: str) -> Judged:
         """The judged candidate of that variant."""
@@ -77,13 +109,14 @@ def select(
     models: Mapping[tuple[Step, ...], Teacher],
     with_sts: bool = False,
     champion_scores: dict[str, list[float]] | None = None,
+    price_per_node_hour: float = 0.0,
 ) -> list[Judged]:
     """Judge every candidate, fastest first; the gate decides, the Pareto front explains.
 
     `models` are those the candidates were built from, by the steps that made them; `champion_scores` are the
     champion's, query by query, where there is one.
     """
-    front = pareto_front(candidates, qualities, speeds)
+    front = pareto_front(candidates, qualities, speeds, price_per_node_hour)
     checks = default_checks(limits, with_sts=with_sts, with_champion=CHAMPION in speeds.speeds)
     judged = [
         Judged(
@@ -94,6 +127,7 @@ def select(
             speedup_vs_torch=speeds.speedup_vs_torch(candidate.variant.name),
             gate=judge(_gated_metrics(candidate, quality, speeds, champion_scores or {}), checks),
             compatibility=judge_compatibility(quality),
+            cost_per_million=_cost(speeds.speeds[candidate.variant.name], price_per_node_hour),
             is_on_pareto_front=candidate.variant.name in front,
         )
         for candidate, quality in zip(candidates, qualities, strict=True)
@@ -108,9 +142,22 @@ def _gated_metrics(
     return {**quality.metrics, **quality.losses_vs(champion_scores), **ratios}
 
 
-def choose(judged: Iterable[Judged]) -> Judged | None:
-    """The candidate to publish by SELECTION_RULE, or None when the gate passed none."""
-    return next((row for row in judged if row.gate.verdict == "pass"), None)
+def choose(judged: Iterable[Judged], by: Criterion = "throughput") -> Judged | None:
+    """The candidate to publish: the best that passes, of equal ones the first; None when the gate passed none."""
+    return min((row for row in judged if row.gate.verdict == "pass"), key=lambda row: row.score(by), default=None)
+
+
+def _explain(row: Judged, winner: Judged | None, by: Criterion) -> str:
+    failed = [result.reason for result in row.gate.results if result.verdict != "pass"]
+    if failed or winner is None:
+        return "; ".join(failed) or row.gate.reason
+    own, best = abs(row.score(by)), abs(winner.score(by))
+    return f"passes, but {by} is {own:.4g} and that of {winner.name} {best:.4g}"
+
+
+def _cost(speed: Speed, price_per_node_hour: float) -> float:
+    """What a million texts cost on a node that does nothing else."""
+    return price_per_node_hour * 1e6 / speed.throughput_per_s / 3600
 
 
 def judge_compatibility(quality: Quality) -> Compatibility:
@@ -121,14 +168,17 @@ def judge_compatibility(quality: Quality) -> Compatibility:
     return "drop-in" if judge(quality.metrics, _DROP_IN_CHECKS).verdict == "pass" else "reindex"
 
 
-def pareto_front(candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport) -> set[str]:
-    """Names that no other candidate beats in cosine, throughput, latency and size at once."""
+def pareto_front(
+    candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport, price_per_node_hour: float = 0.0
+) -> set[str]:
+    """Names that no other candidate beats in cosine, throughput, latency, size and cost at once."""
     points: dict[str, tuple[float, ...]] = {
         candidate.variant.name: (
             quality.metrics["cosine_mean"].value,
             speeds.speeds[candidate.variant.name].throughput_per_s,
             -speeds.speeds[candidate.variant.name].latency_ms(50),
             -candidate.disk_bytes,
+            -_cost(speeds.speeds[candidate.variant.name], price_per_node_hour),
         )
         for candidate, quality in zip(candidates, qualities, strict=True)
     }

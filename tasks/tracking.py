@@ -167,6 +167,7 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
     metrics["size.encoder_params"] = judged.model.num_encoder_parameters
     if judged.speed.peak_memory_mb is not None:
         metrics["size.peak_memory_mb"] = judged.speed.peak_memory_mb
+    metrics["cost.per_million_texts"] = judged.cost_per_million
     metrics["cost.node_seconds_per_million_texts"] = 1e6 / judged.speed.throughput_per_s
     return metrics
 

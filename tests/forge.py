@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tasks.select import Study
 
 NUM_PAIRS, CALIBRATION_SIZE = 200, 16
+FORGED = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,9 @@ def build_forge(root: Path, teacher_folder: Path) -> Forge:
     corpus = build_corpus.fn(uri, (), corpus_fingerprint(uri))
     exported, embeddings = export_onnx.fn(teacher), embed_teacher.fn(teacher, corpus)
     length = teacher.max_seq_length
-    candidates = [quantize.fn(v, exported, length, corpus, CALIBRATION_SIZE) for v in VARIANTS.values() if not v.steps]
+    candidates = [
+        quantize.fn(v, exported, length, corpus, CALIBRATION_SIZE) for v in VARIANTS.values() if v.name in FORGED
+    ]
     qualities = [evaluate.fn(candidate, corpus, embeddings, "here") for candidate in candidates]
     speeds = benchmark.fn(candidates, teacher, corpus, "a test's machine", None)
     study = Study(

@@ -13,6 +13,7 @@ from registry.gate import GateSettings
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
+from tasks.build import BuildConfig
 from tasks.delivery import WorkerConfig
 from tasks.notify import WebhookConfig
 from tasks.steps import DistillConfig
@@ -33,6 +34,7 @@ def render_reference() -> str:
             "",
             *_table(("key", "default", "meaning"), _fields("optimize", OptimizeConfig)),
             *_table(("key", "default", "meaning"), _fields("optimize.gate", GateSettings)),
+            *_table(("key", "default", "meaning"), _fields("optimize.tensorrt", BuildConfig)),
             *_table(("key of each `[[optimize.recipe]]`", "default", "meaning"), _fields("", Recipe)),
             *_table(("key of a step that distils", "default", "meaning"), _fields("", DistillConfig)),
             *_table(("key", "default", "meaning"), _fields("promote.approval", ApprovalPolicy)),

@@ -24,7 +24,7 @@ from registry.gate import Measurement
 from tasks.artifacts import CACHED, CODE_AND_LIBRARIES, Artifact, draft, library_versions
 from tasks.errors import ArtifactChanged, ArtifactMissing
 from tasks.evaluate import Quality
-from tasks.quantize import _save_ir
+from tasks.openvino_builds import save_ir
 from tasks.state import state_dir
 from tests.bundles import make_graph
 from tests.disks import mounted_disk
@@ -115,7 +115,7 @@ def fill_by_openvino(path: Path) -> None:
     graph.write_bytes(
         make_graph(np.random.default_rng(0).standard_normal((680, 32)).astype(np.float32)).SerializeToString()
     )
-    _save_ir(openvino.Core().read_model(graph), path.parent)
+    save_ir(openvino.Core().read_model(graph), path.parent)
 
 
 def fill_without_a_word(path: Path) -> None:

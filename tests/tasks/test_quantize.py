@@ -1,26 +1,20 @@
 import logging
+import shutil
 
 import numpy as np
 import pytest
 
 from registry.manifest import hash_file
+from tasks.artifacts import draft
 from tasks.errors import QuantizationFailed
-from tasks.evaluate import open_candidate
+from tasks.evaluate import evaluate, open_candidate
 from tasks.quantize import quantize
-from tasks.variants import VARIANTS, VariantName
-from tests.forge import CALIBRATION_SIZE, Forge
-
-NAMES: tuple[VariantName, ...] = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
+from tasks.variants import VARIANTS
+from tests.forge import CALIBRATION_SIZE, FORGED, Forge
 
 
-def test_variants_are_the_five_known_ones() -> None:
-    plain = [variant for variant in VARIANTS.values() if not variant.steps]
-    assert tuple(variant.name for variant in plain) == NAMES
-    assert [variant.name for variant in plain if variant.is_calibrated] == ["int8-static", "int8-openvino"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_quantize_builds_a_variant_that_embeds_like_the_teacher(name: VariantName, forge: Forge) -> None:
+@pytest.mark.parametrize("name", FORGED)
+def test_quantize_builds_a_variant_that_embeds_like_the_teacher(name: str, forge: Forge) -> None:
     judged = forge.study.find(name)
     candidate = judged.candidate
     entry = hash_file(candidate.artifact.folder / candidate.engine.file)
@@ -35,8 +29,8 @@ def test_quantize_builds_a_variant_that_embeds_like_the_teacher(name: VariantNam
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=0.02)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_quantize_accounts_for_its_calibration(name: VariantName, forge: Forge) -> None:
+@pytest.mark.parametrize("name", FORGED)
+def test_quantize_accounts_for_its_calibration(name: str, forge: Forge) -> None:
     candidate = forge.study.find(name).candidate
     account = candidate.quantization("docs:", 0.99)
     if VARIANTS[name].precision != "int8":
@@ -51,7 +45,7 @@ def test_quantize_accounts_for_its_calibration(name: VariantName, forge: Forge) 
 
 
 @pytest.mark.parametrize("name", ["int8-dynamic", "int8-static"])
-def test_quantize_stores_weights_as_int8(name: VariantName, forge: Forge) -> None:
+def test_quantize_stores_weights_as_int8(name: str, forge: Forge) -> None:
     import onnx
     from onnx import TensorProto
 
@@ -71,6 +65,45 @@ def test_quantize_is_the_same_every_time(forge: Forge) -> None:
 def test_quantize_without_enough_calibration_texts_says_how_many_there_are(forge: Forge) -> None:
     with pytest.raises(QuantizationFailed, match=r"int8-static asks for 5000 calibration texts, the corpus has \d+"):
         quantize.fn(VARIANTS["int8-static"], forge.exported, 48, forge.study.corpus, 5000)
+
+
+def test_quantize_refuses_calibration_texts_that_are_evaluated_on(forge: Forge) -> None:
+    with draft("corpus") as work:
+        shutil.copytree(forge.study.corpus.folder, work.folder, dirs_exist_ok=True)
+        judged = (work.folder / "evaluation.jsonl").read_text()
+        (work.folder / "calibration.jsonl").write_text(judged)
+    with pytest.raises(QuantizationFailed, match=r"16 of 16 calibration texts are evaluation texts too, limit 0"):
+        quantize.fn(VARIANTS["int8-static"], forge.exported, 48, work.artifact, 16)
+
+
+def test_quantize_names_a_weight_that_is_not_finite(forge: Forge) -> None:
+    import onnx
+
+    with draft("export") as work:
+        shutil.copytree(forge.exported.folder, work.folder, dirs_exist_ok=True)
+        model = onnx.load(work.folder / "model.onnx")
+        weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)
+        values = onnx.numpy_helper.to_array(weight).copy()
+        values[1, 2:4] = np.nan, np.inf
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        onnx.save(model, work.folder / "model.onnx")
+    with pytest.raises(QuantizationFailed, match=f"weight {weight.name} holds 2 values that are NaN or infinite"):
+        quantize.fn(VARIANTS["int8-dynamic"], work.artifact, 48, forge.study.corpus, CALIBRATION_SIZE)
+
+
+def test_fp8_is_judged_on_exact_arithmetic(forge: Forge) -> None:
+    variant = VARIANTS["fp8-onnx"]
+    candidate = quantize.fn(variant, forge.exported, 48, forge.study.corpus, CALIBRATION_SIZE)
+    quality = evaluate.fn(candidate, forge.study.corpus, forge.teacher_embeddings, "here")
+    assert quality.metrics["cosine_mean"].value > 0.99
+    assert quality.value("engine_cosine_mean") == pytest.approx(1, abs=1e-5)
+    account = candidate.quantization("docs:", 0.997)
+    assert account is not None
+    assert account.calibration_size == CALIBRATION_SIZE
+
+
+def test_static_int8_serves_what_was_judged(forge: Forge) -> None:
+    assert forge.study.find("int8-static").quality.metrics["engine_cosine_mean"].value > 0.9999
 
 
 def test_quantize_leaves_the_root_logger_as_it_was(forge: Forge) -> None:
