@@ -15,8 +15,8 @@ KEYS = {key.name for key in iterate_keys()}
 
 
 def test_settings_of_the_operate_page_are_accepted() -> None:
-    (block,) = re.findall(r"^```toml\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-    settings = Settings.model_validate(tomllib.loads(block)["embedding"])
+    blocks = re.findall(r"^```toml\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+    settings, *_ = [Settings.model_validate(tomllib.loads(block)["embedding"]) for block in blocks]
     assert settings.tracing.endpoint is not None
     assert settings.request_log.folder == Path("/var/lib/worker/log")
 
