@@ -1,81 +1,134 @@
-"""Every variant of MiniLM: quality against the teacher and speed against torch fp32, on this machine, alone.
+"""Variants of MiniLM: quality against the teacher and speed against torch fp32, on this machine, alone.
 
-`python -m benchmarks.bench_variants [--data DIR] [--out FILE]`: with `--data`, a folder holding `sts/stsb_dev.tsv` and
-the BEIR folder `retrieval/scifact`, the published bundle is scored on both as well. Every step is run anew.
+`python -m benchmarks.bench_variants [--variant NAME]... [--data DIR] [--out FILE]`. `--data` is a folder with text to
+train and calibrate on in `sentences/*.txt.gz`, `sts/stsb_dev.tsv` and the BEIR folder `retrieval/scifact`: every
+candidate is judged on the latter two, which neither training nor calibration sees. Every step is run anew, unless
+`--cached` is given; `--quality-only` leaves out the rows that other work on the machine would spoil.
 """
 
 import argparse
+import gzip
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import append_rows, make_row
 from flows.environment import make_state_folder, prepare_environment
-from registry.client import pull
-from registry.store import FolderStore, default_registry
 from tasks.state import state_dir
 
 _NAME = "all-MiniLM-L6-v2"
+_BENCH = "variants"
 
 
 def main() -> int:
     """Measure, print a table, append the rows. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="evaluation data: adds STS-B dev and SciFact")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", action="append", help="measure only this one; repeat for more")
+    parser.add_argument(
+        "--data", type=Path, help="train and calibrate on its sentences, judge on STS-B dev and SciFact"
+    )
+    parser.add_argument("--cached", action="store_true", help="take what was built and measured before from the cache")
+    parser.add_argument("--quality-only", action="store_true", help="leave out latency and throughput")
     parser.add_argument("--out", type=Path, help="rows go to this file instead of benchmarks/results/variants.jsonl")
     arguments = parser.parse_args()
     prepare_environment()
     make_state_folder()
-    from flows.config import OptimizeConfig  # noqa: PLC0415  Prefect reads the environment at import
+    from flows.config import OptimizeConfig, override  # noqa: PLC0415  Prefect reads the environment at import
     from flows.run import print_outcome, run_optimize  # noqa: PLC0415
 
-    outcome = run_optimize(OptimizeConfig(name=_NAME), refresh=True)
+    config = override(OptimizeConfig(name=_NAME), variants=arguments.variant)
+    if arguments.data:
+        corpus = collect_sentences(arguments.data / "sentences", state_dir() / "bench" / "sentences.txt")
+        config = override(config, corpus=str(corpus), sts=(arguments.data / "sts" / "stsb_dev.tsv",))
+    outcome = run_optimize(config, refresh=not arguments.cached)
     print_outcome(outcome, as_json=False)
-    rows = [row for judged in outcome.study.judged for row in _variant_rows(judged, outcome.study.speeds)]
-    if arguments.data and outcome.published:
-        bundle = state_dir() / "bench" / outcome.published.digest
-        pull(FolderStore(default_registry()), _NAME, outcome.published.digest, bundle)
-        rows += _data_rows(outcome.published.variant, bundle, outcome.study.teacher.folder, arguments.data)
-    append_rows("variants", rows, arguments.out)
+    corpus_name = "sentences" if arguments.data else "docs:"
+    common = {"baseline": "fp32-torch", "config": {"corpus": corpus_name}}
+    rows = [row for judged in outcome.study.judged for row in quality_rows(judged, common)]
+    if not arguments.quality_only:
+        rows += [row for judged in outcome.study.judged for row in speed_rows(judged, outcome.study.speeds, common)]
+    if arguments.data:
+        rows += retrieval_rows(outcome.study, arguments.data / "retrieval" / "scifact", common)
+    append_rows(_BENCH, rows, arguments.out)
     return 0
 
 
-def _variant_rows(judged: Any, speeds: Any) -> list[dict[str, Any]]:
-    from tasks.benchmark import TORCH  # noqa: PLC0415
+def collect_sentences(folder: Path, path: Path) -> Path:
+    """The lines of all `*.txt.gz` of a folder, each once, as one text file: a corpus."""
+    lines: dict[str, None] = {}
+    for source in sorted(folder.glob("*.txt.gz")):
+        with gzip.open(source, "rt", encoding="utf-8") as stream:
+            lines |= dict.fromkeys(line.strip() for line in stream if line.strip())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
-    torch, name = speeds.speeds[TORCH], judged.name
-    common = {"baseline": TORCH, "config": {"corpus": "docs:", "mean_tokens": speeds.mean_tokens}}
-    percentiles = {f"p{p}": judged.speed.latency_ms(p) for p in (50, 95, 99)}
+
+def quality_rows(judged: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Size, parameters and what the flow judged on its own corpus."""
+    name, metrics = judged.name, judged.quality.metrics
+    steps = {"steps": [step.model_dump() for step in judged.candidate.variant.steps]}
+    common = {**common, "config": {**common["config"], **steps}}
     rows = [
-        make_row(
-            "variants", name, "throughput_per_s", "texts/s", judged.speed.throughput_per_s,
-            baseline_value=torch.throughput_per_s, **common,
-        ),
-        make_row(
-            "variants", name, "latency_ms", "ms", percentiles["p50"],
-            baseline_value=torch.latency_ms(50), **percentiles, **common,
-        ),
-        make_row("variants", name, "size_mb", "MB", judged.size_mb, **common),
-    ]  # fmt: skip
-    for metric, measured in judged.quality.metrics.items():
-        interval = {"low": measured.low, "high": measured.high}
+        make_row(_BENCH, name, "size_mb", "MB", judged.size_mb, **common),
+        make_row(_BENCH, name, "params", "parameters", judged.model.num_parameters, **common),
+        make_row(_BENCH, name, "encoder_params", "parameters", judged.model.num_encoder_parameters, **common),
+    ]
+    for metric, measured in metrics.items():
+        more: dict[str, Any] = {"low": measured.low, "high": measured.high}
+        if f"{metric}_loss" in metrics:  # a loss is a share of the teacher's own score
+            more["baseline_value"] = measured.value / (1 - metrics[f"{metric}_loss"].value)
         unit = "values" if metric == "nonfinite" else "share"
-        rows.append(make_row("variants", name, metric, unit, measured.value, **interval, **common))
+        rows.append(make_row(_BENCH, name, metric, unit, measured.value, **more, **common))
     return rows
 
 
-def _data_rows(variant: str, bundle: Path, teacher: Path, data: Path) -> list[dict[str, Any]]:
-    from flows.evaluate import evaluate_source  # noqa: PLC0415
+def speed_rows(judged: Any, speeds: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Throughput at batch 32 and latency of single texts, against torch fp32 in the same run."""
+    from tasks.benchmark import TORCH  # noqa: PLC0415
 
-    files = [data / "sts" / "stsb_dev.tsv"], [data / "retrieval" / "scifact"]
-    own, base = evaluate_source(str(bundle), *files).scores, evaluate_source(str(teacher), *files).scores
+    torch, name = speeds.speeds[TORCH], judged.name
+    common = {**common, "config": {**common["config"], "mean_tokens": speeds.mean_tokens}}
+    percentiles = {f"p{p}": judged.speed.latency_ms(p) for p in (50, 95, 99)}
     return [
         make_row(
-            "variants", variant, f"{score.dataset}.{score.metric}", "points", score.value,
-            low=score.low, high=score.high, baseline="fp32-torch", baseline_value=reference.value,
-        )
-        for score, reference in zip(own, base, strict=True)
+            _BENCH, name, "throughput_per_s", "texts/s", judged.speed.throughput_per_s,
+            baseline_value=torch.throughput_per_s, **common,
+        ),
+        make_row(
+            _BENCH, name, "latency_ms", "ms", percentiles["p50"],
+            baseline_value=torch.latency_ms(50), **percentiles, **common,
+        ),
     ]  # fmt: skip
+
+
+def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every candidate on a BEIR folder: alone, and its queries on the index that the teacher embedded (`cross_`)."""
+    from tasks.corpus import read_beir  # noqa: PLC0415
+    from tasks.evaluate import compare_retrieval, open_candidate  # noqa: PLC0415
+    from tasks.progress import progress  # noqa: PLC0415
+    from tasks.teacher import open_teacher  # noqa: PLC0415
+
+    retrieval = read_beir(folder)
+    sets = {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}
+
+    def embed(label: str, encode: Any) -> dict[str, Any]:
+        with progress(f"{folder.name}: {label}", sum(map(len, sets.values()))) as advance:
+            return {name: encode(texts, advance) for name, texts in sets.items()}
+
+    teacher = embed("teacher", open_teacher(study.teacher.folder))
+    rows = []
+    for judged in study.judged:
+        encode, engine = open_candidate(judged.candidate)
+        metrics = compare_retrieval(embed(judged.name, encode), teacher, retrieval)
+        engine.close()
+        for metric in ("ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"):
+            found, base = metrics[metric], metrics[metric].value / (1 - metrics[f"{metric}_loss"].value)
+            more = {**common, "config": {**common["config"], "judged_on": folder.name}, "baseline_value": base}
+            rows.append(
+                make_row(_BENCH, judged.name, metric, "share", found.value, low=found.low, high=found.high, **more)
+            )
+    return rows
 
 
 if __name__ == "__main__":

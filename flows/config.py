@@ -11,18 +11,28 @@ from registry.approval import ApprovalPolicy
 from registry.gate import GateSettings
 from registry.manifest import SafeName, describe_validation
 from registry.store import Store, open_store
+from serving.engines import has_nvidia_driver
 from tasks.build import BuildConfig
 from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
 from tasks.notify import WebhookConfig
 from tasks.select import Criterion
-from tasks.variants import VARIANTS, Recipe, Variant
+from tasks.variants import CUDA_VARIANTS, VARIANTS, Recipe, Variant, list_variants
 
 CONFIG_NAME = "thorforge.toml"
 
 
 class ConfigRejected(TaskError):
     """A settings file with an unknown key or a value out of range."""
+
+
+def _has_cuda_engine() -> bool:
+    """Whether the cuda engine runs here; torch is asked only where the kernel has an NVIDIA driver."""
+    if not has_nvidia_driver():
+        return False
+    from serving.engines.cuda_node import examine_node, find_problem  # noqa: PLC0415  it starts CUDA
+
+    return find_problem(examine_node(), "f8") is None
 
 
 class OptimizeConfig(BaseModel):
@@ -45,9 +55,11 @@ class OptimizeConfig(BaseModel):
         default=(), description="STS files (score, sentence1, sentence2, tab-separated) to judge candidates on as well"
     )
     variants: tuple[str, ...] = Field(
-        default=("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino"),
+        default_factory=lambda: list_variants(_has_cuda_engine()),
         min_length=1,
-        description="which variants to build: " + ", ".join(VARIANTS) + ", or a recipe's name",
+        description="which variants to build: "
+        + ", ".join((*VARIANTS, *CUDA_VARIANTS))
+        + ", or a recipe's name; the last two need a GPU and are built by default where there is one",
     )
     recipe: tuple[Recipe, ...] = Field(
         default=(), description="variants of your own: [[optimize.recipe]] with name, build and steps"
@@ -82,7 +94,7 @@ class OptimizeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _variants_are_known(self) -> Self:
-        known = [*VARIANTS, *(recipe.name for recipe in self.recipe)]
+        known = [*VARIANTS, *CUDA_VARIANTS, *(recipe.name for recipe in self.recipe)]
         for name in known:
             if known.count(name) > 1:
                 raise ValueError(f"a recipe is called {name!r}, as another variant is")
@@ -93,7 +105,7 @@ class OptimizeConfig(BaseModel):
 
     def recipes(self) -> list[Variant]:
         """The variants to build."""
-        known = VARIANTS | {recipe.name: recipe.variant() for recipe in self.recipe}
+        known = VARIANTS | CUDA_VARIANTS | {recipe.name: recipe.variant() for recipe in self.recipe}
         return [known[name] for name in self.variants]
 
 

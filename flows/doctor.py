@@ -1,9 +1,11 @@
 """doctor: what hardware, engines and libraries this node has, and what each missing one would bring."""
 
 import importlib.util
+import json
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +29,8 @@ _LIBRARIES = (
     ("mlflow", "forge", "tracking and comparing runs"),
     ("uvloop", "serve", "a faster event loop for the worker"),
 )
-_DRIVER_SECONDS = 30.0
+_DRIVER_SECONDS, _TORCH_SECONDS = 30.0, 120.0
+_ROOT = Path(__file__).parent.parent
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
@@ -53,7 +56,8 @@ def examine_node() -> list[Finding]:
         ),
         _instructions("fast int8", flags & _INT8_FLAGS, "int8 variants faster than fp32"),
         _instructions("fast bf16", flags & _BF16_FLAGS, "bf16-openvino; without it OpenVINO computes in fp32"),
-        _gpu(),
+        gpu := _gpu(),
+        _cuda_engine(gpu),
         _disk(),
         *(_package(*entry) for entry in (*_ENGINES, *_LIBRARIES)),
     ]
@@ -82,6 +86,22 @@ def _gpu() -> Finding:
     if done.returncode != 0 or not lines:
         return Finding("NVIDIA GPU", False, "nvidia-smi finds no GPU", brings, check)
     return Finding("NVIDIA GPU", True, "; ".join(lines), brings)
+
+
+def _cuda_engine(gpu: Finding) -> Finding:
+    """Asked in a process of its own, and only where there is a GPU: torch takes seconds and the GPU's memory."""
+    brings = "packed inference on kernels of our own: the cuda-fp16 and cuda-fp8 variants"
+    if not gpu.is_present:
+        return Finding("CUDA engine", False, gpu.detail, brings, gpu.remedy)
+    command = [sys.executable, "-m", "serving.engines.cuda_node"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TORCH_SECONDS, cwd=_ROOT)
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        return Finding(
+            "CUDA engine", False, f"cannot be asked: {type(error).__name__}", brings, "run its module by hand"
+        )
+    return Finding("CUDA engine", **answer, brings=brings)
 
 
 def _disk() -> Finding:

@@ -5,12 +5,18 @@ from typing import Any
 
 from tasks.artifacts import Artifact
 from tasks.distill import check_depth, distill, read_depth
-from tasks.steps import DistillConfig, Step
+from tasks.prune import prune, require_known
+from tasks.steps import DistillConfig, PruneConfig, Step
 from tasks.teacher import Teacher, load_teacher
 from tasks.variants import Variant
+from tasks.vocabulary import trim_vocabulary
 
 Steps = tuple[Step, ...]
-_TASKS: dict[str, Callable[[Teacher, Teacher, Any, Artifact], Artifact]] = {"distill": distill}
+_TASKS: dict[str, Callable[[Teacher, Teacher, Any, Artifact], Artifact]] = {
+    "distill": distill,
+    "prune": prune,
+    "trim": trim_vocabulary,
+}
 
 
 def make_models(teacher: Teacher, variants: Iterable[Variant], corpus: Artifact) -> dict[Steps, Teacher]:
@@ -34,3 +40,5 @@ def check_steps(teacher: Teacher, steps: Steps) -> None:
     for step in steps:
         if isinstance(step, DistillConfig):
             depth = check_depth(teacher.name, step, depth)
+        if isinstance(step, PruneConfig):
+            require_known(teacher)

@@ -1,6 +1,8 @@
 """optimize: from a teacher to a published, judged bundle. This file reads top to bottom as the pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -25,12 +27,15 @@ from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
+from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
-from tasks.teacher import embed_teacher, load_teacher
+from tasks.steps import Step
+from tasks.teacher import Teacher, embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
+from tasks.variants import CUDA_VARIANTS, Variant
 
 
 class Outcome(BaseModel):
@@ -58,7 +63,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
         models = make_models(teacher, variants, corpus)
         exported = {steps: export_onnx(model) for steps, model in models.items()}
         how = (teacher.max_seq_length, corpus, config.calibration_size)
-        building = [quantize.submit(variant, exported[variant.steps], *how) for variant in variants]
+        building = [_submit_build(variant, models, exported, how) for variant in variants]
         teacher_embeddings = embed_teacher(teacher, corpus)
         candidates, not_built = build_engines([future.result() for future in building], config.tensorrt)
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in candidates]
@@ -110,6 +115,21 @@ def pull_champion(registry: str | None, name: str) -> Path | None:
     return target
 
 
+def _submit_build(
+    variant: Variant,
+    models: Mapping[tuple[Step, ...], Teacher],
+    exported: Mapping[tuple[Step, ...], Artifact],
+    how: tuple[int, Artifact, int],
+) -> Any:
+    """The future of one candidate: from the exported graph, or from the weights for the cuda engine."""
+    if variant.build not in CUDA_VARIANTS:
+        return quantize.submit(variant, exported[variant.steps], *how)
+    from tasks.encoder import build_encoder  # noqa: PLC0415  torch: seconds that no other variant pays
+
+    _, corpus, calibration_size = how
+    return build_encoder.submit(variant, models[variant.steps], corpus, calibration_size)
+
+
 def _params(config: OptimizeConfig) -> dict[str, str]:
     """The run's parameters, as MLflow shows them."""
     return {
@@ -131,7 +151,7 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
-    for name, figure in plot_steps(study).items():
+    for name, figure in (plot_steps(study) | plot_quantization(study)).items():
         tracker.log_figure(figure, f"{name}.png")
     tracker.log_file(page)
     if published and winner and bundle:

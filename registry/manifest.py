@@ -32,7 +32,7 @@ SIGNATURE_NAME = "manifest.sig"
 _CHUNK_BYTES = 1 << 20
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt", "cuda"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Pooling = Literal["mean", "cls", "lasttoken"]
 Compatibility = Literal["drop-in", "reindex"]
 

@@ -57,14 +57,20 @@ class Batcher:
     def __init__(self, queue: RequestQueue, limits: Limits, model: LatencyModel, grid: ShapeGrid = EXACT) -> None:
         self.queue, self.model = queue, model
         self._limits, self._grid = limits, grid
+        self._budget = limits.max_batch_tokens
 
     @property
     def max_tokens(self) -> int:
         """Tokens of the largest batch, padding included: within the budget and the time a run may take."""
-        limits = self._limits
+        limits, budget = self._limits, self._budget
         if math.isinf(limits.max_run_seconds):
-            return limits.max_batch_tokens
-        return min(limits.max_batch_tokens, self.model.max_tokens(limits.max_run_seconds))
+            return budget
+        return min(budget, self.model.max_tokens(limits.max_run_seconds))
+
+    def limit_tokens(self, tokens: int | None) -> None:
+        """Form no batch of more tokens: the engine's memory does not hold it; None: as configured."""
+        configured = self._limits.max_batch_tokens
+        self._budget = configured if tokens is None else min(configured, tokens)
 
     def wait_seconds(self, now: float) -> float | None:
         """How long an idle engine should wait before taking a batch; None while nothing is queued."""
@@ -100,7 +106,7 @@ class Batcher:
             max_tokens,
             self.model.overhead_tokens,
         )
-        if reason == "tokens" and max_tokens < self._limits.max_batch_tokens:
+        if reason == "tokens" and max_tokens < self._budget:
             reason = "latency"
         size = self._grid.round_size(stop - start)
         start = max(start, head - size + 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from serving.engines import Embeddings, Engine
+from serving.engines import Embeddings, Engine, LimitedEngine
 from serving.errors import BundleRejected, EngineFailed, EngineUnavailable
 from serving.tokenizer import Ids, pad_batch
 
@@ -47,6 +47,11 @@ class GuardedEngine:
     def is_broken(self) -> bool:
         """Whether there is no engine and the last attempt to open one failed."""
         return self._engine is None and self._has_failed
+
+    @property
+    def memory_limit_tokens(self) -> int | None:
+        """Tokens of the largest batch worth giving to the engine, where it has learned one."""
+        return self._engine.memory_limit_tokens if isinstance(self._engine, LimitedEngine) else None
 
     def run(
         self, rows: Sequence[Ids], input_ids: Ids, attention_mask: Ids

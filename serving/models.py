@@ -17,8 +17,8 @@ from serving.containment import OpenEngine
 from serving.engines import Embeddings, Engine
 from serving.errors import BundleRejected
 from serving.latency_model import LatencyModel, Run
-from serving.opening import Opened, Opener
-from serving.settings import ModelSource
+from serving.opening import BY_DEFAULT, Opened, Opener
+from serving.settings import CustomKernelsSettings, ModelSource
 from serving.shapes import ShapeGrid
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 
@@ -74,6 +74,11 @@ class LoadedModel:
     open_spare: OpenEngine | None  # opens another engine of the bundle
 
     @property
+    def has_custom_kernels(self) -> bool:
+        """Whether its engine computes on kernels of our own."""
+        return self.choice.large.runtime == "cuda"
+
+    @property
     def grid(self) -> ShapeGrid:
         """The shapes its engine is asked for."""
         return ShapeGrid(self.manifest.max_seq_length, self.engine.compiles_shapes)
@@ -84,6 +89,7 @@ def load_model(
     on_fallback: Callable[[Manifest, str], None] = lambda *_: None,
     public_key: Path | None = None,
     layout: Choice | None = None,
+    kernels: CustomKernelsSettings = BY_DEFAULT,
 ) -> LoadedModel:
     """Check, load and warm up a bundle.
 
@@ -92,14 +98,13 @@ def load_model(
     Raises BundleRejected for a damaged or contradictory bundle, EngineUnavailable when no engine loads.
     """
     try:
-        manifest = verify_bundle(source.path, public_keys=public_key)
-        digest = digest_of(source.path)
+        manifest, digest = verify_bundle(source.path, public_keys=public_key), digest_of(source.path)
     except RegistryError as error:
         raise BundleRejected(str(error)) from None
     tokenizer = TextTokenizer.from_folder(source.path, manifest.max_seq_length)
     golden = _read_golden(source.path / GOLDEN_NAME, manifest)
     _check_tokenizer(tokenizer, golden)
-    opened = Opener(source, manifest, on_fallback).open_best(digest, golden.rows, layout)
+    opened = Opener(source, manifest, on_fallback, kernels).open_best(digest, golden.rows, layout)
     try:
         cost = warm_up(opened.engine, golden.rows, manifest)
         if opened.engine.compiles_shapes:

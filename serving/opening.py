@@ -1,4 +1,8 @@
-"""From a bundle's list of engines to the one that runs: what was asked for by name, or the measured best."""
+"""From a bundle's list of engines to the one that runs: what was asked for by name, or the best that loads.
+
+The best is the first of GPU_CHAIN that the bundle has and that loads; where none does, the fastest on the CPU. An
+engine that does not load is logged and counted.
+"""
 
 import logging
 import threading
@@ -21,10 +25,14 @@ from serving.autotune import (
     record_path,
     write_choice,
 )
-from serving.engines import Embeddings, Engine, num_cores, open_engine
+from serving.engines import Embeddings, Engine, has_nvidia_driver, num_cores, open_engine
 from serving.errors import BundleRejected, EngineUnavailable, ServingError
-from serving.settings import ModelSource
+from serving.settings import CustomKernelsSettings, ModelSource
 from serving.tokenizer import Ids
+
+BY_DEFAULT = CustomKernelsSettings()
+GPU_CHAIN = ("cuda", "tensorrt", "onnxruntime-cuda")
+_ONNX_ON_GPU = ("fp32", "fp16", "bf16")  # precisions that its CUDA provider computes on the GPU
 
 # Up to this many tokens, padding included, a batch counts as small.
 _SMALL_TOKENS = 64
@@ -75,27 +83,53 @@ class SwitchedEngine:
 class Opener:
     """Opens the engines of one bundle. `on_fallback(manifest, runtime)` hears of each that does not load."""
 
-    def __init__(self, source: ModelSource, manifest: Manifest, on_fallback: OnFallback) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        manifest: Manifest,
+        on_fallback: OnFallback,
+        kernels: CustomKernelsSettings = BY_DEFAULT,
+    ) -> None:
         """Raises EngineUnavailable when the bundle has no engine of the name that was asked for."""
         self._source, self._manifest, self._on_fallback = source, manifest, on_fallback
-        self._entries: dict[str, EngineEntry] = {
-            e.runtime: e for e in reversed(manifest.engines) if source.engine in ("auto", e.runtime)
+        self._max_tokens = kernels.max_tokens
+        wanted = _choose_name(source, kernels)
+        entries = _list_entries(manifest)
+        self._entries = {
+            name: entry
+            for name, entry in entries.items()
+            if wanted == name or (wanted == "auto" and (name != "cuda" or kernels.use != "never"))
         }
         if not self._entries:
-            has = ", ".join(entry.runtime for entry in manifest.engines)
-            raise EngineUnavailable(f"the bundle has no {source.engine} engine, it has {has}")
+            raise EngineUnavailable(f"the bundle has no {wanted} engine, it has {', '.join(entries)}")
 
     def open_best(self, digest: str, rows: Sequence[Ids], layout: Choice | None = None) -> Opened:
-        """The engine remembered as best, else that of `layout`, else the one measured as best on `rows`.
+        """The first of the GPU's engines, else the best on the CPU: remembered, of `layout`, or measured on `rows`.
 
-        Raises EngineUnavailable when none loads.
+        Raises EngineUnavailable or BundleRejected when none loads.
         """
-        entries: list[EngineEntry] = [e for e in self._manifest.engines if self._entries.get(e.runtime) is e]
+        failed: list[ServingError] = []
+        for name in (name for name in GPU_CHAIN if name in self._entries):
+            setup = Setup(name, self._source.num_threads or num_cores(), 1)
+            try:
+                engine = self._open(setup)
+                _log.info("engine chosen setup=%s measured=%s", setup, _measure_checked(engine, setup, rows))
+                return self._opened(Choice(setup, setup), engine)
+            except (EngineUnavailable, BundleRejected) as error:
+                failed.append(error)
+                if len(failed) < len(self._entries):
+                    self._report_fallback(name, error)
+        if len(failed) == len(self._entries):
+            raise _combine(failed)
+        return self._open_best_on_cpu(digest, rows, layout)
+
+    def _open_best_on_cpu(self, digest: str, rows: Sequence[Ids], layout: Choice | None) -> Opened:
+        entries = [entry for name, entry in self._entries.items() if name not in GPU_CHAIN]
         setups = list_setups(entries, self._source.num_threads, self._source.num_instances, num_cores())
         path, key = record_path(self._source.path), node_key(digest, setups)
         choice = Choice(setups[0], setups[0]) if len(setups) == 1 else read_choice(path, key)
         if choice is None and layout is not None:
-            choice = layout.keep_layout(list(self._entries))
+            choice = layout.keep_layout([entry.runtime for entry in entries])
         if choice is not None and {choice.large, choice.small} <= set(setups):
             try:
                 return self._opened(choice, self.open_choice(choice))
@@ -126,7 +160,15 @@ class Opener:
 
     def _open(self, setup: Setup, cache: Path | None = None) -> Engine:
         entry = self._entries[setup.runtime]
-        engine = open_engine(self._source.path, entry, setup.num_threads, setup.num_instances, cache)
+        engine = open_engine(
+            self._source.path,
+            entry,
+            setup.num_threads,
+            setup.num_instances,
+            cache,
+            max_tokens=self._max_tokens,
+            on_gpu=setup.runtime in GPU_CHAIN,
+        )
         if getattr(engine, "rebuild_reason", None):  # the engine has logged it
             self._on_fallback(self._manifest, f"{setup.runtime} plan")
         return engine
@@ -163,15 +205,43 @@ class Opener:
             if dropped is not None:
                 dropped[1].close()
         if best is None:
-            reasons = f"no engine of the bundle loads: {'; '.join(map(str, failed.values()))}"
-            rejected = any(isinstance(error, BundleRejected) for error in failed.values())
-            raise BundleRejected(reasons) if rejected else EngineUnavailable(reasons)
+            raise _combine(list(failed.values()))
         return measured, best[1], best[2]
 
     def _report_fallback(self, runtime: str, error: ServingError) -> None:
         self._on_fallback(self._manifest, runtime)
         name = self._manifest.model_name
         _log.warning("engine fallback model=%s engine=%s reason=%s", name, runtime, error)
+
+
+def _choose_name(source: ModelSource, kernels: CustomKernelsSettings) -> str:
+    """The engine's name, or auto. Raises EngineUnavailable where two settings contradict each other."""
+    contradiction = {"always": source.engine not in ("auto", "cuda"), "never": source.engine == "cuda"}
+    if contradiction.get(kernels.use):
+        raise EngineUnavailable(
+            f"embedding.custom_kernels.use = {kernels.use} and engine = {source.engine} contradict each other"
+        )
+    return "cuda" if kernels.use == "always" else source.engine
+
+
+def _list_entries(manifest: Manifest) -> dict[str, EngineEntry]:
+    """What the bundle can run on here by name: GPU engines in the order of the chain, then the others in its own."""
+    entries: dict[str, EngineEntry] = {}
+    for entry in manifest.engines:
+        entries.setdefault(entry.runtime, entry)
+    if "onnxruntime" in entries and manifest.precision in _ONNX_ON_GPU and has_nvidia_driver():
+        entries["onnxruntime-cuda"] = entries["onnxruntime"]
+    first = {name: entries.pop(name) for name in GPU_CHAIN if name in entries}
+    return first | entries
+
+
+def _combine(failed: Sequence[ServingError]) -> ServingError:
+    """One error of all: the bundle's fault if it is that in one case."""
+    if len(failed) == 1:
+        return failed[0]
+    reasons = f"no engine of the bundle loads: {'; '.join(map(str, failed))}"
+    rejected = any(isinstance(error, BundleRejected) for error in failed)
+    return BundleRejected(reasons) if rejected else EngineUnavailable(reasons)
 
 
 def _measure_checked(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measured:

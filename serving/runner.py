@@ -244,6 +244,7 @@ class EngineRunner:
         seconds = self._clock() - started
         with self._lock:
             lane.end()
+            self._batcher.limit_tokens(self._engine.memory_limit_tokens)
             if seconds > 0 and not failures:
                 self._batcher.model.observe(Run(batch.padded_tokens, seconds))
                 self._padding += _PADDING_WEIGHT * (batch.padded_tokens / batch.num_tokens - self._padding)

@@ -46,6 +46,7 @@ class EmbedRequest:
     """What every dialect asks for. `param` is the field the texts came in, for error messages.
 
     `truncate_left` drops the beginning of a text that is too long; `normalize` is None where the model decides.
+    `use_custom_kernels` is None where any engine will do.
     """
 
     texts: list[str]
@@ -58,6 +59,7 @@ class EmbedRequest:
     truncate_left: bool = False
     normalize: bool | None = None
     prompt: str | None = None
+    use_custom_kernels: bool | None = None
 
 
 @dataclass(slots=True)
@@ -178,6 +180,12 @@ class EmbeddingService:
         is_normal = self.model.manifest.normalize
         if request.normalize is False and is_normal:
             raise InvalidRequest("normalize must be true: this model's engine normalises its vectors", "normalize")
+        if request.use_custom_kernels not in (None, self.model.has_custom_kernels):
+            wanted = str(request.use_custom_kernels).lower()
+            raise InvalidRequest(
+                f"use_custom_kernels is {wanted}, but {self.model.name} is served by {self.model.engine.runtime}",
+                "use_custom_kernels",
+            )
         if not self._runner.can_answer(self._timeout_seconds):
             raise NotReady("the engine does not answer and cannot be opened anew: the worker needs a restart")
         arrival = self._clock()

@@ -114,6 +114,23 @@ class TracingSettings(_Section):
     )
 
 
+EngineName = Literal["auto", "cuda", "tensorrt", "onnxruntime-cuda", "onnxruntime", "openvino"]
+
+
+class CustomKernelsSettings(_Section):
+    """`[embedding.custom_kernels]`: the cuda engine, which computes on kernels of our own."""
+
+    use: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="auto: where a bundle has it and the GPU can run it; always: or the worker does not start; never",
+    )
+    max_tokens: int = Field(
+        default=131_072,
+        ge=512,
+        description="tokens of one run of the cuda engine; its memory is taken at the start",
+    )
+
+
 class ModelSource(_Section):
     """`[[embedding.models.available]]`: a bundle to serve and the engine to run it on."""
 
@@ -121,8 +138,8 @@ class ModelSource(_Section):
         description="folder of the bundle, or a file that names it: a channel of a registry, or its path"
     )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
-    engine: Literal["auto", "onnxruntime", "openvino", "cuda"] = Field(
-        default="auto", description="auto: the fastest that loads, as measured on this node"
+    engine: EngineName = Field(
+        default="auto", description="auto: the first that loads on a GPU, else the fastest as measured on this CPU"
     )
     num_threads: int = Field(
         default=0, ge=0, le=1024, description="threads of one engine run; 0: the cores, shared among the runs"
@@ -198,5 +215,6 @@ class Settings(_Section):
     request_log: RequestLogSettings = RequestLogSettings()
     tracing: TracingSettings = TracingSettings()
     models: ModelsSettings = ModelsSettings()
+    custom_kernels: CustomKernelsSettings = CustomKernelsSettings()
     traffic: TrafficSettings = TrafficSettings()
     security: SecuritySettings = SecuritySettings()

@@ -312,7 +312,11 @@ class Worker:
 
         located = locate_bundle(source.path)
         model = load_model(
-            source.model_copy(update={"path": located.folder}), count_fallback, self.settings.models.public_key, layout
+            source.model_copy(update={"path": located.folder}),
+            count_fallback,
+            self.settings.models.public_key,
+            layout,
+            self.settings.custom_kernels,
         )
         _log.info(
             "loaded model=%s version=%s engine=%r tokens_per_second=%.0f overhead_tokens=%.1f",

@@ -15,6 +15,7 @@ Batches = list[tuple[Ids, Ids]]
 Method = Literal["minmax", "percentile", "entropy"]
 
 _BINS = 4096  # of the histogram over [-largest, largest]
+_COARSE_BINS = 64
 _PERCENTILE = 99.99
 _LEVELS = 128  # magnitudes that int8 tells apart
 _Histogram = NDArray[np.int64]
@@ -34,6 +35,11 @@ class Activations:
     def limit(self) -> float:
         """The largest magnitude."""
         return max(-self.low, self.high)
+
+    def coarse_histogram(self) -> tuple[int, ...]:
+        """The histogram in few bins, to look at."""
+        assert self.histogram is not None, "observed with a histogram"
+        return tuple(int(count) for count in self.histogram.reshape(_COARSE_BINS, -1).sum(axis=1))
 
 
 def observe(

@@ -45,7 +45,10 @@ def _changes(case: Case) -> Iterator[str]:
     old = _figures(production) if production else {}
     yield f"in production now: {production.version if production else case.replaces or 'nothing yet'}"
     for name, value in _figures(case.manifest).items():
-        yield f"{name}: **{value}**{f', in production {old[name]}' if name in old else ''}"
+        beside = (
+            "" if name not in old else ", as in production" if old[name] == value else f", in production {old[name]}"
+        )
+        yield f"{name}: **{value}**{beside}"
 
 
 def _rules(case: Case, policy: ApprovalPolicy, approvals: Sequence[Approval]) -> Iterator[str]:

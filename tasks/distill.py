@@ -14,7 +14,7 @@ from tasks.artifacts import CACHED, Artifact, draft
 from tasks.errors import StepRejected
 from tasks.progress import progress
 from tasks.steps import DistillConfig, copy_model, describe_step, transformer_folder, write_step
-from tasks.teach import num_held_out, teach, training_rows
+from tasks.teach import num_held_out, require_same_tokenizer, teach, training_rows
 from tasks.teacher import Teacher, load_sentence_transformer
 
 # Beyond this many choices of layers, each of which takes about a second to measure, they are dropped one at a time,
@@ -31,6 +31,7 @@ def distill(start: Teacher, teacher: Teacher, config: DistillConfig, corpus: Art
     Raises StepRejected before anything is trained, TrainingFailed.
     """
     check_depth(start.name, config, read_depth(start))
+    require_same_tokenizer(start, teacher)
     rows = training_rows(start, corpus, config)
     student = load_sentence_transformer(start.folder)
     with draft("distill") as work:

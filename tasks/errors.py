@@ -11,6 +11,7 @@ TaskError
 ├── ArtifactChanged   the cache names an artifact whose files are no longer those it was made of
 ├── NothingBuilt      no variant that was asked for can be built on this node
 ├── SchedulerUnreachable  a Dask scheduler, or a worker of it, cannot run our tasks
+├── ProfileInvalid    what was asked to be profiled cannot be, or its trace is empty
 ├── SourceUnreachable a bundle, model or worker to be evaluated cannot be read
 ├── VerificationFailed  a running worker does not serve the bundle it should, or not as well
 ├── NotWaiting        no promotion waits for an answer under that name
@@ -60,6 +61,10 @@ class NothingBuilt(TaskError):
 
 class SchedulerUnreachable(TaskError):
     """No Dask scheduler answers, or its workers cannot run our tasks."""
+
+
+class ProfileInvalid(TaskError):
+    """What was asked to be profiled cannot be, or its trace holds nothing to summarise."""
 
 
 class SourceUnreachable(TaskError):

@@ -1,6 +1,6 @@
 """The exported ONNX graph as quantisation sees it: its linear layers, their weights, and edits to both."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,9 @@ class Graph:
         if all(entry.domain != CONTRIB for entry in self.model.opset_import):
             self.model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
 
-    def drop_unused(self) -> None:
-        """Remove constant tensors that no node reads."""
-        read = {name for node in self.model.graph.node for name in node.input}
+    def drop_unused(self, but: Collection[str] = ()) -> None:
+        """Remove constant tensors that no node reads, and those in `but`."""
+        read = {name for node in self.model.graph.node for name in node.input}.difference(but)
         kept = [tensor for tensor in self.model.graph.initializer if tensor.name in read]
         if len(kept) < len(self.model.graph.initializer):
             kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]

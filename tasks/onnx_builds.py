@@ -5,25 +5,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tasks.built import Built, InputRange
 from tasks.calibrate import Batches, choose_range, observe
 from tasks.export import ONNX_NAME
 from tasks.graph import FLOAT_SUFFIX, Graph
 from tasks.outliers import tame_outliers
 from tasks.progress import Advance
 from tasks.qdq import Format, insert_qdq
+from tasks.squeeze import squeeze
 from tasks.table import quantize_tables
 
+# Mean cosines on calibration texts, before the table costs 0.002: what the gate's 1 % of nDCG and its 0.98 need.
+_GATE_COSINE, _CAUTION_COSINE = 0.997, 0.987
 _TABLE_BITS, _TABLE_BLOCK = 8, 128  # cosine 0.99999: the table costs nothing at 8 bits
 
 
-def keep_fp32(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
+def keep_fp32(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """The exported graph itself."""
     (folder / ONNX_NAME).write_bytes(source.read_bytes())
     advance(1)
-    return ONNX_NAME
+    return Built(ONNX_NAME)
 
 
-def quantize_dynamic(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
+def quantize_dynamic(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """Linears in INT8, per channel; inputs get the range of each run, after their outliers were tamed."""
     from onnxruntime.quantization import QuantType  # noqa: PLC0415  a cached run need not load it
     from onnxruntime.quantization import quantize_dynamic as quantize  # noqa: PLC0415
@@ -41,33 +45,60 @@ def quantize_dynamic(source: Path, folder: Path, batches: Batches, advance: Adva
     graph = Graph.load(folder / ONNX_NAME)
     quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)
     graph.save(folder / ONNX_NAME)
-    return ONNX_NAME
+    return Built(ONNX_NAME)
 
 
-def quantize_static(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
+def quantize_static(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """QDQ with MinMax ranges: int8 weights per channel, uint8 inputs, after their outliers were tamed."""
-    graph = make_qdq(Graph.load(source), batches, "uint8", advance)
+    graph = Graph.load(source)
+    ranges = make_qdq(graph, batches, "uint8", advance)
     quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)
     graph.save(folder / ONNX_NAME)
-    return ONNX_NAME
+    return Built(ONNX_NAME, ranges=ranges)
 
 
-def quantize_fp8(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
+def quantize_fp8(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """QDQ in E4M3 with max calibration: what a GPU computes, in exact arithmetic here."""
-    make_qdq(Graph.load(source), batches, "fp8", advance).save(folder / ONNX_NAME)
-    return ONNX_NAME
+    graph = Graph.load(source)
+    ranges = make_qdq(graph, batches, "fp8", advance)
+    graph.save(folder / ONNX_NAME)
+    return Built(ONNX_NAME, ranges=ranges)
 
 
-def make_qdq(graph: Graph, batches: Batches, kind: Format, advance: Advance) -> Graph:
-    """Quantise every linear layer of `graph` explicitly over the range its inputs had in the calibration batches.
+def squeeze_for_gate(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
+    """The smallest file whose nDCG and recall stay within the gate's 1 %: linears in 4 to 6 bits, table in 4."""
+    return _squeeze(source, folder, _GATE_COSINE, batches, advance)
+
+
+def squeeze_for_caution(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
+    """The smallest file that the gate does not fail outright on cosine."""
+    return _squeeze(source, folder, _CAUTION_COSINE, batches, advance)
+
+
+def _squeeze(source: Path, folder: Path, target: float, batches: Batches, advance: Advance) -> Built:
+    graph = Graph.load(source)
+    damages = squeeze(graph, target, batches, advance)
+    graph.save(folder / ONNX_NAME)
+    return Built(ONNX_NAME, damages=damages)
+
+
+def make_qdq(graph: Graph, batches: Batches, kind: Format, advance: Advance) -> tuple[InputRange, ...]:
+    """Quantise every linear layer of `graph` in place and explicitly, over the range of its calibration inputs.
 
     Outliers are tamed first for integers; E4M3 has the range for them.
     """
     if kind != "fp8":
         tame(graph, batches, lambda steps: None)
-    seen = observe(graph, [linear.input for linear in graph.linears], batches, advance)
-    insert_qdq(graph, {name: choose_range(found, "minmax") for name, found in seen.items()}, kind)
-    return graph
+    labels: dict[str, str] = {}
+    for linear in graph.linears:
+        labels.setdefault(linear.input, linear.label)
+    seen = observe(graph, labels, batches, advance, with_histogram=True)
+    ranges = {name: choose_range(found, "minmax") for name, found in seen.items()}
+    insert_qdq(graph, ranges, kind)
+    return tuple(
+        InputRange(layer=labels[n], low=low, high=high, limit=seen[n].limit, counts=seen[n].coarse_histogram())
+        for n, (low, high) in ranges.items()
+    )
 
 
 def tame(graph: Graph, batches: Batches, advance: Advance) -> Graph:

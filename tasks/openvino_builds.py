@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.tokenizer import Ids
+from tasks.built import Built
 from tasks.calibrate import Batches
 from tasks.progress import Advance
 
@@ -17,7 +18,7 @@ _ELEMENTWISE_OPS = frozenset({"Add", "Divide", "Multiply"})
 _ACTIVATION_OPS = frozenset({"Erf", "Gelu", "Relu", "Swish", "Tanh"})
 
 
-def quantize_openvino(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
+def quantize_openvino(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """INT8 for the linears that bear it; what follows an activation function and attention's products stay float.
 
     That is closer to the teacher and no slower (docs/log.md): those inputs are skewed, and requantising costs time.
@@ -42,7 +43,7 @@ def quantize_openvino(source: Path, folder: Path, batches: Batches, advance: Adv
             # Bias correction left the cosine as it was and cost recall@10: 0.28 % with it, -0.35 % without.
             advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         )
-    return save_ir(quantized, folder)
+    return Built(save_ir(quantized, folder))
 
 
 def _float_products(model: Any) -> list[str]:
@@ -70,13 +71,13 @@ def _is_activation(node: Any) -> bool:
     )
 
 
-def convert_openvino(source: Path, folder: Path, batches: Batches, advance: Advance) -> str:
+def convert_openvino(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """The exported graph as OpenVINO IR."""
     import openvino as ov  # noqa: PLC0415  a cached run need not load it
 
     file = save_ir(ov.Core().read_model(source), folder)
     advance(1)
-    return file
+    return Built(file)
 
 
 def save_ir(model: Any, folder: Path) -> str:

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from tasks.benchmark import TORCH
 from tasks.select import Study
-from tasks.steps import read_step
+from tasks.steps import StepRecord, read_step
 
+_KIND_COLORS = ("#0969da", "#8250df")
 _VERDICT_COLORS = {"pass": "#1a7f37", "caution": "#bf8700", "fail": "#cf222e"}
 
 
@@ -69,13 +70,35 @@ def plot_latency_cdf(study: Study) -> Figure:
     return figure
 
 
+def plot_pruning_profile(record: StepRecord) -> Figure:
+    """What each layer kept of its heads and feed-forward neurons, as shares with the numbers on the bars."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    details = record.details
+    for axes, name, color in zip(figure.subplots(1, 2, sharey=True), ("heads", "widths"), _KIND_COLORS, strict=True):
+        kept, before = details[name], details[f"{name}_before"]
+        shares = [now / full for now, full in zip(kept, before, strict=True)]
+        bars = axes.bar(range(len(kept)), shares, color=color, alpha=0.75)
+        axes.bar_label(bars, [f"{now}/{full}" for now, full in zip(kept, before, strict=True)], fontsize=7)
+        axes.set_xticks(range(len(kept)))
+        axes.set_xlabel("layer")
+        axes.set_title({"heads": "attention heads", "widths": "feed-forward neurons"}[name], fontsize=10)
+        axes.set_ylim(0, 1.1)
+    figure.axes[0].set_ylabel("share kept")
+    return figure
+
+
 def plot_steps(study: Study) -> dict[str, Figure]:
-    """By name, a picture of each step that left one: of distillation, the loss curve."""
+    """By name, the pictures that steps left: of training the loss curve, of pruning the layers' profile."""
     figures = {}
     for row in study.judged:
         record = read_step(row.model.folder)
-        if record is not None and "curve" in record.details:
-            figures[f"{record.config.kind}-{row.model.digest[:8]}"] = _plot_curve(str(record.config), record.details)
+        while record is not None:
+            name = f"{record.config.kind}-{row.model.digest[:8]}"
+            if record.details.get("curve"):
+                figures[name] = _plot_curve(str(record.config), record.details)
+            if record.config.kind == "prune":
+                figures[f"{name}-profile"] = plot_pruning_profile(record)
+            record = record.before
     return figures
 
 

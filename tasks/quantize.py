@@ -10,11 +10,19 @@ from registry.manifest import EngineEntry, Quantization, hash_file
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import TOKENIZER_NAME, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
+from tasks.built import Built, InputRange, LayerDamage
 from tasks.calibrate import Batches
 from tasks.corpus import evaluation_sets, read_part
 from tasks.errors import QuantizationFailed
 from tasks.export import ONNX_NAME
-from tasks.onnx_builds import keep_fp32, quantize_dynamic, quantize_fp8, quantize_static
+from tasks.onnx_builds import (
+    keep_fp32,
+    quantize_dynamic,
+    quantize_fp8,
+    quantize_static,
+    squeeze_for_caution,
+    squeeze_for_gate,
+)
 from tasks.openvino_builds import convert_openvino, quantize_openvino
 from tasks.progress import Advance, progress
 from tasks.tensorrt_graphs import write_fp8, write_fp16, write_int8
@@ -33,10 +41,12 @@ class Candidate(BaseModel):
     calibration_size: int
     calibration_digest: str | None
     disk_bytes: int
+    damages: tuple[LayerDamage, ...] = ()
+    ranges: tuple[InputRange, ...] = ()
 
     def quantization(self, corpus: str, cosine_mean: float) -> Quantization | None:
         """The manifest's account of the quantisation; None where the weights are as exported."""
-        if self.variant.precision not in {"int8", "fp8"}:
+        if self.variant.precision not in {"int4", "int8", "fp8"}:
             return None
         return Quantization(
             method=self.variant.method,
@@ -62,19 +72,21 @@ def quantize(
     batches = [pad_batch([ids]) for ids in sorted(tokenizer.encode(texts), key=len)] if texts else []
     with draft(variant.name) as work, progress(f"quantize {variant.name}", max(len(batches), 1)) as advance:
         (work.folder / TOKENIZER_NAME).write_bytes((exported.folder / TOKENIZER_NAME).read_bytes())
-        file = _BUILDERS[variant.build](exported.folder / ONNX_NAME, work.folder, batches, advance)
-        entry = hash_file(work.folder / file)
+        built = _BUILDERS[variant.build](exported.folder / ONNX_NAME, work.folder, batches, advance)
+        entry = hash_file(work.folder / built.file)
         disk_bytes = sum(path.stat().st_size for path in work.folder.iterdir())
     return Candidate(
         variant=variant,
         artifact=work.artifact,
         engine=EngineEntry(
-            runtime=variant.runtime, file=file, sha256=entry.sha256, size=entry.size, compute=variant.compute
+            runtime=variant.runtime, file=built.file, sha256=entry.sha256, size=entry.size, compute=variant.compute
         ),
         max_seq_length=max_length,
         calibration_size=len(texts),
         calibration_digest=corpus.digest if texts else None,
         disk_bytes=disk_bytes,
+        damages=built.damages,
+        ranges=built.ranges,
     )
 
 
@@ -96,11 +108,13 @@ def _calibration_texts(variant: Variant, corpus: Artifact, size: int) -> list[st
     return texts
 
 
-_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], str]] = {
+_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], Built]] = {
     "fp32-onnx": keep_fp32,
     "int8-dynamic": quantize_dynamic,
     "int8-static": quantize_static,
     "fp8-onnx": quantize_fp8,
+    "int4-small": squeeze_for_gate,
+    "int4-tiny": squeeze_for_caution,
     "int8-openvino": quantize_openvino,
     "bf16-openvino": convert_openvino,
     "fp16-tensorrt": write_fp16,

@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks.benchmark import TORCH
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps, to_svg
 from tasks.publish import Published
+from tasks.quantization_plots import plot_quantization
 from tasks.select import Judged, Study
 
 _STYLE = """
@@ -90,7 +91,10 @@ def render_html(study: Study, published: Published | None) -> str:
             f"Measured on {html.escape(speeds.hardware)}, mean {speeds.mean_tokens:.0f} tokens a text.</p>",
             f"<figure>{to_svg(plot_pareto(study))}</figure>",
             f"<figure>{to_svg(plot_latency_cdf(study))}</figure>",
-            *(f"<figure>{to_svg(figure)}</figure>" for figure in plot_steps(study).values()),
+            *(
+                f"<figure>{to_svg(figure)}</figure>"
+                for figure in (plot_steps(study) | plot_quantization(study)).values()
+            ),
             "<h2>Why</h2>",
             "<ul>",
             *(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in study.explain().items()),

@@ -8,7 +8,7 @@ sentence-transformers (`copy_model`, the weights, `write_step`): `load_teacher` 
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -55,8 +55,42 @@ class DistillConfig(Training):
         return f"distill to {self.depth} layers"
 
 
-# More kinds make this a union: Annotated[DistillConfig | PruneConfig, Field(discriminator="kind")].
-Step = DistillConfig
+class PruneConfig(Training):
+    """The same depth with fewer heads and feed-forward neurons, then taught what the cut took."""
+
+    kind: Literal["prune"] = "prune"
+    ratio: float = Field(ge=0, lt=1, description="share of the layers' parameters to remove")
+    calibration_size: int = Field(default=1000, ge=1, description="calibration texts that importance is measured on")
+    embedding_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the word embeddings' rank to remove, before they are widened again",
+    )
+    epochs: float = Field(default=1.0, gt=0, description="how often each text is met")
+    max_minutes: float = Field(default=10.0, gt=0, description="wall-clock budget of the teaching")
+
+    def __str__(self) -> str:
+        return (
+            f"prune {100 * self.ratio:g} % of the layers and {100 * self.embedding_ratio:g} % of the embeddings' rank"
+        )
+
+
+class TrimConfig(BaseModel):
+    """A smaller vocabulary, without the pieces that the corpus uses least."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["trim"] = "trim"
+    ratio: float = Field(
+        ge=0, lt=1, description="share of the word pieces to remove; special tokens and single characters always stay"
+    )
+
+    def __str__(self) -> str:
+        return f"trim {100 * self.ratio:g} % of the vocabulary"
+
+
+Step = Annotated[DistillConfig | PruneConfig | TrimConfig, Field(discriminator="kind")]
 
 
 class StepRecord(BaseModel):
@@ -73,6 +107,7 @@ class StepRecord(BaseModel):
     start_parameters: int
     start_encoder_parameters: int
     details: dict[str, Any] = Field(description="what only this kind of step knows: its choices and its curves")
+    before: "StepRecord | None" = Field(default=None, description="the record of the step that made what it began with")
 
 
 def describe_step(
@@ -90,6 +125,7 @@ def describe_step(
         start_parameters=start.num_parameters,
         start_encoder_parameters=start.num_encoder_parameters,
         details=details,
+        before=read_step(start.folder),
     )
 
 

@@ -45,6 +45,14 @@ def training_rows(start: Teacher, corpus: Artifact, training: Training) -> list[
     return tokenizer.encode([*joined, *texts[:wanted]])
 
 
+def require_same_tokenizer(start: Teacher, teacher: Teacher) -> None:
+    """Raises StepRejected where the two split texts differently: a student is taught token by token."""
+    if start.tokenizer.read_bytes() != teacher.tokenizer.read_bytes():
+        raise StepRejected(
+            f"{start.name} has another tokenizer than its teacher {teacher.name}: trim after the steps that train"
+        )
+
+
 def join_neighbours(texts: Sequence[str], share: float) -> list[str]:
     """Texts of 2 to 8 neighbours, as many as are `share` of all texts then: a corpus of sentences teaches no length."""
     joined, place = [], 0

@@ -123,7 +123,10 @@ def load_sentence_transformer(folder: Path) -> Any:
     from transformers import AutoModel  # noqa: PLC0415
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
+    from tasks.pruned_bert import register_pruned_bert  # noqa: PLC0415
+
     disable_progress_bar()
+    register_pruned_bert()
     safe = {"local_files_only": True, "trust_remote_code": False}
     weights = {"use_safetensors": True}
     try:

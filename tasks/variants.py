@@ -5,11 +5,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from registry.manifest import Precision, Runtime, SafeName
-from tasks.steps import DistillConfig, Step
+from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
 Build = Literal[
-    "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int8-openvino", "bf16-openvino",
-    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt",
+    "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino",
+    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt", "cuda-fp16", "cuda-fp8",
 ]  # fmt: skip
 
 
@@ -29,6 +29,7 @@ class Variant(BaseModel):
     is_qdq: bool = False  # rounds in Q and DQ nodes: judged on exact arithmetic, no processor's kernels
 
 
+_SMALL: dict[Build, str] = {"int4-small": "the gate's 1 % of nDCG", "int4-tiny": "cosine 0.98"}
 _BUILDS: dict[Build, Variant] = {
     variant.build: variant
     for variant in (
@@ -59,6 +60,17 @@ _BUILDS: dict[Build, Variant] = {
             compute="f8",
             is_calibrated=True,
             is_qdq=True,
+        ),
+        *(
+            Variant(
+                name=name,
+                build=name,
+                runtime="onnxruntime",
+                precision="int4",
+                method=f"weights only: table 4 bits, linears 4 or 6 by sensitivity, GPTQ rounding, for {aim}",
+                is_calibrated=True,
+            )
+            for name, aim in _SMALL.items()
         ),
         Variant(
             name="int8-openvino",
@@ -106,6 +118,30 @@ _BUILDS: dict[Build, Variant] = {
     )
 }
 
+# Made of the weights, not of the exported graph, and judged where there is a GPU alone.
+CUDA_VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            name="cuda-fp16",
+            build="cuda-fp16",
+            runtime="cuda",
+            precision="fp16",
+            method="float16, packed",
+            compute="f16",
+        ),
+        Variant(
+            name="cuda-fp8",
+            build="cuda-fp8",
+            runtime="cuda",
+            precision="fp8",
+            method="linear layers in E4M3, max calibration; the rest in float16, packed",
+            compute="f8",
+            is_calibrated=True,
+        ),
+    )
+}
+
 
 class Recipe(BaseModel):
     """A variant as a user writes it: what to do to the teacher, and how to build what is left."""
@@ -118,14 +154,24 @@ class Recipe(BaseModel):
 
     def variant(self) -> Variant:
         """The variant that `optimize` makes."""
-        return _BUILDS[self.build].model_copy(update={"name": self.name, "steps": self.steps})
+        plain = CUDA_VARIANTS.get(self.build) or _BUILDS[self.build]
+        return plain.model_copy(update={"name": self.name, "steps": self.steps})
 
 
 _STUDENT3 = (DistillConfig(depth=3),)
+# 30 % of all parameters of MiniLM, taken where they are missed least: layers, rank of the embeddings, vocabulary.
+_PRUNED30 = (PruneConfig(ratio=0.19, embedding_ratio=1 / 3), TrimConfig(ratio=0.115))
 _RECIPES = (
     Recipe(name="student3-fp32", build="fp32-onnx", steps=_STUDENT3),
     Recipe(name="student3-int8-openvino", build="int8-openvino", steps=_STUDENT3),
+    Recipe(name="pruned30-fp32", build="fp32-onnx", steps=_PRUNED30),
+    Recipe(name="pruned30-int8-openvino", build="int8-openvino", steps=_PRUNED30),
 )
 VARIANTS: dict[str, Variant] = {
     variant.name: variant for variant in (*_BUILDS.values(), *(recipe.variant() for recipe in _RECIPES))
 }
+
+
+def list_variants(has_gpu: bool) -> tuple[str, ...]:
+    """What is built unless something else is asked for."""
+    return (*_BUILDS, *(CUDA_VARIANTS if has_gpu else ()))

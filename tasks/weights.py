@@ -5,6 +5,7 @@ import math
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, NonNegativeInt, TypeAdapter
@@ -70,6 +71,14 @@ def check_finite(path: Path) -> None:
             if not finite.all():
                 place = first + int(np.argmin(finite))
                 raise TeacherRejected(f"{path}: tensor {name!r} holds NaN or Inf, first at element {place} of {count}")
+
+
+def write_weights(path: Path, model: Any) -> None:
+    """Write a transformers model's weights without its pooler: it belongs to pre-training and is never run."""
+    from safetensors.torch import save_file  # noqa: PLC0415  what only counts need not load torch
+
+    state = {name: value.contiguous() for name, value in model.state_dict().items() if not name.startswith("pooler.")}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, _Tensor]]:

@@ -11,7 +11,14 @@ from registry.store import Store
 from tests.bundles import make_bundle
 
 QUALITY = {"nonfinite": 0.0, "cosine_mean": 0.999, "ndcg_at_10_loss": 0.001, "recall_at_10_loss": 0.002}
-RATIOS = {"latency_ratio_vs_champion": 0.8, "throughput_ratio_vs_champion": 1.2}
+BESIDE_CHAMPION = {
+    "latency_ratio_vs_champion": 0.8,
+    "p95_ratio_vs_champion": 0.8,
+    "throughput_ratio_vs_champion": 1.2,
+    "memory_ratio_vs_champion": 0.9,
+    "ndcg_at_10_loss_vs_champion": 0.0,
+    "recall_at_10_loss_vs_champion": 0.0,
+}
 
 
 def publish_bundle(
@@ -19,7 +26,7 @@ def publish_bundle(
     folder: Path,
     seed: int = 0,
     quality: Mapping[str, float | None] = QUALITY,
-    ratios: Mapping[str, float] = RATIOS,
+    ratios: Mapping[str, float] = BESIDE_CHAMPION,
     champion: str | None = None,
 ) -> str:
     """Write a bundle whose reports say this, measured beside `champion`, push it, and return its digest."""

@@ -60,7 +60,7 @@ def test_readme_commands_parse() -> None:
 
 
 def test_readme_settings_are_accepted() -> None:
-    assert len(blocks("toml")) == 2
+    assert len(blocks("toml")) == 3
     for settings in blocks("toml"):
         assert Settings.model_validate(tomllib.loads(settings))
 

@@ -1,11 +1,9 @@
 """Bodies of the admin API, which its handlers and the OpenAPI document share."""
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from registry.manifest import SafeName
-from serving.settings import Weight
+from serving.settings import EngineName, Weight
 
 
 class AdminRequest(BaseModel):
@@ -23,7 +21,7 @@ class BundleRequest(AdminRequest):
         description="a configured bundle's name, or the last part of its path; or a folder below embedding.models.root",
     )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
-    engine: Literal["auto", "onnxruntime", "openvino"] | None = Field(default=None, description="auto when absent")
+    engine: EngineName | None = Field(default=None, description="auto when absent")
     num_threads: int | None = Field(default=None, ge=0, le=1024, description="of the engine; 0: one per core")
 
 

@@ -34,6 +34,10 @@ NATIVE_FIELDS: Fields = {
     "encoding_format": _ENCODING,
     "truncate": {"type": "boolean", "default": True, "description": "false: a text that is too long is an error"},
     "prompt": {"type": "string", "description": "name of a prompt of the model, put before each text"},
+    "use_custom_kernels": {
+        "type": "boolean",
+        "description": "true: an error unless the model runs on kernels of our own; false: unless it does not",
+    },
 }
 
 OPENAI_FIELDS: Fields = {
@@ -97,6 +101,7 @@ def parse_native(body: bytes, limits: TextLimits) -> EmbedRequest:
         as_base64=_is_base64(document),
         truncate=_optional(document, "truncate", bool, "true or false") is not False,
         prompt=_optional(document, "prompt", str, "a string"),
+        use_custom_kernels=_optional(document, "use_custom_kernels", bool, "true or false"),
     )
 
 

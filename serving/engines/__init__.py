@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,24 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class LimitedEngine(Protocol):
+    """An engine that learns while it serves how much fits its memory."""
+
+    @property
+    def memory_limit_tokens(self) -> int | None:
+        """Tokens of the largest batch that fitted after one that did not; None while all did."""
+        ...
+
+
 def num_cores() -> int:
     """Cores this process may run on: fewer than the machine has where a container or `taskset` says so."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_nvidia_driver() -> bool:
+    """Whether the kernel has a driver of an NVIDIA GPU; looks at files alone."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvgpu"))
 
 
 def open_engine(
@@ -50,19 +65,22 @@ def open_engine(
     num_threads: int = 0,
     num_instances: int = 1,
     cache: Path | None = None,
+    max_tokens: int = 131_072,
+    on_gpu: bool = False,
     is_exact: bool = False,
 ) -> Engine:
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
     With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
-    `is_exact` asks onnxruntime for the arithmetic of the graph as written, slow but the same on every processor.
+    `max_tokens` is the largest run of the cuda engine, `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it for
+    the arithmetic of the graph as written, slow but the same on every processor.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
     if entry.runtime == "onnxruntime":
         from serving.engines.onnxruntime import OnnxRuntimeEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return OnnxRuntimeEngine(folder / entry.file, num_threads, is_exact, entry.compute)
+        return OnnxRuntimeEngine(folder / entry.file, num_threads, is_exact, entry.compute, on_gpu)
     if entry.runtime == "openvino":
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
@@ -70,7 +88,7 @@ def open_engine(
     if entry.runtime == "cuda":
         from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return CudaEngine(folder / entry.file, entry.compute)
+        return CudaEngine(folder / entry.file, entry.compute, max_tokens)
     if entry.runtime == "tensorrt":
         from serving.engines.tensorrt import TensorRtEngine  # noqa: PLC0415  a runtime loads only when chosen
 

@@ -1,17 +1,20 @@
 """BERT-family encoders from safetensors and config.json: configuration, weights and the plain-PyTorch forward pass."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from serving.engines.packing import Limits
+from serving.engines.packing import Limits, pack, packed_size
 from serving.errors import EngineUnavailable
 from serving.kernels import reference
+from serving.tokenizer import Ids, pad_batch
 
 CONFIG_NAME = "config.json"
 AMAX_NAME = "activation_amax"  # [layers, 4]: largest input of the query, output, up and down projections
@@ -92,6 +95,16 @@ class Packed:
         """Views of what `packing.pack` wrote."""
         ids, starts, ends = integers[: 3 * tokens].view(3, tokens)
         return cls(ids, starts, ends, integers[3 * tokens : 3 * tokens + rows + 1])
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Ids]) -> "Packed":
+        """Texts' ids as a batch on the CPU."""
+        input_ids, mask = pad_batch(rows)
+        lengths = mask.sum(axis=1)
+        tokens = int(lengths.sum())
+        numbers = np.zeros(packed_size(tokens, len(rows)), dtype=np.int32)
+        pack(input_ids, lengths, tokens, len(rows), numbers)
+        return cls.of(torch.from_numpy(numbers), tokens, len(rows))
 
 
 def read_config(path: Path) -> BertConfig:

@@ -1,5 +1,6 @@
 """The CUDA engine: packed batches on our own kernels, CUDA graphs for small ones, copies beside the computation."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engines import Embeddings
+from serving.engines.cuda_node import examine_node, find_problem
 from serving.engines.packing import Lengths, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
@@ -26,7 +28,9 @@ _LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
 _STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
 _LONG_LENGTH, _LONG_TOKENS = 128, 4096  # a mean length and a size from which long texts have graphs of their own
 _NUM_SLOTS = 2
-_LEAST_CAPABILITY = {"f16": (8, 0), "f8": (8, 9)}
+
+
+_log = logging.getLogger(__name__)
 
 
 class CudaEngine:
@@ -48,6 +52,7 @@ class CudaEngine:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._encoder = _fit_encoder(weights, self._config, self._device, compute, max_tokens)
         self._streams = _Streams.make()
+        self.memory_limit_tokens: int | None = None
         self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
         self._static = torch.zeros_like(self._slots[0].integers)
         self._graphs = self._capture()
@@ -72,7 +77,15 @@ class CudaEngine:
             torch.cuda.empty_cache()
             middle = len(lengths) // 2
             halves = slice(None, middle), slice(middle, None)
-            return np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
+            vectors = np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
+            self._learn_limit(max(int(lengths[half].sum()) for half in halves))
+            return vectors
+
+    def _learn_limit(self, tokens: int) -> None:
+        """Halves of halves come first, so the smallest stays."""
+        if self.memory_limit_tokens is None or tokens < self.memory_limit_tokens:
+            self.memory_limit_tokens = tokens
+            _log.warning("engine out of memory: batches are limited tokens=%d", tokens)
 
     def prepare(self, input_ids: Ids, attention_mask: Ids) -> Callable[[], "torch.Tensor"]:
         """Put a batch that fits one run on the GPU; the function computes its vectors there, again and again.
@@ -255,24 +268,12 @@ def _collect(waiting: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None
 
 
 def _require_gpu(compute: str) -> Any:
-    """The torch module, once it and triton are there and the GPU can do `compute`. Raises EngineUnavailable."""
-    try:
-        import torch  # noqa: PLC0415  only this engine needs them
-        import triton  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise EngineUnavailable(f"{error.name} is not installed: pip install 'thorforge[gpu]'") from None
-    if compute not in _LEAST_CAPABILITY:
-        raise EngineUnavailable(f"the cuda engine computes in {' or '.join(_LEAST_CAPABILITY)}, not in {compute}")
-    if not torch.backends.cuda.is_built():
-        raise EngineUnavailable(f"torch {torch.__version__} is built without CUDA: install a CUDA build of it")
-    if not torch.cuda.is_available():
-        raise EngineUnavailable("no NVIDIA GPU, or a driver too old for this torch: see nvidia-smi")
-    capability, least = torch.cuda.get_device_capability(), _LEAST_CAPABILITY[compute]
-    if capability < least:
-        raise EngineUnavailable(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
-            f"{compute} needs {least[0]}.{least[1]}"
-        )
+    """The torch module, once nothing keeps this machine from computing in `compute`. Raises EngineUnavailable."""
+    problem = find_problem(examine_node(), compute)
+    if problem is not None:
+        raise EngineUnavailable(str(problem))
+    import torch  # noqa: PLC0415  only this engine needs it
+
     return torch
 
 

@@ -9,6 +9,7 @@ from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.kernels.add_norm import add_norm
 from serving.kernels.attention import attention
 from serving.kernels.embed_norm import embed_norm
+from serving.kernels.few_tokens import MAX_TOKENS, FewTokens, Stacked
 from serving.kernels.gemm import add_product, linear
 from serving.kernels.pool import pool
 
@@ -35,25 +36,46 @@ class Encoder:
         self._wide = torch.zeros(max_tokens * self._wide_bytes(config), dtype=torch.uint8, device=device)
         self._out = torch.zeros(max_rows, config.hidden, dtype=torch.float32, device=device)
         self._load_matrices(weights, device)
+        self._few = self._make_few()
 
     def run(self, batch: Packed, is_long: bool = False) -> Tensor:
         """Float32 [B, H] of a packed batch, in memory that the next run overwrites; `is_long` only chooses kernels."""
         tokens, config = len(batch.ids), self.config
+        out = self._out[: len(batch.offsets) - 1]
+        if self._few is not None and tokens <= MAX_TOKENS:
+            self._few.run(batch.ids, batch.starts, batch.ends, batch.offsets, out)
+            return out
         x = self._hidden[: tokens * config.hidden].view(tokens, config.hidden)
         self._embed(batch, x)
         for number in range(config.layers):
             self._run_layer(number, batch, x, is_long)
-        out = self._out[: len(batch.offsets) - 1]
         pool(x, batch.offsets, config.pooling, config.normalize, out)
         return out
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
-        self._matrices = [
-            tuple(
-                each.to(device, _HALF) for each in (item.qkv_weight, item.out_weight, item.up_weight, item.down_weight)
-            )
-            for item in weights.layers
+        names = ("qkv_weight", "out_weight", "up_weight", "down_weight")
+        self._stacks = [
+            torch.stack([getattr(each, name).half() for each in weights.layers]).to(device) for name in names
         ]
+        self._matrices = list(zip(*self._stacks, strict=True))
+
+    def _make_few(self) -> FewTokens | None:
+        """The kernel for few tokens, where it can take the model; it shares the matrices with the others."""
+        config = self.config
+        if not FewTokens.fits(config.hidden, config.heads, config.intermediate):
+            return None
+        layers, (qkv, output, up, down) = self._layers, self._stacks
+        norms = [torch.stack(self._norm)]
+        for layer in layers:
+            norms.append(torch.stack([layer.out_norm_weight, layer.out_norm_bias]))
+            norms.append(torch.stack([layer.down_norm_weight, layer.down_norm_bias]))
+        biases = [
+            torch.stack([getattr(layer, name) for layer in layers])
+            for name in ("qkv_bias", "out_bias", "up_bias", "down_bias")
+        ]
+        interleaved = (each for pair in zip((qkv, output, up, down), biases, strict=True) for each in pair)
+        stacked = Stacked(self._words, self._positions, torch.stack(norms), *interleaved)
+        return FewTokens(stacked, config.heads, config.eps, config.pooling, config.normalize)
 
     @staticmethod
     def _wide_bytes(config: BertConfig) -> int:
@@ -113,6 +135,9 @@ class Fp8Encoder(Encoder):
         super().__init__(weights, config, device, max_tokens, max_rows)
         self._narrow = torch.zeros(max_tokens * config.hidden, dtype=_E4M3, device=device)
         self._row_scales = torch.zeros(max_tokens, dtype=torch.float32, device=device) if row_scales else None
+
+    def _make_few(self) -> FewTokens | None:
+        return None
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
         self._linears = [_quantize_layer(layer, device) for layer in weights.layers]

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU, or with its CUDA provider on an NVIDIA GPU."""
 
 from pathlib import Path
 
@@ -16,8 +16,15 @@ class OnnxRuntimeEngine:
 
     compiles_shapes = False
 
-    def __init__(self, path: Path, num_threads: int = 0, is_exact: bool = False, compute: str = "f32") -> None:
-        """Load `path` with `num_threads` (0: one per core). Raises EngineUnavailable.
+    def __init__(
+        self,
+        path: Path,
+        num_threads: int = 0,
+        is_exact: bool = False,
+        compute: str = "f32",
+        on_gpu: bool = False,
+    ) -> None:
+        """Load `path` with `num_threads` (0: one per core) or `on_gpu`. Raises EngineUnavailable.
 
         `is_exact` computes Q and DQ as they are written, slowly: int8 kernels saturate on processors without VNNI.
         Graphs of `compute` f8 know no other way, onnxruntime has no float8 kernels and its fusions break them.
@@ -34,13 +41,18 @@ class OnnxRuntimeEngine:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         elif is_exact:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
+        if provider not in ort.get_available_providers():
+            raise EngineUnavailable(f"onnxruntime {ort.__version__} has no {provider}: pip install onnxruntime-gpu")
         try:
             self._session = ort.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOW_FUSIONS
+                str(path), options, providers=[provider], disabled_optimizers=[] if on_gpu else _SLOW_FUSIONS
             )
         except Exception as error:  # onnxruntime's errors share no public base class
             raise EngineUnavailable(f"onnxruntime {ort.__version__} cannot load {path}: {error}") from None
-        self.runtime = f"onnxruntime {ort.__version__}"
+        if self._session.get_providers()[0] != provider:  # it takes the CPU by itself where CUDA does not start
+            raise EngineUnavailable(f"onnxruntime {ort.__version__} cannot start its {provider}: see nvidia-smi")
+        self.runtime = f"onnxruntime {ort.__version__}" + (" cuda" if on_gpu else "")
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`."""

@@ -38,6 +38,9 @@ cosine_mean_pass = 0.9
 cosine_mean_caution = 0.8
 max_task_loss = 1.0
 max_champion_latency_ratio = 1000.0
+max_champion_p95_ratio = 1000.0
+max_champion_memory_ratio = 1000.0
+max_champion_task_loss = 1.0
 min_champion_throughput_ratio = 0.001
 [promote.approval]
 approvers = ["ada", "grace"]

@@ -4,12 +4,14 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from tests.e2e.promotion import ADMIN_TOKEN, MODEL, Stage, run_stage, wait_until
 from tests.webhooks import Receiver, run_receiver
@@ -111,10 +113,19 @@ def approve_in_the_pages(stage: Stage, page: Page, screens: Path, digest: str) -
     name, reason = dialog.get_by_role("textbox").nth(0), dialog.get_by_role("textbox").nth(1)
     name.fill("grace")
     reason.fill("read the report")
-    dialog.get_by_role("button", name="Decision").or_(dialog.locator(".p-select").first).first.click()
-    page.get_by_role("option", name="approve").or_(page.get_by_text("approve", exact=True)).first.click()
+    dialog.locator(".p-select-button__control").press("ArrowDown")
+    page.get_by_text("approve", exact=True).click()
     page.screenshot(path=screens / "form.png")
-    dialog.get_by_role("button", name="Submit").click()
+
+    def submit() -> bool | None:
+        """The page says so when Prefect's SQLite was locked, and keeps what was typed."""
+        dialog.get_by_role("button", name="Submit").click()
+        with suppress(PlaywrightTimeout):
+            dialog.wait_for(state="hidden", timeout=20_000)
+            return True
+        return None
+
+    wait_until(submit)
     stage.wait_for(run, "Completed")
     page.reload()
     page.screenshot(path=screens / "completed.png")

@@ -56,7 +56,7 @@ def test_cli_help_lists_the_commands(runner: CliRunner) -> None:
     assert "thorforge doctor" in result.output
 
 
-@pytest.mark.parametrize("command", ["optimize", "evaluate", "doctor", "registry"])
+@pytest.mark.parametrize("command", ["optimize", "evaluate", "profile", "doctor", "registry"])
 def test_cli_every_command_explains_itself(command: str, runner: CliRunner) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -40,8 +40,12 @@ BAD: dict[str, tuple[str, str]] = {
     "out of range": ("[optimize]\ncalibration_size = 0", r"calibration_size: .*greater than or equal to 1"),
     "unknown variant": ("[optimize]\nvariants = ['int4']", r"'int4' is no variant: known are fp32-onnx, int8"),
     "recipe without a budget": (
-        "[[optimize.recipe]]\nname = 'a'\nbuild = 'fp32-onnx'\nsteps = [{depth = 3, max_minutes = 0}]",
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'fp32-onnx'\nsteps = [{kind = 'distill', depth = 3, max_minutes=0}]",
         r"optimize\.recipe\.0\.steps\.0.*max_minutes: .*greater than 0",
+    ),
+    "recipe that prunes everything": (
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'fp32-onnx'\nsteps = [{kind = 'prune', ratio = 1.0}]",
+        r"optimize\.recipe\.0\.steps\.0\.prune\.ratio: .*less than 1",
     ),
     "recipe of a name that is taken": (
         "[[optimize.recipe]]\nname = 'int8-static'\nbuild = 'fp32-onnx'\nsteps = []",

@@ -218,3 +218,17 @@ def test_batch_keeps_to_the_grid_and_the_text_due_first() -> None:
     assert (batch.padded_tokens, batch.num_tokens) == (320, 30 + 9 * 13)
     assert first in [owner(item) for item in batch.items]
     assert len(batcher.queue) == 1
+
+
+def test_batcher_keeps_to_what_the_engines_memory_holds() -> None:
+    batcher = make_batcher()
+    push(batcher, [10] * 8)
+    batcher.limit_tokens(25)
+    assert batcher.max_tokens == 25
+    first = batcher.take(0.0)
+    assert first is not None
+    assert (len(first.items), first.reason) == (2, "tokens")
+    batcher.limit_tokens(None)
+    second = batcher.take(0.0)
+    assert second is not None
+    assert len(second.items) == 6

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engines.bert import BertConfig, encode, load_weights, read_config
+from serving.engines.bert import BertConfig, Packed, encode, load_weights, read_config
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
-from tasks.encoder import pack_rows, write_encoder
+from tasks.encoder import write_encoder
 from tasks.teacher import load_sentence_transformer, load_teacher
 from tests.texts import make_sentences
 
@@ -34,7 +34,7 @@ def embed_both(uri: str, folder: Path, texts: list[str]) -> tuple[np.ndarray, np
     rows = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length).encode(texts)
     weights = load_weights(teacher.tokenizer.parent / "model.safetensors", config)
     expected = load_sentence_transformer(teacher.folder).encode(texts, show_progress_bar=False)
-    return encode(weights, config, pack_rows(rows)).numpy(), expected
+    return encode(weights, config, Packed.of_rows(rows)).numpy(), expected
 
 
 def test_encode_equals_sentence_transformers(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_null_is_as_good_as_absent(url: str) -> None:
         ({"text": "a", "prompt": 1}, "prompt", "prompt must be a string"),
         ({"text": "a", "prompt": "passage"}, "prompt", "it has ['query']"),
         ({"text": "a", "model": 1}, "model", "model must be a string"),
-        ({"text": "a", "use_custom_kernels": True}, "use_custom_kernels", "unknown field 'use_custom_kernels'"),
+        ({"text": "a", "use_custom_kernels": 1}, "use_custom_kernels", "must be true or false"),
         ({"text": "a", "not a name": 1}, None, "unknown field that is no identifier"),
     ],
 )
@@ -135,3 +135,12 @@ def test_validation_passes_on_the_engine_that_was_forged(url: str) -> None:
 
 def test_validation_of_an_unknown_model_is_not_found(url: str) -> None:
     assert httpx.get(f"{url}/api/v1/validate", params={"model": "other"}).status_code == 404
+
+
+def test_use_custom_kernels_is_honoured_or_refused(url: str) -> None:
+    assert embed(url, text="hello", use_custom_kernels=False).status_code == 200
+    refused = embed(url, text="hello", use_custom_kernels=True)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["param"] == "use_custom_kernels"
+    assert "tiny is served by onnxruntime" in error["message"]

@@ -9,14 +9,15 @@ import pytest
 
 from registry.manifest import digest_of, read_manifest
 from serving.autotune import Choice, Setup, record_path
-from serving.engines import num_cores
+from serving.engines import Engine, num_cores, open_engine
 from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
-from serving.opening import Opener, SwitchedEngine
-from serving.settings import ModelSource
+from serving.opening import Opened, Opener, SwitchedEngine
+from serving.settings import CustomKernelsSettings, ModelSource
 from tests.serving.engines import HeldEngine, WrappedEngine
 from tests.serving.test_models import engine_entries, rewrite
 
+KERNELS_ALWAYS, KERNELS_NEVER = (CustomKernelsSettings(use=use) for use in ("always", "never"))  # type: ignore[arg-type]
 ROWS = [np.full(length, 6) for length in (3, 4, 5)]
 
 
@@ -118,7 +119,7 @@ def test_choice_of_two_runtimes_opens_both(bundle: Path, tmp_path: Path) -> None
 
 def test_every_engine_that_does_not_load_is_named(bundle: Path, tmp_path: Path) -> None:
     folder = copy_with(bundle, tmp_path, "tensorrt", "cuda")
-    with pytest.raises(EngineUnavailable, match=r"no engine of the bundle loads: .*tensorrt.*cuda"):
+    with pytest.raises(EngineUnavailable, match=r"no engine of the bundle loads: .*the cuda engine.*tensorrt"):
         open_best(folder)
 
 
@@ -126,6 +127,73 @@ def test_engine_that_fails_on_every_reference_text_is_rejected(bundle: Path) -> 
     opener = Opener(ModelSource(path=bundle), read_manifest(bundle), nothing)
     with pytest.raises(BundleRejected, match="fails on the reference texts"):
         opener.open_best("digest", [np.full(3, -100)])
+
+
+class OnGpu(Opener):
+    """As on a node with a GPU on which `working` load; they are the bundle's graph on the CPU."""
+
+    working: tuple[str, ...] = ("cuda", "tensorrt")
+
+    def _open(self, setup: Setup, cache: Path | None = None) -> Engine:
+        if setup.runtime in self.working:
+            return open_engine(self._source.path, self._entries["onnxruntime"])
+        return super()._open(setup, cache)
+
+
+def open_on_gpu(folder: Path, working: tuple[str, ...], heard: list[str]) -> Opened:
+    opener = OnGpu(ModelSource(path=folder), read_manifest(folder), lambda _, runtime: heard.append(runtime))
+    opener.working = working
+    opened = opener.open_best(digest_of(folder), ROWS)
+    opened.engine.close()
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("working", "taken", "fallen"),
+    [
+        (("cuda", "tensorrt"), "cuda", []),
+        (("tensorrt",), "tensorrt", ["cuda"]),
+        ((), "onnxruntime", ["cuda", "tensorrt"]),
+    ],
+)
+def test_chain_takes_the_first_gpu_engine_that_loads(
+    bundle: Path, tmp_path: Path, working: tuple[str, ...], taken: str, fallen: list[str]
+) -> None:
+    folder, heard = copy_with(bundle, tmp_path, "onnxruntime", "tensorrt", "cuda"), []  # type: ignore[var-annotated]
+    assert open_on_gpu(folder, working, heard).choice.large.runtime == taken
+    assert heard == fallen
+    assert record_path(folder).exists() == (taken == "onnxruntime")
+
+
+def test_custom_kernels_that_must_be_used_load_or_raise(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="no cuda engine, it has onnxruntime"):
+        Opener(ModelSource(path=bundle), read_manifest(bundle), nothing, KERNELS_ALWAYS)
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "cuda")
+    opener = Opener(ModelSource(path=folder), read_manifest(folder), nothing, KERNELS_ALWAYS)
+    with pytest.raises(EngineUnavailable, match="the cuda engine has no f32"):
+        opener.open_best(digest_of(folder), ROWS)
+
+
+def test_custom_kernels_that_must_not_be_used_are_not_tried(bundle: Path, tmp_path: Path) -> None:
+    folder, heard = copy_with(bundle, tmp_path, "onnxruntime", "cuda"), []  # type: ignore[var-annotated]
+    opener = Opener(
+        ModelSource(path=folder), read_manifest(folder), lambda _, runtime: heard.append(runtime), KERNELS_NEVER
+    )
+    opened = opener.open_best(digest_of(folder), ROWS)
+    opened.engine.close()
+    assert (opened.choice.large.runtime, opened.open_spare, heard) == ("onnxruntime", None, [])
+
+
+@pytest.mark.parametrize(("engine", "kernels"), [("onnxruntime", KERNELS_ALWAYS), ("cuda", KERNELS_NEVER)])
+def test_contradicting_settings_are_named(bundle: Path, engine: str, kernels: CustomKernelsSettings) -> None:
+    source = ModelSource(path=bundle, engine=engine)  # type: ignore[arg-type]
+    with pytest.raises(EngineUnavailable, match=f"custom_kernels.use = {kernels.use} and engine = {engine} contradict"):
+        Opener(source, read_manifest(bundle), nothing, kernels)
+
+
+def test_onnxruntime_without_its_cuda_provider_says_so(bundle: Path) -> None:
+    with pytest.raises(EngineUnavailable, match="has no CUDAExecutionProvider: pip install onnxruntime-gpu"):
+        open_engine(bundle, read_manifest(bundle).engines[0], on_gpu=True)
 
 
 def test_bundle_loaded_beside_traffic_takes_the_layout_in_use_and_measures_nothing(

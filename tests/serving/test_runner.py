@@ -230,3 +230,21 @@ def test_runner_is_unhealthy_while_a_dead_engine_cannot_be_opened(model: LoadedM
     assert not harness.runner.is_healthy(max_run_seconds=5.0)
     assert not harness.runner.can_answer(max_run_seconds=5.0)
     assert harness.runner.stop(WAIT)
+
+
+class SmallEngine(WrappedEngine):
+    """Has learned that more than 9 tokens do not fit."""
+
+    memory_limit_tokens = 9
+
+
+def test_runner_forms_the_batches_that_the_engine_has_learned_to_hold(model: LoadedModel) -> None:
+    engine = SmallEngine(model.engine)
+    harness = Harness(engine)
+    harness.submit([2, RED, 3])
+    harness.next()
+    assert harness.batcher.max_tokens == SmallEngine.memory_limit_tokens
+    harness.submit(*([2, token, 3] for token in (CAT, DOG, 7, 8)))  # no row of the first
+    assert sum(len(harness.next().batch.items) for _ in range(2)) == 4
+    assert max(rows * width for rows, width in engine.shapes) == SmallEngine.memory_limit_tokens
+    assert harness.runner.stop(WAIT)

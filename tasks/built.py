@@ -1,0 +1,36 @@
+"""What a builder hands back: the engine's file, and what it learned about the layers on the way."""
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+
+class LayerDamage(BaseModel):
+    """One layer: 1 - mean cosine when it alone is rounded to the fewer bits, and the bits it got in the end."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: str
+    damage: float
+    bits: int
+
+
+class InputRange(BaseModel):
+    """The input of a linear layer on the calibration texts: its histogram, and the range it is quantised over."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: str
+    low: float
+    high: float
+    limit: float  # the bins of `counts` are equal and go from -limit to limit
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The name of the engine's main file, and the account of its layers where the builder made one."""
+
+    file: str
+    damages: tuple[LayerDamage, ...] = ()
+    ranges: tuple[InputRange, ...] = ()

@@ -1,0 +1,40 @@
+"""Rows of bench_variants, made of the tiny teacher's study."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bench_variants import collect_sentences, quality_rows, retrieval_rows, speed_rows
+from tests.forge import Forge
+
+COMMON = {"baseline": "fp32-torch", "config": {"corpus": "test"}}
+
+
+def test_bench_variants_sentences_are_those_of_every_file_each_once(tmp_path: Path) -> None:
+    for name, lines in (("a", "one\ntwo\n\n"), ("b", "two\nthree\n")):
+        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(lines.encode()))
+    corpus = collect_sentences(tmp_path, tmp_path / "bench" / "sentences.txt")
+    assert corpus.read_text() == "one\ntwo\nthree\n"
+
+
+def test_bench_variants_rows_hold_quality_size_and_speed_beside_the_teachers(forge: Forge) -> None:
+    judged = forge.study.find("fp32-onnx")
+    rows = {row["metric"]: row for row in quality_rows(judged, COMMON)}
+    assert {"size_mb", "params", "encoder_params", "cosine_mean", "ndcg_at_10", "cross_recall_at_10"} <= rows.keys()
+    assert rows["params"]["value"] == forge.study.teacher.num_parameters
+    assert rows["ndcg_at_10"]["ratio"] == pytest.approx(1, abs=1e-3)
+    assert {row["case"] for row in rows.values()} == {"fp32-onnx"}
+    speeds = {row["metric"]: row for row in speed_rows(judged, forge.study.speeds, COMMON)}
+    assert speeds["throughput_per_s"]["ratio"] == pytest.approx(judged.speedup_vs_torch)
+
+
+def test_bench_variants_judges_every_candidate_on_a_beir_folder(forge: Forge) -> None:
+    folder = forge.study.corpus.folder / "retrieval"
+    study = forge.study.model_copy(update={"judged": forge.study.judged[:1]})
+    rows = {row["metric"]: row for row in retrieval_rows(study, folder, COMMON)}
+    assert rows.keys() == {"ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"}
+    expected = study.judged[0].quality
+    for metric, row in rows.items():
+        assert row["value"] == pytest.approx(expected.value(metric), abs=1e-6)
+        assert row["config"]["judged_on"] == "retrieval"
