@@ -72,8 +72,8 @@ def open_engine(
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
     With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
-    `max_tokens` is the largest run of the cuda engine, `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it for
-    the arithmetic of the graph as written, slow but the same on every processor.
+    `max_tokens` is the largest run of the cuda engine, `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it
+    for the arithmetic of the graph as written, slow but the same on every processor.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
