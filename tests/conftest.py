@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from serving.engines import has_nvidia_driver
 from serving.telemetry import disable_telemetry
 from tests.forge import Forge, build_forge
 from tests.teachers import make_teacher
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         # Torch's threads spin at barriers: on a machine that is busy two take 200 times as long as one.
         "OMP_NUM_THREADS": "1",
     }
+    if not has_nvidia_driver():  # read when a kernel's module is imported, by whichever test that is
+        os.environ["TRITON_INTERPRET"] = "1"
     disable_telemetry()
 
 

@@ -1,13 +1,10 @@
 """Kernels run in Triton's interpreter on the CPU, or as they are where there is a GPU."""
 
-import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]  # where triton has no wheel
 
 
