@@ -12,11 +12,10 @@ from registry.gate import GateSettings
 from registry.manifest import SafeName, describe_validation
 from registry.store import Store, open_store
 from serving.engines import has_nvidia_driver
-from tasks.build import BuildConfig
 from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
 from tasks.notify import WebhookConfig
-from tasks.select import Criterion
+from tasks.settings import BuildConfig, Criterion
 from tasks.variants import CUDA_VARIANTS, VARIANTS, Recipe, Variant, list_variants
 
 CONFIG_NAME = "thorforge.toml"

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
-from tasks.build import BuildConfig, EngineBuild, build_engine, choose_build, describe_tensorrt, with_engine
+from tasks.build import EngineBuild, build_engine, choose_build, describe_tensorrt, list_recipes, with_engine
 from tasks.errors import NothingBuilt
 from tasks.quantize import Candidate
+from tasks.settings import BuildConfig
 
 
 def build_engines(candidates: Iterable[Candidate], config: BuildConfig) -> tuple[list[Candidate], list[EngineBuild]]:
@@ -19,7 +20,7 @@ def build_engines(candidates: Iterable[Candidate], config: BuildConfig) -> tuple
         if candidate.variant.runtime != "tensorrt":
             ready.append(candidate)
             continue
-        sweep = [build_engine.submit(candidate, recipe, node) for recipe in config.recipes(candidate)]
+        sweep = [build_engine.submit(candidate, recipe, node) for recipe in list_recipes(config, candidate)]
         chosen = choose_build([future.result() for future in sweep])
         if chosen.is_built:
             ready.append(with_engine(candidate, chosen))

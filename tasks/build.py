@@ -4,11 +4,10 @@ import shutil
 import time
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 from prefect import task
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import EngineEntry
 from serving.engines.plans import (
@@ -23,40 +22,23 @@ from serving.engines.tensorrt_plan import build_plan, name_vendor, read_types
 from serving.errors import EngineUnavailable
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.quantize import Candidate
+from tasks.settings import BuildConfig
 
 _TIMED_RUNS = 50
 _WARM_UP_RUNS = 10
-Level = Annotated[int, Field(ge=0, le=5)]
 
 
-class BuildConfig(BaseModel):
-    """What a sweep over TensorRT recipes tries: every workspace with every builder level."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    workspaces_mb: tuple[PositiveInt, ...] = Field(
-        default=(512, 1024, 2048, 4096), min_length=1, description="workspaces to try, in MB"
-    )
-    builder_levels: tuple[Level, ...] = Field(default=(3,), min_length=1, description="builder levels to try, 0 to 5")
-    tactic_sources: tuple[str, ...] | None = Field(
-        default=None, description="tactic sources to allow; by default the library's own choice"
-    )
-    version_compatible: bool = Field(default=False, description="plans that later versions of TensorRT load")
-    hardware_compatibility: Literal["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"] = Field(
-        default="NONE", description="GPUs a plan loads on: NONE, AMPERE_PLUS or SAME_COMPUTE_CAPABILITY"
-    )
-
-    def recipes(self, candidate: Candidate) -> list[BuildRecipe]:
-        """Every recipe of the sweep for a candidate."""
-        common = {
-            "precision": candidate.variant.precision,
-            "profiles": make_profiles(candidate.max_seq_length),
-            "tactic_sources": self.tactic_sources,
-            "version_compatible": self.version_compatible,
-            "hardware_compatibility": self.hardware_compatibility,
-        }
-        sweep = product(self.workspaces_mb, self.builder_levels)
-        return [BuildRecipe.model_validate({**common, "workspace_mb": w, "builder_level": b}) for w, b in sweep]
+def list_recipes(config: BuildConfig, candidate: Candidate) -> list[BuildRecipe]:
+    """Every recipe of the sweep for a candidate."""
+    common = {
+        "precision": candidate.variant.precision,
+        "profiles": make_profiles(candidate.max_seq_length),
+        "tactic_sources": config.tactic_sources,
+        "version_compatible": config.version_compatible,
+        "hardware_compatibility": config.hardware_compatibility,
+    }
+    sweep = product(config.workspaces_mb, config.builder_levels)
+    return [BuildRecipe.model_validate({**common, "workspace_mb": w, "builder_level": b}) for w, b in sweep]
 
 
 class EngineBuild(BaseModel):

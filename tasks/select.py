@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -15,10 +14,10 @@ from tasks.benchmark import CHAMPION, Speed, SpeedReport
 from tasks.build import EngineBuild
 from tasks.evaluate import Quality
 from tasks.quantize import Candidate
+from tasks.settings import Criterion
 from tasks.steps import Step
 from tasks.teacher import Teacher
 
-Criterion = Literal["throughput", "latency", "size", "cost"]
 _BEST: dict[Criterion, str] = {
     "throughput": "highest throughput at batch 32",
     "latency": "lowest 95th percentile of latency for single texts",

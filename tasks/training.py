@@ -105,6 +105,10 @@ def run_job(folder: Path) -> Trained:
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     result = _result(trainer, clock, len(training))
+    if not result.num_steps:
+        raise TrainingFailed(
+            f"no step was made: {len(training)} texts do not fill a batch of {job.training.batch_size} on every process"
+        )
     if trainer.is_world_process_zero():
         student.to("cpu")[0].auto_model.save_pretrained(folder / "trained")
         (folder / _RESULT).write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -313,7 +317,7 @@ def _arguments(folder: Path, job: Job) -> SentenceTransformerTrainingArguments:
         ddp_backend="gloo" if processes > 1 and not has_gpu else None,
         seed=training.seed,
         dataloader_num_workers=2 if has_gpu else 0,
-        dataloader_drop_last=True,
+        dataloader_drop_last=processes > 1,
         eval_strategy="steps",
         eval_steps=every,
         logging_steps=every,

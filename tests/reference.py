@@ -13,9 +13,9 @@ from registry.gate import GateSettings
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
-from tasks.build import BuildConfig
 from tasks.delivery import WorkerConfig
 from tasks.notify import WebhookConfig
+from tasks.settings import BuildConfig
 from tasks.steps import DistillConfig
 from tasks.variants import Recipe
 

@@ -63,7 +63,7 @@ def test_endpoint_that_is_no_address_stops_the_worker(endpoint: str) -> None:
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigInvalid, match=r"thorforge\[otel\]"):
+    with pytest.raises(ConfigInvalid, match=r"pip install '\.\[otel\]'"):
         open_tracer(TracingSettings(endpoint="http://127.0.0.1:4318/v1/traces"))
     assert open_tracer(TracingSettings()) is None
 

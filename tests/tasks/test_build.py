@@ -11,11 +11,12 @@ from serving.engines.plans import TIMING_CACHE_NAME, BuildRecipe, make_profiles,
 from serving.engines.tensorrt import import_tensorrt
 from serving.engines.tensorrt_plan import build_plan
 from serving.errors import EngineUnavailable
-from tasks.build import BuildConfig, build_engine, choose_build, describe_tensorrt, with_engine
+from tasks.build import build_engine, choose_build, describe_tensorrt, list_recipes, with_engine
 from tasks.calibrate import observe
 from tasks.graph import Graph
 from tasks.half import convert_to_fp16
 from tasks.qdq import Format, insert_qdq
+from tasks.settings import BuildConfig
 from tests.forge import Forge
 from tests.texts import make_sentences
 
@@ -126,14 +127,14 @@ def test_build_names_what_is_wrong_with_a_graph(tiny_graphs: dict[Precision, Pat
 
 def test_sweep_tries_every_workspace_with_every_level(forge: Forge) -> None:
     candidate = forge.study.find("int8-static").candidate
-    assert [r.workspace_mb for r in BuildConfig().recipes(candidate)] == [512, 1024, 2048, 4096]
-    recipes = BuildConfig(workspaces_mb=(512, 1024), builder_levels=(3, 5)).recipes(candidate)
+    assert [r.workspace_mb for r in list_recipes(BuildConfig(), candidate)] == [512, 1024, 2048, 4096]
+    recipes = list_recipes(BuildConfig(workspaces_mb=(512, 1024), builder_levels=(3, 5)), candidate)
     assert [(r.workspace_mb, r.builder_level) for r in recipes] == [(512, 3), (512, 5), (1024, 3), (1024, 5)]
     assert {r.precision for r in recipes} == {"int8"}
     assert {p.max_length for r in recipes for p in r.profiles} == {candidate.max_seq_length}
     assert len({r.digest for r in recipes}) == 4
     with pytest.raises(ValueError, match="builder_level"):
-        BuildConfig(builder_levels=(7,)).recipes(candidate)
+        list_recipes(BuildConfig(builder_levels=(7,)), candidate)
 
 
 @without_gpu
@@ -141,7 +142,7 @@ def test_build_without_tensorrt_is_recorded_and_keeps_graph_and_recipe(forge: Fo
     candidate = forge.study.find("int8-static").candidate
     builds = [
         build_engine.fn(candidate, r, describe_tensorrt())
-        for r in BuildConfig(workspaces_mb=(512, 1024)).recipes(candidate)
+        for r in list_recipes(BuildConfig(workspaces_mb=(512, 1024)), candidate)
     ]
     chosen = choose_build(builds)
     assert chosen == builds[0]

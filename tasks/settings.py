@@ -1,0 +1,27 @@
+"""Settings of tasks that the configuration holds. Nothing but pydantic is loaded: a rollback reads them too."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+# What the candidate to publish is chosen by.
+Criterion = Literal["throughput", "latency", "size", "cost"]
+Level = Annotated[int, Field(ge=0, le=5)]
+
+
+class BuildConfig(BaseModel):
+    """What a sweep over TensorRT recipes tries: every workspace with every builder level."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workspaces_mb: tuple[PositiveInt, ...] = Field(
+        default=(512, 1024, 2048, 4096), min_length=1, description="workspaces to try, in MB"
+    )
+    builder_levels: tuple[Level, ...] = Field(default=(3,), min_length=1, description="builder levels to try, 0 to 5")
+    tactic_sources: tuple[str, ...] | None = Field(
+        default=None, description="tactic sources to allow; by default the library's own choice"
+    )
+    version_compatible: bool = Field(default=False, description="plans that later versions of TensorRT load")
+    hardware_compatibility: Literal["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"] = Field(
+        default="NONE", description="GPUs a plan loads on: NONE, AMPERE_PLUS or SAME_COMPUTE_CAPABILITY"
+    )
