@@ -33,7 +33,8 @@ def test_build_encoder_refuses_too_few_calibration_texts(forge: Forge) -> None:
 
 
 def test_cuda_variants_are_part_of_a_run_where_there_is_a_gpu() -> None:
-    plain = tuple(name for name, variant in VARIANTS.items() if not variant.steps)
+    plain = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")  # minutes on two cores
     assert list_variants(has_gpu=False) == plain
+    assert set(plain) < set(VARIANTS)
     assert list_variants(has_gpu=True) == (*plain, "cuda-fp16", "cuda-fp8")
     assert OptimizeConfig(variants=("cuda-fp16",)).variants == ("cuda-fp16",)
