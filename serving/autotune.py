@@ -21,14 +21,14 @@ from serving.tokenizer import Ids, pad_batch
 
 _BATCH_SIZE = 8
 # Each setup runs single texts, then batches, for this long at least, and so many times.
-_SECONDS = 0.02
+_SINGLE_SECONDS, _BATCH_SECONDS = 0.06, 0.02
 _MIN_RUNS = 3
 # A lone text finds cores that have been idle for about this long: one thread then takes 2.0 ms for what takes it 1.4
 # in a row, two threads 1.3 and 1.1.
-_PAUSE_SECONDS = 0.002
+_PAUSE_SECONDS = 0.001
 _MAX_INSTANCES = 4
 # A second engine for lone small batches has to be this much faster there to be worth its memory.
-_SWITCH_GAIN = 1.25
+_SWITCH_GAIN = 1.1
 
 _log = logging.getLogger(__name__)
 
@@ -118,11 +118,11 @@ def measure(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measured:
     single = [pad_batch([ordered[len(ordered) // 2]])]
     batches = [pad_batch(ordered[start : start + _BATCH_SIZE]) for start in (len(rows) // 4, 3 * len(rows) // 4)]
     _repeat(engine, single, num_runs=1)
-    single_seconds, _ = _repeat(engine, single, _MIN_RUNS, _SECONDS, _PAUSE_SECONDS)
+    single_seconds, _ = _repeat(engine, single, _MIN_RUNS, _SINGLE_SECONDS, _PAUSE_SECONDS)
     with ThreadPoolExecutor(setup.num_instances) as pool:
         list(pool.map(lambda _: _repeat(engine, batches, num_runs=2), range(setup.num_instances)))
         started = time.perf_counter()
-        runs = list(pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _SECONDS), range(setup.num_instances)))
+        runs = list(pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _BATCH_SECONDS), range(setup.num_instances)))
         seconds = time.perf_counter() - started
     return Measured(setup, single_seconds, seconds / sum(texts for _, texts in runs), engine.compiles_shapes)
 
