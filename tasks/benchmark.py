@@ -29,8 +29,8 @@ from tasks.teacher import Teacher, load_sentence_transformer
 TORCH = "fp32-torch"
 CHAMPION = "champion"
 BATCH_SIZE = 32
-_ROUNDS = 3
-_TEXTS_PER_TURN = 50
+_ROUNDS = 2
+_TEXTS_PER_TURN = 75
 NUM_BATCHES = 5
 _UNTIMED = 2  # calls at the start of a turn, the largest: the engine's memory grows there
 
