@@ -1,4 +1,4 @@
-"""Models of the exact configurations people use, with random weights: every graph equals sentence-transformers."""
+"""Models of exact configurations that people use, random weights: every graph equals sentence-transformers."""
 
 import shutil
 from dataclasses import dataclass
@@ -27,10 +27,8 @@ class Shape:
 
 
 MODELS = {
-    "bert-base": Shape(768, 12, 12, 3072, "mean"),
     "bge-small-en-v1.5": Shape(384, 12, 12, 1536, "cls"),
     "e5-small": Shape(384, 12, 12, 1536, "mean", {"query": "query: ", "passage": "passage: "}),
-    "uae-large-v1": Shape(1024, 24, 16, 4096, "cls"),
 }
 
 
