@@ -12,7 +12,7 @@ pytestmark = pytest.mark.e2e
 
 CANDIDATE_KEYS = {
     "name", "engine", "precision", "cosine_mean", "cosine_mean_ci", "cross_recall_at_10", "ndcg_at_10_loss", "p50_ms",
-    "p95_ms", "throughput_per_s", "speedup_vs_torch", "size_mb", "verdict", "compatibility",
+    "p95_ms", "throughput_per_s", "speedup_vs_torch", "size_mb", "cost_per_million", "verdict", "compatibility",
 }  # fmt: skip
 
 
