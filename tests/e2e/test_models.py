@@ -27,6 +27,7 @@ class Shape:
 
 
 MODELS = {
+    "bert-base": Shape(768, 12, 12, 3072, "mean"),
     "bge-small-en-v1.5": Shape(384, 12, 12, 1536, "cls"),
     "e5-small": Shape(384, 12, 12, 1536, "mean", {"query": "query: ", "passage": "passage: "}),
 }
