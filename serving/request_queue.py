@@ -3,8 +3,8 @@
 Order. Every text has a due time, and the texts due first go first. A request owes nothing for its first text: it is due
 on arrival. Each further text of the same request is due when an engine that gives the request a share of its rate would
 reach it; the share is the smaller the more requests of many texts wait, so that up to thirty together are owed no more
-than the engine has, and what is left is there for newcomers. So a lone short request overtakes the tail of a 2,048-text one,
-large requests take turns, and nothing starves: nobody can be put before a text whose due time has passed.
+than the engine has, and what is left is there for newcomers. So a lone short request overtakes the tail of a 2,048-text
+one, large requests take turns, and nothing starves: nobody can be put before a text whose due time has passed.
 
 Texts with the same ids that are in flight at the same time share one row of the engine.
 """
