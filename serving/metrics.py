@@ -63,6 +63,12 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self._tls_reloads = Counter(
+            "akidb_tls_reloads_total",
+            "Changed certificates: loaded, or refused so that the old one stays.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self._engine_events = Counter(
             "akidb_engine_events_total",
             "Engines rebuilt, rebuild_failed or abandoned (it hung), and texts retried on another one with success.",
@@ -135,6 +141,10 @@ class Metrics:
     def count_logged(self, outcome: str) -> None:
         """Count a text the request log sampled."""
         self._request_log.labels(outcome).inc()
+
+    def count_tls_reload(self, outcome: str) -> None:
+        """Count a changed certificate that was read."""
+        self._tls_reloads.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The Prometheus text exposition."""
