@@ -1,8 +1,11 @@
 """Prometheus metrics: names, buckets and labels in one place; children are bound once, off the hot path."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serving.gpus import Gpu
 
 NO_MODEL = "none"  # label of requests refused before their model was known
 FLUSH_REASONS = ("queue", "size", "tokens", "latency", "length")
@@ -100,6 +103,18 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._gpu_duty = Gauge(
+            "nvidia_gpu_duty_cycle",
+            "Percent of the last sampling period in which a kernel ran on the GPU.",
+            ("gpu",),
+            registry=self.registry,
+        )
+        self._gpu_memory = Gauge(
+            "nvidia_gpu_memory_usage_bytes",
+            "Memory of the GPU in use, by the worker and by others.",
+            ("gpu",),
+            registry=self.registry,
+        )
         self._weight = self._gauge("akidb_model_traffic_weight", "Weight of a version, relative to the model's others.")
         self._swaps = Counter(
             "akidb_model_swaps_total", "Versions that took a model over.", _MODEL_LABELS, registry=self.registry
@@ -120,6 +135,13 @@ class Metrics:
     def for_model(self, model: str, version: str) -> "ModelMetrics":
         """The children of one model, bound once."""
         return ModelMetrics(self, model, version)
+
+    def watch_gpus(self, gpus: Iterable[Gpu]) -> None:
+        """Ask each GPU, for what it tells at all, whenever it is scraped."""
+        for gpu in gpus:
+            for gauge, read in ((self._gpu_duty, gpu.duty_percent), (self._gpu_memory, gpu.memory_bytes)):
+                if not math.isnan(read()):
+                    gauge.labels(str(gpu.index)).set_function(read)
 
     def count_refusal(self, status: int, error: str) -> None:
         """Count an embedding request that failed before its model was known."""
