@@ -29,6 +29,7 @@ from serving.worker import Worker
 _BACKLOG = 2048
 # The server's clock ticks ten times a second; slow clients are looked for on every fifth tick.
 _TICKS_PER_PATROL = 5
+_DRAIN_PATROL_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -129,11 +130,19 @@ class WorkerServer(uvicorn.Server):
         if counter % _TICKS_PER_PATROL == 0:
             if self._certificate is not None:
                 self._certificate.refresh()
-            now = asyncio.get_running_loop().time()
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, Connection):
-                    connection.enforce(now)
+            self._enforce_limits()
         return await super().on_tick(counter)
+
+    def _enforce_limits(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.enforce(now)
+
+    async def _patrol_drain(self) -> None:
+        while True:
+            await asyncio.sleep(_DRAIN_PATROL_SECONDS)
+            self._enforce_limits()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Turn unready the moment the signal arrives; a second Ctrl-C ends at once."""
@@ -147,7 +156,9 @@ class WorkerServer(uvicorn.Server):
             _log.info("draining grace_seconds=%g", self.worker.settings.drain_grace_seconds)
             await asyncio.sleep(self.worker.settings.drain_grace_seconds)
         self.worker.refuse()
+        patrol = asyncio.create_task(self._patrol_drain())  # the clock has stopped, slow clients have not
         await super().shutdown(sockets)
+        patrol.cancel()
         await asyncio.gather(*self.server_state.tasks, return_exceptions=True)  # those it cancelled still answer
         if self._loading is not None:
             self._loading.cancel()

@@ -5,6 +5,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ class TlsListener:
         self._count_connections, self._limits = count_connections, limits
         self._loop = asyncio.get_running_loop()
         self._handshakes: dict[asyncio.Task[None], Any] = {}
-        self._accepting = self._loop.create_task(self._accept())
+        self._is_closed = False
+        self._listen()
 
     @property
     def num_handshakes(self) -> int:
@@ -109,32 +111,45 @@ class TlsListener:
         return sum(connection.transport is None for connection in list(self._handshakes.values()))
 
     def close(self) -> None:
-        """Accept no more; drop those that have not shaken hands yet."""
-        for task in (self._accepting, *self._handshakes):
+        """Accept no more, so that a new client finds the door closed; drop those that have not shaken hands yet."""
+        self._is_closed = True
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        for task in self._handshakes:
             task.cancel()
 
     async def wait_closed(self) -> None:
         """Return when that is done."""
-        await asyncio.gather(self._accepting, *self._handshakes, return_exceptions=True)
-        self._listener.close()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
 
-    async def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = await self._loop.sock_accept(self._listener)
-            except ConnectionAbortedError:
-                continue  # the client is gone already
-            except OSError as error:  # no file descriptors
-                _log.error("a connection is not accepted reason=%s", error.strerror)
-                await asyncio.sleep(_RETRY_SECONDS)
-                continue
-            if self.num_handshakes + self._count_connections() >= self._limits.max_connections:
-                client.close()
-                continue
-            connection = self._connect()
-            task = self._loop.create_task(self._shake_hands(client, connection))
-            self._handshakes[task] = connection
-            task.add_done_callback(self._handshakes.pop)
+    def _listen(self) -> None:
+        if not self._is_closed:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        """Take one client; the loop calls again while others wait."""
+        try:
+            client, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # the client is gone already
+        except OSError as error:  # no file descriptors: trying again at once would keep the loop busy
+            _log.error("a connection is not accepted reason=%s", error.strerror)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_RETRY_SECONDS, self._listen)
+            return
+        if self.num_handshakes + self._count_connections() >= self._limits.max_connections:
+            client.close()
+            return
+        client.setblocking(False)
+        connection = self._connect()
+        task = self._loop.create_task(self._shake_hands(client, connection))
+        self._handshakes[task] = connection
+        task.add_done_callback(partial(self._end, client))
+
+    def _end(self, client: socket.socket, task: "asyncio.Task[None]") -> None:
+        del self._handshakes[task]
+        if task.cancelled():  # perhaps before it began
+            client.close()
 
     async def _shake_hands(self, client: socket.socket, connection: Any) -> None:
         try:

@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,7 +20,8 @@ from serving.server import WorkerServer
 from serving.settings import ModelSource, TlsSettings
 from serving.tls import Certificate, TlsListener, open_certificate
 from tests.certificates import write_pair
-from tests.serving.conftest import make_settings, serve
+from tests.serving.conftest import make_settings, serve, with_engine
+from tests.serving.engines import HeldEngine
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,40 @@ def test_drain_does_not_wait_for_a_handshake(bundle: Path, pair: tuple[Path, Pat
             wait_until(lambda: num_handshakes(server) == 1)
         with suppress(ConnectionResetError):  # `serve` gives up where the drain lasts as long as the handshake may
             assert silent.recv(1) == b""
+
+
+def test_drain_does_not_wait_for_the_farewell_of_an_idle_client(bundle: Path, pair: tuple[Path, Path]) -> None:
+    settings = make_settings(bundle, tls={"certificate": pair[0], "key": pair[1]})
+    trust = ssl.create_default_context(cafile=pair[0])
+    with ExitStack() as stack, serve(settings, load_model(ModelSource(path=bundle))) as (url, _):
+        plain = stack.enter_context(connect(url))
+        idle = stack.enter_context(trust.wrap_socket(plain, server_hostname="127.0.0.1"))
+        idle.sendall(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200 ")  # `serve` gives up before the loop would
+
+
+def test_drain_answers_what_it_accepted_and_closes_the_door(bundle: Path, pair: tuple[Path, Path]) -> None:
+    settings = make_settings(bundle, tls={"certificate": pair[0], "key": pair[1]})
+    trust = ssl.create_default_context(cafile=pair[0])
+    loaded = load_model(ModelSource(path=bundle))
+    engine = HeldEngine(loaded.engine)
+    with ThreadPoolExecutor(1) as pool, serve(settings, with_engine(loaded, engine)) as (url, server):
+        asked = pool.submit(httpx.post, f"{url}/api/v1/embed", json={"text": "red"}, verify=trust)
+        assert engine.entered.wait(20)
+        server.should_exit = True
+        wait_until(lambda: is_refused(url))
+        engine.gate.set()
+        assert asked.result(20).status_code == 200
+
+
+def is_refused(url: str) -> bool:
+    try:
+        connect(url).close()
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:  # it stood in the line when the door closed
+        return False
+    return False
 
 
 def test_renewed_certificate_is_served_without_a_restart_and_open_connections_go_on(
