@@ -123,23 +123,24 @@ def test_batcher_serves_a_late_short_request_before_a_large_one_ends() -> None:
     st.floats(0, 200),
 )
 @settings(max_examples=60, deadline=None)
-def test_batcher_takes_single_texts_within_two_batches_however_many_texts_of_large_requests_wait(
+def test_batch_holds_nothing_that_is_not_due_while_single_texts_wait_but_what_makes_it_no_longer(
     large: list[list[int]], single: list[int], overhead: float
 ) -> None:
     batcher, now = make_batcher(overhead_tokens=overhead), 0.0
     for lengths in large:
         push(batcher, lengths)
-    for length in single:
-        target = push(batcher, [length], arrival=now).request
-        for _ in range(2):
+    for _ in range(3):
+        for length in single:
+            push(batcher, [length], arrival=now)
+        while batcher.queue.num_single:
             batch = batcher.take(now)
             assert batch is not None
+            due = [item.length for item in batch.items if item.due <= now]
+            assert max(due) == batch.padded_length
+            assert len(due) == len(batch.items) or batch.padded_tokens <= overhead
             now += (overhead + batch.padded_tokens) / RATE
-            if target in [owner(item) for item in batch.items]:
-                break
-        else:
-            raise AssertionError(f"text of {length} tokens was passed over twice")
-        batcher.take(now)  # and one of the lane, if there is any left
+        if batch := batcher.take(now):  # the lane alone fills its batches
+            now += (overhead + batch.padded_tokens) / RATE
 
 
 def test_batch_that_is_mostly_overhead_takes_along_what_makes_it_no_longer() -> None:
