@@ -18,8 +18,9 @@ from prefect.exceptions import ObjectNotFound
 from flows.config import Settings, open_registry
 from registry.approval import Decision, check_approval, decide
 from registry.errors import ApprovalRejected, PromotionRefused
+from registry.events import Judged, Refused
 from registry.gate import GateRecord
-from registry.ledger import Judged, Refused, append_once, read_ledger
+from registry.ledger import append_once, read_ledger
 from registry.store import Store
 from tasks.errors import NotWaiting
 

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, Field
 
 from registry.approval import Approval, ApprovalPolicy, approve_by_policy, check_approval, check_approvals, decide
 from registry.errors import ApprovalExpired, ApprovalMissing, ApprovalRejected, PromotionRefused
-from registry.ledger import Decided, Moved, Refused, append_once, read_ledger
+from registry.events import Decided, Moved, Refused
+from registry.ledger import append_once, read_ledger
 from tasks.case_page import describe_case
 from tasks.promotion import Case
 

@@ -26,7 +26,7 @@ from tasks.evaluate import evaluate, score_champion
 from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
-from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
+from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish, record_verdicts
 from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
 from tasks.report import report
@@ -94,12 +94,17 @@ def optimize(config: OptimizeConfig) -> Outcome:
 def _publish_best(
     study: Study, teacher_embeddings: Artifact, run_id: str, registry: str | None
 ) -> tuple[Published | None, Artifact | None]:
-    """The bundle of the candidate that the rule chooses, in the registry; nothing where the gate passed none."""
+    """The bundle of the candidate that the rule chooses, in the registry; nothing where the gate passed none.
+
+    Either way the ledger has every verdict before anything is published.
+    """
     winner = choose(study.judged, study.select_by)
     if winner is None:
+        record_verdicts(study, None, registry)
         return None, None
     origin = Origin(mlflow_run_id=run_id, git_commit=find_git_commit())
     bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
+    record_verdicts(study, bundle, registry)
     return publish(bundle, winner.name, registry), bundle
 
 

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from registry.client import fetch
+from registry.errors import RegistryError
+from registry.events import Proved, Refused
+from registry.ledger import append
 from registry.manifest import SafeName, verify_bundle
 from registry.store import Store
 from serving.tokenizer import TextTokenizer
@@ -28,7 +31,9 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str = Field(pattern=r"^https?://", description="where the worker answers")
+    url: str = Field(
+        pattern=r"^https?://[^/@?#]+(/[^?#]*)?$", description="where the worker answers; recorded, so no secret in it"
+    )
     name: SafeName | None = Field(default=None, description="the model's name there; by default the registry's")
     root: Path | None = Field(
         default=None,
@@ -60,6 +65,23 @@ class Proof(BaseModel):
             f"{self.url} serves {self.model_version}: golden set {self.golden_mean:.4f} (min {self.golden_min:.4f}), "
             f"{self.live_texts} texts through /api/v1/embed {self.live_mean:.4f} (min {self.live_min:.4f})"
         )
+
+
+def prove(worker: WorkerConfig, store: Store, model: str, digest: str, asked_by: str) -> Proof:
+    """`deliver`, and the proof or what was wrong as an entry of the ledger. Raises what `deliver` raises."""
+    try:
+        proof = deliver(worker, store, model, digest)
+    except (VerificationFailed, RegistryError) as error:
+        name, reason = type(error).__name__, str(error)
+        append(store, model, Refused(action="verify", bundle=digest, error=name, reason=reason, asked_by=asked_by))
+        raise
+    numbers = proof.model_dump(include={"model_version", "golden_mean", "golden_min", "live_mean", "live_min"})
+    append(
+        store,
+        model,
+        Proved(bundle=digest, worker=worker.url, live_texts=proof.live_texts, asked_by=asked_by, **numbers),
+    )
+    return proof
 
 
 def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proof:
@@ -118,11 +140,15 @@ class WorkerClient:
         timeout = max(_REQUEST_SECONDS, self._worker.timeout_seconds)  # it loads and warms up before it answers
         self._ask("POST", "/api/v1/admin/models/swap", json=body, headers=headers, timeout=timeout)
 
+    def read_served(self) -> dict[str, str]:
+        """What answers requests that name no version: digest → version."""
+        models = self._ask("GET", "/api/v1/models")["models"]
+        return {m["digest"]: m["version"] for m in models if m["name"] == self._name and m["weight"] > 0}
+
     def wait_until_served(self, digest: str, deadline: float) -> str:
         """The version under which every request that names none gets `digest`."""
         while True:
-            models = self._ask("GET", "/api/v1/models")["models"]
-            served = {m["digest"]: m["version"] for m in models if m["name"] == self._name and m["weight"] > 0}
+            served = self.read_served()
             if list(served) == [digest]:
                 return str(served[digest])
             if time.monotonic() > deadline:

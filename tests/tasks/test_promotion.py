@@ -6,8 +6,9 @@ import pytest
 
 from registry.approval import ApprovalPolicy, decide
 from registry.errors import BundleIncomplete, BundleNotFound, GateFailed
+from registry.events import Judged, Refused
 from registry.gate import GateLimits
-from registry.ledger import Judged, Refused, read_ledger
+from registry.ledger import read_ledger
 from registry.manifest import read_manifest
 from registry.promotion import status
 from registry.store import FolderStore
@@ -121,17 +122,24 @@ def test_promotion_that_fails_is_put_back_on_record(
     only = open_published(store, first)
     approve_and_move(only)
     dead = f"http://127.0.0.1:{free_port()}"
-    assert "nothing" in put_back.fn(only, [], dead, "a worker failed")
+    workers = [WorkerConfig(url=dead)]
+    said = put_back.fn(only, workers, {}, dead, "a worker failed")
+    assert said.startswith(f"production points nowhere again; {dead} is left as it is: what it served before is not")
+    assert status(store, "tiny") is None
+    approve_and_move(open_published(store, first))
     case = open_published(store, publish_bundle(store, tmp_path / "second", seed=1, champion=first))
     approve_and_move(case)
-    said = put_back.fn(case, [WorkerConfig(url=dead)], dead, "a worker failed")
+    said = put_back.fn(case, workers, {}, dead, "a worker failed")
     assert said.startswith(f"production is {first} again; {dead}/api/v1/models: ConnectError")
     assert "thorforge reconcile --repair" in said
     production = status(store, "tiny")
     assert production is not None
-    assert (production.channel.digest, production.channel.sequence) == (first, 3)
+    assert (production.channel.digest, production.channel.sequence) == (first, 5)
     assert production.move is not None
     assert (production.move.kind, production.move.reason) == ("rollback", "promotion undone: a worker failed")
+    refused = next(read_ledger(store, "tiny")).event
+    assert isinstance(refused, Refused)
+    assert (refused.action, refused.bundle, refused.error) == ("verify", first, "VerificationFailed")
 
 
 def test_page_holds_what_an_approver_needs(store: FolderStore, tmp_path: Path) -> None:
