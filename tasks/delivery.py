@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from registry.client import fetch
+from registry.cache import fetched
 from registry.errors import RegistryError
 from registry.events import Proved, Refused
 from registry.ledger import append
@@ -88,11 +88,13 @@ def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proo
     """Have `worker` serve the bundle `digest`, and prove that it does.
 
     A worker with a `root` is told through its admin API; another one follows its channel and is waited for. Raises
-    VerificationFailed, which says what the worker answered instead, and what `fetch` raises.
+    VerificationFailed, which says what the worker answered instead, and what `fetched` raises.
     """
     started = time.monotonic()
-    bundle = pull_bundle(store, model, digest, worker.root)
-    with WorkerClient(worker, worker.name or model) as client:
+    with (
+        fetched(store, model, digest, worker.root or cache_folder()) as bundle,
+        WorkerClient(worker, worker.name or model) as client,
+    ):
         if worker.root is not None:
             client.swap(f"{model}/{digest}")
         version = client.wait_until_served(digest, started + worker.timeout_seconds)
@@ -111,9 +113,9 @@ def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proo
     )
 
 
-def pull_bundle(store: Store, model: str, digest: str, root: Path | None = None) -> Path:
-    """A copy of the bundle in `root`, or below the state folder, every byte verified. Raises what `fetch` raises."""
-    return fetch(store, model, digest, root or state_dir() / "bundles")
+def cache_folder() -> Path:
+    """Where pulled bundles lie that no worker has a folder for."""
+    return state_dir() / "bundles"
 
 
 class WorkerClient:

@@ -12,6 +12,7 @@ from prefect.logging import get_run_logger
 
 from registry import promotion
 from registry.approval import Approval, ApprovalPolicy
+from registry.cache import fetched
 from registry.client import resolve
 from registry.errors import BundleIncomplete, GateFailed, RegistryError
 from registry.events import Judged
@@ -19,7 +20,7 @@ from registry.gate import GateLimits, GateRecord, Measurement, default_checks, j
 from registry.ledger import Entry, append_once, as_move, recorded_refusals
 from registry.manifest import Manifest, read_manifest
 from registry.store import Store
-from tasks.delivery import Proof, WorkerClient, WorkerConfig, prove, pull_bundle
+from tasks.delivery import Proof, WorkerClient, WorkerConfig, cache_folder, prove
 from tasks.errors import TaskError, TrackingFailed, VerificationFailed
 from tasks.tracking import Alias, ModelAliases
 
@@ -57,16 +58,17 @@ def open_case(
     """
     with recorded_refusals(store, model, "promote", reference, requested_by):
         digest = resolve(store, model, reference)
-        folder = pull_bundle(store, model, digest)
-        manifest = read_manifest(folder)
         now = promotion.status(store, model, PRODUCTION)
         replaces = now.channel.digest if now else None
+        with fetched(store, model, digest, cache_folder()) as folder:
+            manifest = read_manifest(folder)
+            gate = judge_published(folder, manifest, limits, None if replaces == digest else replaces)
         case = Case(
             store=store,
             model=model,
             digest=digest,
             manifest=manifest,
-            gate=judge_published(folder, manifest, limits, None if replaces == digest else replaces),
+            gate=gate,
             replaces=replaces,
             is_in_production=replaces == digest,
             requested_by=requested_by,

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -17,6 +16,7 @@ from registry.store import FolderStore
 from tasks.delivery import WorkerClient, WorkerConfig, deliver, prove, read_golden_texts
 from tasks.errors import VerificationFailed
 from tests.bundles import GOLDEN_TEXTS, make_bundle
+from tests.published import turn_golden_round
 from tests.servers import free_port
 from tests.worker import run_worker
 
@@ -102,9 +102,7 @@ def test_delivery_finds_vectors_that_are_not_the_teachers(node: Node, tmp_path: 
     """The worker serves the right digest, but what it embeds is the opposite of what the golden set asks."""
     opposite = tmp_path / "opposite"
     make_bundle(opposite)
-    with np.load(opposite / "golden.npz", allow_pickle=False) as golden:
-        arrays = {name: golden[name] for name in golden.files}
-    np.savez(opposite / "golden.npz", **{**arrays, "embeddings": -arrays["embeddings"]})
+    turn_golden_round(opposite)
     manifest = read_manifest(opposite)
     files = {**manifest.files, "golden.npz": hash_file(opposite / "golden.npz")}
     write_manifest(opposite, manifest.model_copy(update={"files": files, "checksum": payload_checksum(files)}))

@@ -5,12 +5,20 @@ from pathlib import Path
 import pytest
 
 from registry.approval import ApprovalPolicy, decide
-from registry.errors import BundleIncomplete, BundleNotFound, GateFailed
+from registry.errors import (
+    BundleIncomplete,
+    BundleNotFound,
+    BundleTooLarge,
+    GateFailed,
+    RegistryError,
+    SignatureMissing,
+)
 from registry.events import Judged, Refused
 from registry.gate import GateLimits
 from registry.ledger import read_ledger
 from registry.manifest import read_manifest
 from registry.promotion import status
+from registry.signing import make_keys
 from registry.store import FolderStore
 from tasks.case_page import describe_case
 from tasks.delivery import WorkerConfig
@@ -75,6 +83,28 @@ def test_case_of_a_wrong_digest_is_refused_on_record(store: FolderStore, tmp_pat
     (entry,) = read_ledger(store, "tiny")
     assert isinstance(entry.event, Refused)
     assert entry.event.bundle == "0123456789ab"
+
+
+def test_case_of_a_bundle_that_may_not_be_pulled_is_refused_on_record(
+    store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = publish_bundle(store, tmp_path / "bundle")
+    make_keys(tmp_path / "release.pem", tmp_path / "release.pub")
+    (store.root / "models" / "tiny" / digest / "link").symlink_to(tmp_path / "release.pem")
+    cases: list[tuple[str, str, type[RegistryError]]] = [
+        ("THORFORGE_CACHE_BYTES", "1", BundleIncomplete),
+        ("THORFORGE_PUBLIC_KEY", str(tmp_path / "release.pub"), SignatureMissing),
+        ("THORFORGE_MAX_BUNDLE_BYTES", "100", BundleTooLarge),
+    ]
+    for variable, value, error in cases:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with pytest.raises(error):
+                open_published(store, digest)
+        refused = next(read_ledger(store, "tiny")).event
+        assert isinstance(refused, Refused)
+        assert (refused.action, refused.error, refused.bundle) == ("promote", error.__name__, digest)
+        (store.root / "models" / "tiny" / digest / "link").unlink(missing_ok=True)
 
 
 def test_case_counts_speed_only_beside_the_bundle_in_production(store: FolderStore, tmp_path: Path) -> None:
