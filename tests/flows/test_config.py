@@ -98,6 +98,17 @@ def test_config_that_is_not_text_or_not_there_is_rejected(tmp_path: Path) -> Non
         load_settings(tmp_path)
 
 
+def test_config_registry_section_of_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "[registry]\nmax_bundle_bytes = 5")
+    with pytest.raises(ConfigRejected, match=r"\[registry\] counts in thorforge.toml of the working folder alone"):
+        load_settings(path)
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(path).registry.max_bundle_bytes == 5
+    write(tmp_path, "[registry]\nmax_bundle_byte = 5")
+    with pytest.raises(ConfigRejected, match=r"max_bundle_byte: unknown key \(did you mean max_bundle_bytes\?\)"):
+        load_settings()
+
+
 def test_override_takes_only_what_is_given_and_checks_it() -> None:
     config = OptimizeConfig(corpus="a.txt", gate=GateSettings(max_task_loss=0.5))
     changed = override(config, corpus=None, model="hf:x/y", variants=("fp32-onnx",), calibration_size=7)

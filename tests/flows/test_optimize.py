@@ -15,10 +15,12 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from flows.config import OptimizeConfig
-from flows.optimize import Outcome, pull_champion
+from flows.optimize import Outcome, fetched_champion
 from flows.run import describe_outcome, run_optimize
 from registry.client import list_bundles, pull
 from registry.errors import StoreFull
+from registry.events import Screened
+from registry.ledger import read_ledger
 from registry.manifest import read_manifest, verify_bundle
 from registry.moves import move_channel
 from registry.store import FolderStore
@@ -38,7 +40,7 @@ STUDENT = {"name": "student1", "build": "fp32-onnx", "steps": [{"kind": "distill
 CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "score-champion", "benchmark"} | {
     f"{verb}-{name}" for verb in ("quantize", "evaluate") for name in VARIANTS
 }
-FRESH_TASKS = {"load-teacher", "select", "report"}
+FRESH_TASKS = {"load-teacher", "select", "record-verdicts", "report"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,19 @@ def test_optimize_publishes_the_fastest_candidate_that_passes(runs: Runs) -> Non
     assert outcome.published is not None
     assert outcome.published.variant == max(passed, key=lambda row: row.speed.throughput_per_s).name
     assert outcome.study.find("fp32-onnx").gate.verdict == "pass"
+
+
+def test_optimize_records_every_verdict_and_equal_ones_once(runs: Runs) -> None:
+    assert runs.first.published is not None
+    entries = list(read_ledger(FolderStore(runs.config.registry), "tiny"))[::-1]
+    chosen, refused = (entry.event for entry in entries[:2])
+    assert isinstance(chosen, Screened)
+    assert (chosen.bundle, chosen.champion) == (runs.first.published.digest, None)
+    judged = runs.first.study.judged
+    assert [one.report for one in chosen.candidates] == [row.gate for row in judged]
+    assert [one.built for one in chosen.candidates] == [row.candidate.artifact.digest for row in judged]
+    assert isinstance(refused, Screened)
+    assert (refused.bundle, {one.report.verdict for one in refused.candidates}) == (None, {"fail"})
 
 
 def test_optimize_bundle_is_in_the_registry_whole(runs: Runs, tmp_path: Path) -> None:
@@ -244,7 +259,8 @@ def test_optimize_keeps_all_state_below_the_state_folder(runs: Runs) -> None:
 def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
     store = FolderStore(runs.config.registry)
-    assert pull_champion(runs.config.registry, "tiny") is None
+    with fetched_champion(runs.config.registry, "tiny") as champion:
+        assert champion is None
     assert runs.first.published is not None
     move_channel(store, "tiny", "production", runs.first.published.digest, None, moved_by="a test")
     outcome = run_optimize(runs.config.model_copy(update={"variants": ("fp32-onnx",)}))
@@ -253,9 +269,9 @@ def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch:
     ratios = {f"{name}_ratio_vs_champion" for name in ("latency", "p95", "throughput", "memory")}
     assert ratios | {"ndcg_at_10_loss_vs_champion", "recall_at_10_loss_vs_champion"} <= checked
     assert all(result.value is not None for result in outcome.study.judged[0].gate.results)
-    champion = pull_champion(runs.config.registry, "tiny")
-    assert champion is not None
-    assert read_manifest(champion).version == runs.first.published.version
+    with fetched_champion(runs.config.registry, "tiny") as champion:
+        assert champion is not None
+        assert read_manifest(champion).version == runs.first.published.version
 
 
 def test_optimize_judges_a_student_against_the_teacher_and_counts_its_parameters(runs: Runs) -> None:
