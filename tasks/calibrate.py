@@ -81,14 +81,14 @@ def _open(graph: Graph, names: list[str]) -> Callable[[tuple[Ids, Ids]], list[ND
     import onnx  # noqa: PLC0415  a cached run need not load it
     import onnxruntime as ort  # noqa: PLC0415
 
-    twin = graph.copy().model
-    del twin.graph.output[:]
-    twin.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
+    twin = graph.copy()
+    del twin.model.graph.output[:]
+    twin.model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Fusions would swallow the tensors asked for; the arithmetic must not depend on the processor.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = ort.InferenceSession(twin.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = twin.open(options)
 
     def run(batch: tuple[Ids, Ids]) -> list[NDArray[np.float32]]:
         return list(session.run(names, {"input_ids": batch[0], "attention_mask": batch[1]}))

@@ -9,6 +9,7 @@ from tasks.built import Built, InputRange
 from tasks.calibrate import Batches, choose_range, observe
 from tasks.export import ONNX_NAME
 from tasks.graph import FLOAT_SUFFIX, Graph
+from tasks.graph_files import copy_model_files
 from tasks.outliers import tame_outliers
 from tasks.progress import Advance
 from tasks.qdq import Format, insert_qdq
@@ -22,7 +23,7 @@ _TABLE_BITS, _TABLE_BLOCK = 8, 128  # cosine 0.99999: the table costs nothing at
 
 def keep_fp32(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """The exported graph itself."""
-    (folder / ONNX_NAME).write_bytes(source.read_bytes())
+    copy_model_files(source, folder)
     advance(1)
     return Built(ONNX_NAME)
 
@@ -35,11 +36,12 @@ def quantize_dynamic(source: Path, folder: Path, batches: Batches, advance: Adva
     graph = tame(Graph.load(source), batches, advance)
     with _root_logger_silent():
         quantize(
-            graph.model,
+            graph.whole(),
             folder / ONNX_NAME,
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["MatMul"],
+            use_external_data_format=graph.is_large,
             nodes_to_exclude=[node.name for node in graph.model.graph.node if node.name.endswith(FLOAT_SUFFIX)],
         )
     graph = Graph.load(folder / ONNX_NAME)

@@ -31,9 +31,7 @@ class WeightProbe:
         twin.drop_unused(but=set(self._inputs.values()))
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(
-            twin.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = twin.open(options)
         self._batches = batches
         self._expected = self._embed({})
 
