@@ -80,8 +80,17 @@ class Graph:
         self.drop_unused()
         write_model(self.model, self._weights, path)
 
-    def open(self, options: Any) -> Any:
-        """An onnxruntime session of the graph on the CPU."""
+    def open(self, options: Any = None) -> Any:
+        """An onnxruntime session of the graph on the CPU; unless told otherwise as it is written.
+
+        Fusions would swallow tensors that are asked for, and their arithmetic depends on the processor.
+        """
+        import onnxruntime as ort  # noqa: PLC0415  a cached run need not load it
+
+        if options is None:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         return open_model(self.model, self._weights, options)
 
     def replace(self, model: Any) -> None:

@@ -15,7 +15,6 @@ from tasks.table import quantize_tables
 
 _TABLE_BITS, _TABLE_BLOCK = 4, 128
 _FEWER_BITS, _MORE_BITS = 4, 6
-_NUM_PROBES = 32  # calibration texts that layers are judged on
 
 
 def squeeze(graph: Graph, target: float, batches: Batches, advance: Advance) -> tuple[LayerDamage, ...]:
@@ -28,10 +27,10 @@ def squeeze(graph: Graph, target: float, batches: Batches, advance: Advance) -> 
     fewer, more = (
         {n: _round(graph, linear, seen, b) for n, linear in linears.items()} for b in (_FEWER_BITS, _MORE_BITS)
     )
-    probe = WeightProbe(graph, batches[:: max(1, len(batches) // _NUM_PROBES)])
+    probe = WeightProbe(graph, batches)
     narrow, wide = ({node: each.widen() for node, each in kind.items()} for kind in (fewer, more))
     damage = measure_damage(probe, narrow)
-    kept = choose_layers(probe, narrow, wide, damage, target)
+    kept = choose_layers(narrow, wide, damage, lambda mixed: probe.cosine(mixed) >= target)
     for node, linear in linears.items():
         put_packed(graph, linear, (more if node in kept else fewer)[node])
     quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)

@@ -1,7 +1,10 @@
 """Weights in few bits: rounding, packing, which layers get more, and that onnxruntime widens what was packed."""
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tasks.built import InputRange, LayerDamage
 from tasks.calibrate import Batches
@@ -66,9 +69,13 @@ def test_choose_layers_takes_the_fewest_that_reach_the_target(graph: Graph, batc
     assert probe.cosine(own) == pytest.approx(1, abs=1e-6)
     worst = max(damage, key=lambda node: damage[node])
     assert "output/dense" in worst
-    assert choose_layers(probe, fewer, own, damage, target=-1) == set()
-    assert worst in choose_layers(probe, fewer, own, damage, target=0.9999999)
-    everything = choose_layers(probe, fewer, fewer, damage, target=2)
+
+    def reach(target: float) -> Callable[[Mapping[str, NDArray[np.float32]]], bool]:
+        return lambda mixed: probe.cosine(mixed) >= target
+
+    assert choose_layers(fewer, own, damage, reach(-1)) == set()
+    assert worst in choose_layers(fewer, own, damage, reach(0.9999999))
+    everything = choose_layers(fewer, fewer, damage, reach(2))
     assert everything == set(own)  # out of reach: all get what there is
 
 
