@@ -45,13 +45,18 @@ class Candidate(BaseModel):
     damages: tuple[LayerDamage, ...] = ()
     ranges: tuple[InputRange, ...] = ()
 
+    @property
+    def method(self) -> str:
+        """How it was made: the variant's method, and the layers that stayed in float for the gate."""
+        kept = [layer.layer for layer in self.damages if layer.is_float]
+        return f"{self.variant.method}; in float: {', '.join(kept)}" if kept else self.variant.method
+
     def quantization(self, corpus: str, cosine_mean: float) -> Quantization | None:
         """The manifest's account of the quantisation; None where the weights are as exported."""
         if self.variant.precision not in {"int4", "int8", "fp8"}:
             return None
-        kept = [layer.layer for layer in self.damages if layer.is_float]
         return Quantization(
-            method=f"{self.variant.method}; in float: {', '.join(kept)}" if kept else self.variant.method,
+            method=self.method,
             calibration_dataset=corpus if self.variant.is_calibrated else None,
             calibration_digest=self.calibration_digest,
             calibration_size=self.calibration_size,

@@ -51,7 +51,7 @@ class Tracker:
         tags = {
             "mlflow.parentRunId": self.run_id,
             "gate": judged.gate.reason,
-            "method": variant.method,
+            "method": judged.candidate.method[:_MAX_TAG],
             "steps": ", ".join(map(str, variant.steps)) or "none",
             "corpus": corpus,
             "compatibility": judged.compatibility,
