@@ -28,7 +28,7 @@ class Variant(BaseModel):
     runtime: Runtime
     precision: Precision
     method: str
-    compute: Compute
+    compute: Compute = "f32"
     is_calibrated: bool = False
     is_qdq: bool = False  # rounds in Q and DQ nodes: judged on exact arithmetic, no processor's kernels
     qdq: QdqConfig | None = None
