@@ -69,8 +69,9 @@ def choose_range(found: Activations, method: CalibrationMethod) -> tuple[float, 
     if method == "minmax":
         return low, high
     assert found.histogram is not None, "observed with a histogram"
-    if method == "percentile":
-        return _percentile_range(found.histogram, found.limit)
+    if method == "percentile":  # its ends are those of bins
+        lower, upper = _percentile_range(found.histogram, found.limit)
+        return max(low, lower), min(high, upper)
     limit = _entropy_limit(_magnitudes(found.histogram), found.limit)
     return max(low, -limit), min(high, limit)
 
