@@ -1,6 +1,8 @@
 """Sensitivity: what rounding each linear layer alone does to the embeddings, and which layers deserve more bits."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -134,3 +136,24 @@ def choose_layers(
         else:
             low = count + 1
     return set(ranked[:low])
+
+
+def choose_bits(
+    damage: Mapping[str, float],
+    sizes: Mapping[str, int],
+    levels: range,
+    is_enough: Callable[[Mapping[str, int]], bool],
+) -> dict[str, int]:
+    """Bits for each layer, from those of `levels`, so that the layers are `is_enough` at fewest bytes; all at worst.
+
+    `damage` is at the fewest bits; each bit more leaves a quarter of it (docs/log.md). What mends most for each byte
+    that it costs comes first.
+    """
+    steps = [(node, bits) for node in damage for bits in levels[:-1]]
+    steps.sort(key=lambda step: -damage[step[0]] / sizes[step[0]] / 4 ** (step[1] - levels[0]))
+
+    def spend(count: int) -> dict[str, int]:
+        taken = Counter(node for node, _ in steps[:count])
+        return {node: levels[0] + taken[node] for node in damage}
+
+    return spend(bisect_left(range(len(steps)), True, key=lambda count: is_enough(spend(count))))

@@ -53,7 +53,7 @@ _CALIBRATED: dict[str, Any] = {"is_calibrated": True}
 _QDQ: dict[str, Any] = {"is_calibrated": True, "qdq": QdqConfig()}
 _INT8_QDQ = "static QDQ, MinMax, per channel; SmoothQuant, outlier channels of FFN-down in float"
 _FP8_QDQ = "QDQ in E4M3, max calibration"
-_INT4 = "weights only: table 4 bits, linears 4 or 6 by sensitivity, GPTQ rounding, for"
+_INT4 = "weights only: table 4 bits, linears 4 to 6 by sensitivity, GPTQ rounding, for"
 _BUILDS: dict[Build, Variant] = dict(
     (
         _build("fp32-onnx", "onnxruntime", "fp32", "f32", "export"),

@@ -13,7 +13,7 @@ from tasks.graph import Graph
 from tasks.quantization_plots import plot_ranges, plot_sensitivity
 from tasks.quantize import quantize
 from tasks.rounding import round_weight
-from tasks.sensitivity import WeightProbe, choose_layers, measure_damage
+from tasks.sensitivity import WeightProbe, choose_bits, choose_layers, measure_damage
 from tasks.squeeze import pack_planes, put_packed
 from tasks.variants import VARIANTS
 from tests.forge import CALIBRATION_SIZE, Forge
@@ -79,6 +79,16 @@ def test_choose_layers_takes_the_fewest_that_reach_the_target(graph: Graph, batc
     assert everything == set(own)  # out of reach: all get what there is
 
 
+def test_choose_bits_spends_bytes_where_they_mend_most_and_no_more_than_needed() -> None:
+    damage, sizes = {"small": 8.0, "large": 16.0, "quiet": 0.1}, {"small": 1, "large": 4, "quiet": 1}
+    spent = []
+    for most in range(7):
+        bits = choose_bits(damage, sizes, range(4, 7), lambda mixed, most=most: sum(mixed.values()) >= 12 + most)
+        spent.append(tuple(bits[node] - 4 for node in damage))
+    assert spent == [(0, 0, 0), (1, 0, 0), (1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1), (2, 2, 2)]
+    assert set(choose_bits(damage, sizes, range(4, 7), lambda mixed: False).values()) == {6}  # out of reach
+
+
 def test_squeezed_variant_is_small_and_says_which_layers_got_more(forge: Forge) -> None:
     full = forge.study.find("fp32-onnx").candidate
     candidate = quantize.fn(VARIANTS["int4-tiny"], forge.exported, 48, forge.study.corpus, CALIBRATION_SIZE)
@@ -86,7 +96,7 @@ def test_squeezed_variant_is_small_and_says_which_layers_got_more(forge: Forge) 
     assert quality.metrics["cosine_mean"].value > 0.97
     assert candidate.engine.size < 0.8 * full.engine.size
     assert len(candidate.damages) == 12
-    assert {layer.bits for layer in candidate.damages} <= {4, 6}
+    assert {layer.bits for layer in candidate.damages} <= {4, 5, 6}
     account = candidate.quantization("docs:", 0.98)
     assert account is not None
     assert account.calibration_digest == forge.study.corpus.digest
