@@ -65,13 +65,14 @@ def test_variants_that_are_not_qdq_know_no_limit() -> None:
 
 
 @pytest.mark.parametrize(("method", "said"), [("percentile", "99.99th percentile"), ("entropy", "entropy")])
-def test_calibration_method_of_a_recipe_narrows_ranges(method: CalibrationMethod, said: str, forge: Forge) -> None:
+def test_calibration_method_of_a_recipe_chooses_its_ranges(method: CalibrationMethod, said: str, forge: Forge) -> None:
     widest = {each.layer: each for each in forge.study.find("int8-static").candidate.ranges}
     candidate = build(forge, Recipe(name="mine", build="int8-static", calibration=method).variant())
     widths = {each.layer: each.high - each.low for each in candidate.ranges}
     assert widths.keys() == widest.keys()
     assert all(width <= widest[layer].high - widest[layer].low for layer, width in widths.items())
-    assert any(width < 0.99 * (widest[layer].high - widest[layer].low) for layer, width in widths.items())
+    if method == "entropy":  # of so few values no ten thousandth can be cut off
+        assert any(width < 0.99 * (widest[layer].high - widest[layer].low) for layer, width in widths.items())
     account = candidate.quantization("docs:", 0.99)
     assert account is not None
     assert account.method.startswith(f"static QDQ, {said}, per channel")
