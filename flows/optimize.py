@@ -31,6 +31,7 @@ from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish, record_verdicts
 from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
+from tasks.record import RECORD_NAME, make_record
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
@@ -48,6 +49,7 @@ class Outcome(BaseModel):
     study: Study
     published: Published | None
     report: Path
+    run_id: str
 
 
 # One task at a time: an engine keeps every core busy, and two at once spin against each other.
@@ -62,7 +64,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
     production = fetched_champion(config.registry, teacher.name)
     with tracked as tracker, dask_workers(config.dask_scheduler), production as champion:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
-        variants, hardware = config.recipes(), describe_hardware()
+        variants, hardware = [v.within(limits) for v in config.recipes()], describe_hardware()
         models = make_models(teacher, variants, corpus)
         exported = {steps: export_onnx(model) for steps, model in models.items()}
         how = (teacher.max_seq_length, corpus, config.calibration_size)
@@ -89,8 +91,9 @@ def optimize(config: OptimizeConfig) -> Outcome:
         )
         published, bundle = _publish_best(study, teacher_embeddings, tracker.run_id, config.registry)
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
+        tracker.log_document(make_record(config.model_dump(mode="json"), study).model_dump(), RECORD_NAME)
         _track(tracker, study, published, bundle, page)
-    return Outcome(study=study, published=published, report=page)
+    return Outcome(study=study, published=published, report=page, run_id=tracker.run_id)
 
 
 def _publish_best(
@@ -156,7 +159,7 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     for row in study.judged:
         tracker.log_candidate(row, study.corpus_uri)
     winner = study.find(published.variant) if published else None
-    tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
+    tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged}, study.not_built_reasons())
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
     for name, figure in (plot_steps(study) | plot_quantization(study)).items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from registry.manifest import Profile, hash_file
+from registry.manifest import Profile
 from serving.engines import Embeddings
 from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.engines.plans import (
@@ -19,6 +19,7 @@ from serving.engines.plans import (
     Fingerprint,
     PlanStale,
     driver_version,
+    hash_graph,
     plan_path,
     read_plan,
     read_recipe,
@@ -87,7 +88,7 @@ class Node:
             sm=self.sm,
             tensorrt=name_vendor(self.trt),
             driver=self.driver,
-            onnx_sha256=hash_file(graph).sha256,
+            onnx_sha256=hash_graph(graph),
             recipe=recipe,
         )
 

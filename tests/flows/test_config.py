@@ -51,6 +51,14 @@ BAD: dict[str, tuple[str, str]] = {
         "[[optimize.recipe]]\nname = 'int8-static'\nbuild = 'fp32-onnx'\nsteps = []",
         "a recipe is called 'int8-static', as another variant is",
     ),
+    "calibration method of a build that has none": (
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'int8-openvino'\ncalibration = 'entropy'",
+        "calibration 'entropy' is a setting of int8-static and int8-tensorrt, not of int8-openvino",
+    ),
+    "unknown calibration method": (
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'int8-static'\ncalibration = 'max'",
+        r"optimize\.recipe\.0\.calibration: .*'minmax', 'percentile' or 'entropy'",
+    ),
     "no variants": ("[optimize]\nvariants = []", r"optimize\.variants: .*at least 1 item"),
     "variant twice": (
         "[optimize]\nvariants = ['fp32-onnx', 'fp32-onnx']",

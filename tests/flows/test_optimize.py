@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from flows.cli import app
 from flows.config import OptimizeConfig
 from flows.optimize import Outcome, fetched_champion
+from flows.reproduce import compare, is_same, reproduce
 from flows.run import describe_outcome, run_optimize
 from registry.client import list_bundles, pull
 from registry.errors import StoreFull
@@ -25,7 +26,8 @@ from registry.manifest import read_manifest, verify_bundle
 from registry.moves import move_channel
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
-from tasks.errors import CorpusRejected, StepRejected
+from tasks.errors import CorpusRejected, StepRejected, TrackingFailed
+from tasks.record import RunRecord
 from tasks.teacher import open_teacher
 from tasks.variants import Recipe
 from tests.disks import mounted_disk
@@ -193,6 +195,7 @@ def test_optimize_is_tracked_in_mlflow(runs: Runs) -> None:
         "latency_cdf.png",
         "manifest.json",
         "pareto.png",
+        "run.json",
         runs.first.report.name,
     }
     versions = client.search_model_versions("name = 'tiny'")
@@ -234,7 +237,8 @@ def test_optimize_again_takes_every_step_from_the_cache_and_keeps_the_digest(run
 def test_optimize_prints_the_same_document_every_time(runs: Runs) -> None:
     expected = json.loads(json.dumps(describe_outcome(runs.first)))
     document = last_line(runs.again)
-    assert {**document, "report": ""} == {**expected, "report": ""}
+    own = {"report": "", "run": ""}
+    assert document | own == expected | own
     assert {row["name"] for row in document["candidates"]} == set(VARIANTS)
 
 
@@ -295,6 +299,41 @@ def test_optimize_refuses_a_student_too_deep_before_anything_is_trained(runs: Ru
     with final_states() as states, pytest.raises(StepRejected, match="a student of 2 layers is not smaller than tiny"):
         run_optimize(config)
     assert "distill-1" not in states
+
+
+def test_reproduce_makes_a_variant_again_to_the_same_digests_and_publishes_nothing(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
+    before = list_bundles(FolderStore(runs.config.registry)), len(mlflow_runs(runs.state))
+    with final_states() as states:
+        again = CliRunner().invoke(
+            app, ["reproduce", runs.first.run_id, "--variant", "int8-dynamic", "--variant", "student1", "--json"]
+        )
+    assert again.exit_code == 0, again.output
+    assert states["quantize-int8-dynamic"] == states["distill-1"] == "Completed"
+    pairs = {pair["name"]: (pair["then"], pair["now"]) for pair in json.loads(again.stdout.splitlines()[-1])}
+    for name in ("teacher", "corpus", "int8-dynamic", "student1 model", "student1"):
+        assert pairs[name][0] == pairs[name][1] is not None
+    assert pairs["int8-dynamic quality.cosine_mean"][0] == pytest.approx(pairs["int8-dynamic quality.cosine_mean"][1])
+    assert (list_bundles(FolderStore(runs.config.registry)), len(mlflow_runs(runs.state))) == before
+
+
+def test_reproduce_of_a_run_without_a_record_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
+    child = next(run for run in mlflow_runs(runs.state) if run.info.run_name == "fp32-onnx")
+    with pytest.raises(TrackingFailed, match=rf"run {child.info.run_id} at sqlite:.* has no run\.json"):
+        reproduce(child.info.run_id, None)
+    with pytest.raises(TrackingFailed, match="0123"):
+        reproduce("0123", None)
+
+
+def test_reproduced_digest_that_differs_is_told_from_a_metric_that_does() -> None:
+    then = RunRecord(config={}, versions={}, digests={"a": "1" * 64}, metrics={"a": {"speed.throughput_per_s": 10.0}})
+    slower = then.model_copy(update={"metrics": {"a": {"speed.throughput_per_s": 5.0}}})
+    other = then.model_copy(update={"digests": {"a": "2" * 64}})
+    assert is_same(compare(then, slower))
+    assert not is_same(compare(then, other))
 
 
 @pytest.mark.parametrize("change", [{"corpus": "none.txt"}, {"sts": (Path("none.tsv"),)}])
