@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
+from serving.engines.cuda_folded import FoldedLayers
 from serving.kernels.add_norm import add_norm
 from serving.kernels.attention import attention
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.embed_norm import embed_norm
 from serving.kernels.few_tokens import MAX_TOKENS, FewTokens, Stacked
 from serving.kernels.few_tokens_cluster import FewTokensCluster
-from serving.kernels.gemm import add_product, linear
+from serving.kernels.gemm import MANY_ROWS, add_product, is_hopper, linear
 from serving.kernels.pool import pool
 
 _HALF = torch.float16
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
 _log = logging.getLogger(__name__)
+_MAX_FOLDED = 512  # of the hidden size: at 768 the GEMMs lose as much as the layer norms took
 _MARGIN = 2.0  # between the largest input calibration saw and the largest E4M3 can hold: its precision is the same
 
 
@@ -41,6 +43,7 @@ class Encoder:
         self._out = torch.zeros(max_rows, config.hidden, dtype=torch.float32, device=device)
         self._load_matrices(weights, device)
         self._few = self._make_few()
+        self._folded = self._make_folded(weights)
 
     def run(self, batch: Packed, is_long: bool = False) -> Tensor:
         """Float32 [B, H] of a packed batch, in memory that the next run overwrites; `is_long` only chooses kernels."""
@@ -51,8 +54,11 @@ class Encoder:
             return out
         x = self._hidden[: tokens * config.hidden].view(tokens, config.hidden)
         self._embed(batch, x)
-        for number in range(config.layers):
-            self._run_layer(number, batch, x, is_long)
+        if self._folded is not None and tokens >= MANY_ROWS:
+            self._folded.run(batch, x, self._carve, is_long)
+        else:
+            for number in range(config.layers):
+                self._run_layer(number, batch, x, is_long)
         pool(x, batch.offsets, config.pooling, config.normalize, out)
         return out
 
@@ -86,6 +92,14 @@ class Encoder:
             except CompileFailed as error:
                 _log.warning("few tokens run on the kernel without clusters reason=%s", error)
         return FewTokens(stacked, config.heads, config.eps, config.pooling, config.normalize)
+
+    def _make_folded(self, weights: Weights) -> FoldedLayers | None:
+        """The layers for many tokens, on the GPUs that have their GEMM."""
+        narrow = self.config.hidden <= _MAX_FOLDED and self.config.hidden % 128 == 0
+        if not narrow or self.max_tokens < MANY_ROWS or not is_hopper(self._words.device):
+            return None
+        _, output, _, down = self._stacks
+        return FoldedLayers(weights, self.config, output, down, self.max_tokens)
 
     @staticmethod
     def _wide_bytes(config: BertConfig) -> int:
@@ -147,6 +161,9 @@ class Fp8Encoder(Encoder):
         self._row_scales = torch.zeros(max_tokens, dtype=torch.float32, device=device) if row_scales else None
 
     def _make_few(self) -> None:
+        return None
+
+    def _make_folded(self, weights: Weights) -> None:
         return None
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
