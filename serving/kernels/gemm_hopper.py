@@ -50,8 +50,7 @@ def _produce(x, weight, ring, ready, empty, sizes):
     step: gl.constexpr = x.block_type.shape[1]
     slot, phase = 0, 1
     for turn in range(count):
-        tile = gl.program_id(0) + turn * gl.num_programs(0)
-        top, left = tile // across * x.block_type.shape[0], tile % across * weight.block_type.shape[0]
+        top, left = _find_tile(turn, across, x.block_type.shape[0], weight.block_type.shape[0])
         for k in range(depth):
             bar = ready.index(slot)
             mbarrier.wait(empty.index(slot), phase)
@@ -82,13 +81,21 @@ def _multiply(ring, ready, empty, first, depth, layout: gl.constexpr):
 
 
 @gluon.jit
+def _find_tile(turn, across, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """First row and column of this program's tile number `turn`."""
+    tile = gl.program_id(0) + turn * gl.num_programs(0)
+    return tile // across * ROWS, tile % across * COLUMNS
+
+
+@gluon.jit
 def _consume(
     number: gl.constexpr, residual, out, epilogue, norms, ring, tiles, barriers, sizes, BIAS: gl.constexpr,
     GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr, NORM: gl.constexpr,
     SUM: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """Every second tile of this program: multiply in turn, then finish the tile while the other multiplies."""
-    (ready, empty, turns, arrived), (count, depth, across) = barriers, sizes
+    ready, empty, turns, arrived = barriers
+    count, depth, across = sizes
     stages: gl.constexpr = ring[0].type.shape[0]
     rows: gl.constexpr = out.block_type.shape[0]
     columns: gl.constexpr = out.block_type.shape[1]
@@ -97,8 +104,7 @@ def _consume(
     )
     buffer, mine, landed = tiles.index(number), turns.index(number), arrived.index(number)
     for turn in range(number, count, 2):
-        tile = gl.program_id(0) + turn * gl.num_programs(0)
-        top, left = tile // across * rows, tile % across * columns
+        top, left = _find_tile(turn, across, rows, columns)
         tma.store_wait(0)
         _meet()
         if RESIDUAL:
