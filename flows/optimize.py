@@ -64,7 +64,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
         exported = {steps: export_onnx(model) for steps, model in models.items()}
         how = (teacher.max_seq_length, corpus, config.calibration_size)
         building = [_submit_build(variant, models, exported, how) for variant in variants]
-        teacher_embeddings = embed_teacher(teacher, corpus)
+        teacher_embeddings = embed_teacher.submit(teacher, corpus).result()
         candidates, not_built = build_engines([future.result() for future in building], config.tensorrt)
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in candidates]
         qualities = [future.result() for future in judging]

@@ -41,20 +41,24 @@ def plot_sensitivity(name: str, damages: tuple[LayerDamage, ...]) -> Figure:
 def plot_ranges(name: str, ranges: tuple[InputRange, ...]) -> Figure:
     """Histogram of every quantised input, with the ends of its range."""
     rows = -(-len(ranges) // _COLUMNS)
-    figure = Figure(figsize=(9, 1.5 * rows + 0.6), layout="constrained")
+    height = 1.5 * rows + 0.6
+    figure = Figure(figsize=(9, height))
     grid = figure.subplots(rows, _COLUMNS, squeeze=False)
+    figure.subplots_adjust(0.02, 0.3 / height, 0.98, 1 - 0.6 / height, wspace=0.08, hspace=0.4)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, each in zip(grid.flat, ranges, strict=False):
         axes.set_axis_on()
         edges = np.linspace(-each.limit, each.limit, len(each.counts) + 1)
-        axes.stairs(each.counts, edges, fill=True, color=_FEWER)
+        # Without an axis for the counts: scales and their layout take seconds for the two dozen of a small model.
+        axes.stairs(np.log10(np.array(each.counts) + 1.0), edges, fill=True, color=_FEWER)
         for end in (each.low, each.high):
             axes.axvline(end, color=_CUT, linewidth=0.8)
-        axes.set_yscale("log", nonpositive="clip")
+        axes.set_yticks([])
         axes.set_title(each.layer, fontsize=6)
         axes.tick_params(labelsize=6)
     figure.suptitle(
-        f"{name}: inputs of linear layers on the calibration texts; red: the range quantised over", fontsize=9
+        f"{name}: inputs of linear layers on calibration texts, logarithmic counts; red: the range quantised over",
+        fontsize=9,
     )
     return figure

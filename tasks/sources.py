@@ -11,11 +11,10 @@ import httpx
 import numpy as np
 
 from registry.manifest import MANIFEST_NAME, verify_bundle
-from serving.engines import Embeddings, open_engine
+from serving.engines import Embeddings
 from serving.settings import check_secret
-from serving.tokenizer import TextTokenizer
 from tasks.errors import SourceUnreachable
-from tasks.evaluate import Encode, make_encoder
+from tasks.evaluate import Encode, open_encoder
 from tasks.progress import Advance
 from tasks.teacher import locate_teacher, open_teacher
 
@@ -51,8 +50,7 @@ def open_source(source: str) -> Source:
 
 def _open_bundle(folder: Path) -> Source:
     manifest = verify_bundle(folder)
-    engine = open_engine(folder, manifest.engines[0])
-    encode = make_encoder(TextTokenizer.from_folder(folder, manifest.max_seq_length), engine)
+    encode, engine = open_encoder(folder, manifest.engines[0], manifest.max_seq_length)
     return Source("bundle", f"{manifest.model_name} {manifest.version}", encode, engine.close)
 
 

@@ -23,7 +23,7 @@ from tasks.weights import check_finite, count_parameters
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
-_BATCH = 64
+_BATCH = 32
 
 
 class Teacher(BaseModel):
@@ -102,7 +102,9 @@ def open_teacher(folder: Path) -> Callable[[Sequence[str], Callable[[int], None]
     model = load_sentence_transformer(folder)
 
     def encode(texts: Sequence[str], advance: Callable[[int], None]) -> NDArray[np.float32]:
-        order = np.argsort([len(text) for text in texts], kind="stable")
+        # By tokens: half the time of sorting by characters, which leaves padding in every batch.
+        lengths = [len(tokens) for tokens in model.tokenizer(list(texts), truncation=True)["input_ids"]]
+        order = np.argsort(lengths, kind="stable")
         embeddings = np.empty((len(texts), model.get_embedding_dimension()), dtype=np.float32)
         for start in range(0, len(order), _BATCH):
             rows = order[start : start + _BATCH]
