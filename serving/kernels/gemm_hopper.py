@@ -50,7 +50,8 @@ def _produce(x, weight, ring, ready, empty, sizes):
     step: gl.constexpr = x.block_type.shape[1]
     slot, phase = 0, 1
     for turn in range(count):
-        top, left = _find_tile(turn, across, x.block_type.shape[0], weight.block_type.shape[0])
+        tile = gl.program_id(0) + turn * gl.num_programs(0)
+        top, left = tile // across * x.block_type.shape[0], tile % across * weight.block_type.shape[0]
         for k in range(depth):
             bar = ready.index(slot)
             mbarrier.wait(empty.index(slot), phase)
@@ -140,11 +141,10 @@ def _read_early(
     sums, factors, eps, _ = norms
     columns = left + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     rows = top + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    bias, factor = (
-        gl.zeros([COLUMNS], gl.float16, columns.type.layout),
-        gl.zeros([COLUMNS], gl.float32, columns.type.layout),
-    )
-    mean, square = gl.zeros([ROWS], gl.float32, rows.type.layout), gl.zeros([ROWS], gl.float32, rows.type.layout)
+    bias = gl.zeros([COLUMNS], gl.float16, gl.SliceLayout(0, layout))
+    factor = gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(0, layout))
+    mean = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    square = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
     if BIAS:
         bias = gl.load(epilogue[0] + columns)
     if NORM != "none":
