@@ -41,17 +41,12 @@ class FewTokensCluster:
         self._tables = weights.words, weights.positions, weights.norms[0].contiguous()
         self._weights, self._vectors = pack_weights(weights), pack_vectors(weights)
         self._layers, self._eps = len(weights.up_weight), eps
-        macros = {
-            "HEADS": _HEADS,
-            "SHARED": _SHARED_BYTES,
-            "POOLING": _POOLINGS.index(pooling),
-            "NORMALIZE": int(normalize),
-        }
+        device = weights.words.device
         self._kernels = {
             rows: CudaKernel(
-                "few_tokens_cluster", macros | {"ROWS": rows}, weights.words.device, _HEADS, _THREADS, _SHARED_BYTES
+                "few_tokens_cluster", make_macros(rows, pooling, normalize), device, _HEADS, _THREADS, _SHARED_BYTES
             )
-            for rows in (16, 32)
+            for rows in (16, MAX_TOKENS)
         }
 
     @staticmethod
@@ -70,7 +65,13 @@ class FewTokensCluster:
             *(each.data_ptr() for each in tensors),
             len(ids), len(out), self._layers, self._eps, 1.4426950408889634 / _HEAD**0.5,
         )  # fmt: skip
-        self._kernels[16 if len(ids) <= 16 else 32].launch(argument)
+        self._kernels[16 if len(ids) <= 16 else MAX_TOKENS].launch(argument)
+
+
+def make_macros(rows: int, pooling: str, normalize: bool) -> dict[str, int]:
+    """What the kernel is compiled with for up to `rows` tokens."""
+    numbers = {"POOLING": _POOLINGS.index(pooling), "NORMALIZE": int(normalize)}
+    return {"ROWS": rows, "HEADS": _HEADS, "SHARED": _SHARED_BYTES, **numbers}
 
 
 def pack_weights(weights: Stacked) -> Tensor:

@@ -1,14 +1,18 @@
 """The cluster's kernel: packed weights are what each program multiplies by; on a GPU with clusters it is the oracle."""
 
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from serving.engines.bert import BertConfig, Packed, Weights, encode
 from serving.engines.cuda_encoder import Encoder
+from serving.kernels.compiled import _FOLDER
 from serving.kernels.few_tokens import Stacked
-from serving.kernels.few_tokens_cluster import FewTokensCluster, pack_vectors, pack_weights
+from serving.kernels.few_tokens_cluster import FewTokensCluster, make_macros, pack_vectors, pack_weights
 from tests.serving.kernels.models import make_encoder, read_model
 from tests.serving.kernels.packs import make_packed, relative_error
 
@@ -60,6 +64,17 @@ def test_pack_weights_gives_every_warp_the_fragment_it_multiplies_by() -> None:
     assert packed[128:256].tolist() == biases["up"][0, 128 * program :][:128].tolist()
     assert packed[256:288].tolist() == biases["down"][0, 32 * program :][:32].tolist()
     assert packed[288:].tolist() == norms[1:].flatten().tolist()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs CUDA's compiler")
+@pytest.mark.parametrize(("rows", "pooling"), [(16, "cls"), (32, "mean")])
+def test_few_tokens_cluster_compiles_without_spilling(rows: int, pooling: str, tmp_path: Path) -> None:
+    macros = [f"-D{name}={value}" for name, value in make_macros(rows, pooling, True).items()]
+    target = ["-gencode=arch=compute_90,code=sm_90", "-std=c++17", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "out"]
+    command = ["nvcc", *target, *macros, _FOLDER / "few_tokens_cluster.cu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes spill stores" in done.stderr
 
 
 def test_few_tokens_cluster_fits_only_its_sizes_and_a_gpu() -> None:
