@@ -38,6 +38,7 @@ from benchmarks.sitting import Plan, Sitting
 from benchmarks.texts import load_texts
 from flows.environment import make_state_folder, prepare_environment
 from registry.client import pull, read_stored
+from registry.errors import RegistryError
 from registry.store import FolderStore, default_registry
 from tasks.errors import TaskError
 from tasks.state import state_dir
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     _raise_file_limit()
     try:
         rows = _measure(arguments)
-    except (ServerFailed, TaskError) as error:
+    except (ServerFailed, TaskError, RegistryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(render_table(rows))

@@ -53,7 +53,7 @@ class Opened:
 
 
 class SwitchedEngine:
-    """One engine for a small batch that runs alone, on all cores, and another for everything else."""
+    """One engine for a small batch that runs alone, on more threads, and another for everything else."""
 
     def __init__(self, small: Engine, large: Engine) -> None:
         self._small, self._large = small, large

@@ -32,15 +32,16 @@ def entries(bundle: Path, *runtimes: str) -> list[EngineEntry]:
     ("threads", "instances", "cores", "expected"),
     [
         (0, 0, 1, [(1, 1)]),
-        (0, 0, 2, [(2, 1), (1, 2)]),
-        (0, 0, 8, [(8, 1), (4, 2), (2, 4)]),
+        (0, 0, 2, [(1, 1), (1, 2)]),
+        (0, 0, 3, [(2, 1), (1, 2)]),
+        (0, 0, 8, [(7, 1), (4, 2), (2, 4)]),
         (3, 0, 8, [(3, 1)]),
         (0, 2, 8, [(4, 2)]),
         (3, 2, 8, [(3, 2)]),
         (0, 4, 2, [(1, 4)]),
     ],
 )
-def test_setups_share_the_cores_unless_told(
+def test_setups_share_the_cores_and_leave_one_to_the_event_loop_unless_told(
     bundle: Path, threads: int, instances: int, cores: int, expected: list[tuple[int, int]]
 ) -> None:
     setups = list_setups(entries(bundle, ORT, OV), threads, instances, cores)
