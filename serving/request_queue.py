@@ -222,9 +222,11 @@ class RequestQueue:
         self._count(items, 1)
 
     def _count(self, items: Sequence[Item], sign: int) -> None:
-        num_bulk_tokens = sum(item.length for item in items if item.is_bulk)
-        self.num_bulk_tokens += sign * num_bulk_tokens
-        self.num_single_tokens += sign * (sum(item.length for item in items) - num_bulk_tokens)
+        for item in items:
+            if item.turn:
+                self.num_bulk_tokens += sign * item.length
+            else:
+                self.num_single_tokens += sign * item.length
 
     def oldest_arrival(self) -> float | None:
         """When the first of the texts that wait arrived; None when nothing waits."""
@@ -232,26 +234,40 @@ class RequestQueue:
 
     def peek(self, count: int) -> list[Item]:
         """The first `count` rows by due time that somebody waits for; the dead ones before them are dropped."""
-        (single, dead), (bulk, more_dead) = _alive(self._single, count), _alive(self._bulk, count)
-        self._count([*dead, *more_dead], -1)
-        self.forget([*dead, *more_dead])
-        due = self._bulk_due
+        single = self._first_alive(self._single, count)
+        if not self._bulk:
+            return single
+        bulk, due = self._first_alive(self._bulk, count), self._bulk_due
         for item in bulk:
             item.due = due
             due += item.length / self._bulk_rate
-        return sorted([*single, *bulk], key=_due)[:count] if bulk else single
+        return sorted([*single, *bulk], key=_due)[:count]
+
+    def _first_alive(self, queue: list[Item], count: int) -> list[Item]:
+        """The first `count` that somebody waits for; the dead before them are taken out."""
+        alive: list[Item] = []
+        dead: list[Item] = []
+        for item in queue:
+            if len(alive) == count:
+                break
+            (dead if item.is_dead else alive).append(item)
+        if dead:
+            queue[: len(alive) + len(dead)] = alive
+            self._count(dead, -1)
+            self.forget(dead)
+        return alive
 
     def remove(self, window: Sequence[Item], taken: Sequence[Item], now: float) -> None:
         """Take `taken` from the front of the queue; `window` is what `peek` returned just before."""
         gone = {id(item) for item in taken}
         self._count(taken, -1)
-        bulk = [item for item in taken if item.is_bulk]
+        bulk = [item for item in taken if item.turn]
         if bulk:
             # What the lane gets before it is due is a gift: from now on it is owed its part as ever.
             num_tokens = sum(item.length for item in bulk)
             self._bulk_due = min(self._bulk_due, now) + num_tokens / self._bulk_rate
             self._bulk_turn = self._bulk[0].turn
-        for items in (self._single, self._bulk):
+        for items in (self._single, self._bulk) if self._bulk else (self._single,):
             items[: len(window)] = [item for item in items[: len(window)] if id(item) not in gone]
         for item in bulk:
             item.turn = 0.0  # it runs: whoever comes may share its row
@@ -261,16 +277,3 @@ class RequestQueue:
         for item in items:
             if self._in_flight.get(item.key) is item:
                 del self._in_flight[item.key]
-
-
-def _alive(queue: list[Item], count: int) -> tuple[list[Item], list[Item]]:
-    """The first `count` that somebody waits for, and the dead before them, which are taken out."""
-    alive: list[Item] = []
-    dead: list[Item] = []
-    for item in queue:
-        if len(alive) == count:
-            break
-        (dead if item.is_dead else alive).append(item)
-    if dead:
-        queue[: len(alive) + len(dead)] = alive
-    return alive, dead
