@@ -36,7 +36,7 @@ corpus = build_corpus.fn(uri, (), corpus_fingerprint(uri))
 made = distill.fn(teacher, teacher, DistillConfig(depth=1, epochs=6, batch_size=8, learning_rate=2e-3), corpus)
 print(json.dumps({"digest": made.digest, "steps": len(steps), "told": read_step(made.folder).details["num_steps"]}))
 """
-KILL_SECONDS = 600
+KILL_SECONDS = 1800
 
 
 def start_distil(state: Path, *inputs: Path) -> subprocess.Popen[str]:
@@ -47,7 +47,10 @@ def start_distil(state: Path, *inputs: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, _ = process.communicate(timeout=KILL_SECONDS)
+    try:
+        out, _ = process.communicate(timeout=KILL_SECONDS)
+    finally:
+        process.kill()
     assert process.returncode == 0
     return dict(json.loads(out.splitlines()[-1]))
 
