@@ -8,6 +8,7 @@ candidate is judged on the latter two, which neither training nor calibration se
 
 import argparse
 import gzip
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,28 @@ def main() -> int:
         rows += [row for judged in outcome.study.judged for row in speed_rows(judged, outcome.study.speeds, common)]
     if arguments.data:
         rows += retrieval_rows(outcome.study, arguments.data / "retrieval" / "scifact", common)
+    made_of = {judged.name: describe_making(judged, outcome, arguments) for judged in outcome.study.judged}
+    for row in rows:
+        row["config"] = row["config"] | made_of[row["case"]]
     append_rows(_BENCH, rows, arguments.out)
     return 0
+
+
+def describe_making(judged: Any, outcome: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a row is made again by: the command, the MLflow run for `thorforge reproduce`, the recipe, the digests."""
+    from tasks.record import list_digests  # noqa: PLC0415
+
+    command = ["python", "-m", "benchmarks.bench_variants", "--variant", judged.name]
+    command += ["--data", str(arguments.data)] if arguments.data else []
+    command += ["--quality-only"] if arguments.quality_only else []
+    digests, own = list_digests(outcome.study), ("teacher", "corpus", f"{judged.name} model", judged.name)
+    variant = judged.candidate.variant
+    return {
+        "command": shlex.join(command),
+        "run": outcome.run_id,
+        "recipe": variant.model_dump(mode="json", include={"build", "steps", "method", "qdq"}),
+        "digests": {name: digests[name] for name in own if name in digests},
+    }
 
 
 def collect_sentences(folder: Path, path: Path) -> Path:
@@ -67,8 +88,6 @@ def collect_sentences(folder: Path, path: Path) -> Path:
 def quality_rows(judged: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
     """Size, parameters and what the flow judged on its own corpus."""
     name, metrics = judged.name, judged.quality.metrics
-    steps = {"steps": [step.model_dump() for step in judged.candidate.variant.steps]}
-    common = {**common, "config": {**common["config"], **steps}}
     rows = [
         make_row(_BENCH, name, "size_mb", "MB", judged.size_mb, **common),
         make_row(_BENCH, name, "params", "parameters", judged.model.num_parameters, **common),
@@ -119,7 +138,7 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> list[dic
     teacher = embed("teacher", open_teacher(study.teacher.folder))
     rows = []
     for judged in study.judged:
-        encode, engine = open_candidate(judged.candidate)
+        encode, engine = open_candidate(judged.candidate, is_exact=judged.candidate.variant.is_qdq)
         metrics = compare_retrieval(embed(judged.name, encode), teacher, retrieval)
         engine.close()
         for metric in ("ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"):

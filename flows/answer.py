@@ -3,7 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -14,14 +14,18 @@ from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Failed
 
+from flows.approval import too_late
 from flows.config import Settings, open_registry
 from registry.approval import Decision, check_approval, decide
 from registry.errors import ApprovalRejected, PromotionRefused
+from registry.events import Judged, Refused
 from registry.gate import GateRecord
-from registry.ledger import Judged, Refused, append_once, read_ledger
+from registry.ledger import append_once, read_ledger
 from registry.store import Store
 from tasks.errors import NotWaiting
+from tasks.notify import notify
 
 _FORM_TRIES, _FORM_SECONDS = 20, 0.25
 
@@ -80,6 +84,27 @@ def answer(
         raise NotWaiting(f"{waiting.name} did not take the answer: {getattr(result.details, 'reason', result.status)}")
 
 
+def end_unanswered(settings: Settings, now: datetime) -> list[Waiting]:
+    """End every suspended promotion that nobody answered in time, on record: its own process is gone and cannot."""
+    policy, store, ended = settings.promote.approval, open_registry(settings), list[Waiting]()
+    asked_before = now - timedelta(hours=policy.valid_hours)
+    with get_client(sync_client=True) as client:
+        for run in _paused_runs(client):
+            state = run.state
+            if state is None or state.name != "Suspended" or state.timestamp > asked_before:
+                continue
+            waiting = _read_waiting(client, run)
+            if waiting is None:
+                continue
+            error = too_late(policy, waiting.bundle, "nobody answered")
+            _record(store, waiting, error, waiting.requested_by)
+            client.set_flow_run_state(run.id, Failed(message=f"{type(error).__name__}: {error}"))
+            ended.append(waiting)
+            document = {"model": waiting.model, "bundle": waiting.bundle, "requested_by": waiting.requested_by}
+            notify(settings.promote.webhooks, "promotion.refused", {**document, "reason": str(error)})
+    return ended
+
+
 def _refuse_what_cannot_count(
     store: Store,
     settings: Settings,
@@ -97,11 +122,14 @@ def _refuse_what_cannot_count(
     except ApprovalRejected:
         return  # a plain no, which the run is to hear
     except PromotionRefused as error:
-        refused = Refused(
-            action="promote", bundle=waiting.bundle, error=type(error).__name__, reason=str(error), asked_by=approver
-        )
-        append_once(store, waiting.model, refused)
+        _record(store, waiting, error, approver)
         raise
+
+
+def _record(store: Store, waiting: Waiting, error: PromotionRefused, asked_by: str) -> None:
+    name, reason = type(error).__name__, str(error)
+    refused = Refused(action="promote", bundle=waiting.bundle, error=name, reason=reason, asked_by=asked_by)
+    append_once(store, waiting.model, refused)
 
 
 def _find_gate(store: Store, waiting: Waiting) -> GateRecord | None:

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, Field
 
 from registry.approval import Approval, ApprovalPolicy, approve_by_policy, check_approval, check_approvals, decide
 from registry.errors import ApprovalExpired, ApprovalMissing, ApprovalRejected, PromotionRefused
-from registry.ledger import Decided, Moved, Refused, append_once, read_ledger
+from registry.events import Decided, Moved, Refused
+from registry.ledger import append_once, read_ledger
 from tasks.case_page import describe_case
 from tasks.promotion import Case
 
@@ -153,12 +154,17 @@ def _ask(case: Case, policy: ApprovalPolicy, key: str, page: str) -> tuple[Appro
 
 
 def _expired(case: Case, policy: ApprovalPolicy, what: str) -> ApprovalExpired:
-    error = ApprovalExpired(
-        f"{what} after the {policy.valid_hours:g} hours in which bundle {case.digest} could be approved "
-        "(promote.approval.valid_hours)"
-    )
+    error = too_late(policy, case.digest, what)
     record_refusal(case, case.requested_by, error)
     return error
+
+
+def too_late(policy: ApprovalPolicy, digest: str, what: str) -> ApprovalExpired:
+    """What ends a promotion that was answered too late, or never."""
+    return ApprovalExpired(
+        f"{what} after the {policy.valid_hours:g} hours in which bundle {digest} could be approved "
+        "(promote.approval.valid_hours)"
+    )
 
 
 def _asked_and_answered(key: str) -> tuple[datetime, datetime]:

@@ -70,7 +70,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 @app.command()
 def optimize(
-    model: Annotated[str | None, typer.Option(help="teacher: a folder, package:<installed package> or hf:<id>")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="teacher: a folder, package:<installed package>, hf:<id> or s3://bucket/prefix")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="the model's name in the registry")] = None,
     corpus: Annotated[str | None, typer.Option(help="docs:, a text file or a BEIR folder")] = None,
     sts: _Sts = None,
@@ -106,6 +108,34 @@ def optimize(
     outcome = run_optimize(settings, refresh=refresh)
     print_outcome(outcome, as_json=as_json)
     if outcome.published is None:
+        raise typer.Exit(3)
+
+
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(help="id of an MLflow run of `optimize`")],
+    variant: _Variants = None,
+    config: Annotated[Path | None, typer.Option(help="settings file; else thorforge.toml where there is one")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a finished run again from what MLflow keeps of it, and show what came out beside what came out then.
+
+    Example: thorforge reproduce 5f0c6a1b2c3d4e5f8a9b0c1d2e3f4a5b --variant int8-static
+
+    Settings, recipes and seeds are the run's own, no cached result is used and nothing is published. Of `config` only
+    `tracking_uri` counts. Exit status: 0 all digests are the same, 1 bad input, 3 some differ.
+    """
+    make_state_folder()
+    from flows.config import load_settings  # noqa: PLC0415  --help and completion stay fast
+    from flows.reproduce import as_table, is_same  # noqa: PLC0415
+    from flows.reproduce import reproduce as run_again  # noqa: PLC0415
+
+    pairs = run_again(run, load_settings(config).optimize.tracking_uri, tuple(variant or ()))
+    if as_json:
+        print(json.dumps([asdict(pair) for pair in pairs]))
+    else:
+        Console().print(as_table(pairs))
+    if not is_same(pairs):
         raise typer.Exit(3)
 
 

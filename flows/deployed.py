@@ -1,9 +1,12 @@
 """Rollback and reconcile as flows, for a Prefect server; the commands of the same names need none."""
 
+from datetime import UTC, datetime
+
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
+from flows.answer import end_unanswered
 from flows.config import load_settings, open_registry
 from flows.reconcile import Drift, find_drift, repair
 from flows.rollback import Rollback, roll_back
@@ -37,6 +40,8 @@ def rollback(model: str, requested_by: str, to: str | None = None, reason: str =
 def reconcile(model: str | None = None, mend: bool = True) -> list[Drift]:
     """Compare MLflow's aliases with the channels of one model, or of all, and mend them.
 
+    It also ends promotions that nobody answered in time.
+
     Args:
         model: the model's name in the registry; all of them where absent
         mend: make MLflow agree with the registry
@@ -48,4 +53,6 @@ def reconcile(model: str | None = None, mend: bool = True) -> list[Drift]:
         create_table_artifact([found.model_dump() for found in drift], key="alias-drift")
     if mend:
         repair(settings, drift)
+    for unanswered in end_unanswered(settings, datetime.now(UTC)):
+        get_run_logger().warning("nobody answered %s in time, it is ended", unanswered.name)
     return drift

@@ -1,6 +1,7 @@
 """optimize: from a teacher to a published, judged bundle. This file reads top to bottom as the pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from flows.config import OptimizeConfig
 from flows.engines import build_engines
 from flows.models import make_models
 from flows.workers import dask_workers
+from registry.cache import fetched
 from registry.channel import read_channel
-from registry.client import pull
 from registry.errors import ChannelNotFound
 from registry.manifest import MANIFEST_NAME
 from registry.store import open_store
@@ -22,13 +23,15 @@ from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
+from tasks.delivery import cache_folder
 from tasks.evaluate import evaluate, score_champion
 from tasks.export import export_onnx
 from tasks.hardware import describe_hardware
 from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
-from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
+from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish, record_verdicts
 from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
+from tasks.record import RECORD_NAME, make_record
 from tasks.report import report
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
@@ -46,6 +49,7 @@ class Outcome(BaseModel):
     study: Study
     published: Published | None
     report: Path
+    run_id: str
 
 
 # One task at a time: an engine keeps every core busy, and two at once spin against each other.
@@ -57,9 +61,10 @@ def optimize(config: OptimizeConfig) -> Outcome:
     teacher = load_teacher(config.model, config.name)
     limits, price = config.gate.for_model(teacher.name), config.price_per_node_hour
     tracked = track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}")
-    with tracked as tracker, dask_workers(config.dask_scheduler):
+    production = fetched_champion(config.registry, teacher.name)
+    with tracked as tracker, dask_workers(config.dask_scheduler), production as champion:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
-        variants, hardware = config.recipes(), describe_hardware()
+        variants, hardware = [v.within(limits) for v in config.recipes()], describe_hardware()
         models = make_models(teacher, variants, corpus)
         exported = {steps: export_onnx(model) for steps, model in models.items()}
         how = (teacher.max_seq_length, corpus, config.calibration_size)
@@ -70,7 +75,6 @@ def optimize(config: OptimizeConfig) -> Outcome:
         qualities = [future.result() for future in judging]
 
         # Alone on the machine: every candidate is judged by now.
-        champion = pull_champion(config.registry, teacher.name)
         scores = score_champion(champion, corpus, hardware)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
         study = Study(
@@ -87,32 +91,39 @@ def optimize(config: OptimizeConfig) -> Outcome:
         )
         published, bundle = _publish_best(study, teacher_embeddings, tracker.run_id, config.registry)
         page = report(state_dir() / "reports" / str(flow_run.name) / "report.html", study, published)
+        tracker.log_document(make_record(config.model_dump(mode="json"), study).model_dump(), RECORD_NAME)
         _track(tracker, study, published, bundle, page)
-    return Outcome(study=study, published=published, report=page)
+    return Outcome(study=study, published=published, report=page, run_id=tracker.run_id)
 
 
 def _publish_best(
     study: Study, teacher_embeddings: Artifact, run_id: str, registry: str | None
 ) -> tuple[Published | None, Artifact | None]:
-    """The bundle of the candidate that the rule chooses, in the registry; nothing where the gate passed none."""
+    """The bundle of the candidate that the rule chooses, in the registry; nothing where the gate passed none.
+
+    Either way the ledger has every verdict before anything is published.
+    """
     winner = choose(study.judged, study.select_by)
     if winner is None:
+        record_verdicts(study, None, registry)
         return None, None
     origin = Origin(mlflow_run_id=run_id, git_commit=find_git_commit())
     bundle = assemble_bundle(study, winner.name, teacher_embeddings, origin)
+    record_verdicts(study, bundle, registry)
     return publish(bundle, winner.name, registry), bundle
 
 
-def pull_champion(registry: str | None, name: str) -> Path | None:
+@contextmanager
+def fetched_champion(registry: str | None, name: str) -> Iterator[Path | None]:
     """The verified bundle that `production` points at, or None where nothing is in production yet."""
     store = open_store(registry)
     try:
         digest = read_channel(store, name, "production").digest
     except ChannelNotFound:
-        return None
-    target = state_dir() / "champions" / digest
-    pull(store, name, digest, target)
-    return target
+        yield None
+        return
+    with fetched(store, name, digest, cache_folder()) as folder:
+        yield folder
 
 
 def _submit_build(
@@ -148,7 +159,7 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
     for row in study.judged:
         tracker.log_candidate(row, study.corpus_uri)
     winner = study.find(published.variant) if published else None
-    tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged})
+    tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged}, study.not_built_reasons())
     tracker.log_figure(plot_pareto(study), "pareto.png")
     tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
     for name, figure in (plot_steps(study) | plot_quantization(study)).items():

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from flows.environment import make_state_folder
 from registry.approval import Approval, Decision
-from registry.ledger import Collected, Decided, Event, Judged, Moved, Refused, read_ledger
+from registry.events import Collected, Decided, Event, Judged, Moved, Proved, Refused, Screened
+from registry.ledger import read_ledger
 from registry.promotion import Status, status
 from registry.store import Store
 
@@ -275,16 +276,22 @@ def _describe_event(event: Event) -> tuple[str, str, str, str]:
     """What happened, to which bundle, by whom, and why."""
     match event:
         case Judged():
-            return f"gate {event.report.verdict}", event.bundle, "-", event.report.reason
+            row = f"gate {event.report.verdict}", event.bundle, "-", event.report.reason
+        case Screened(candidates=candidates):
+            verdicts = ", ".join(f"{one.variant} {one.report.verdict}" for one in candidates)
+            row = "screening", event.bundle or "none", event.screened_by, verdicts
         case Decided(approval=approval):
             kind = {"approval": approval.decision, "override": "override", "policy": "policy"}[approval.kind]
-            return kind, approval.bundle, approval.approver, approval.reason
+            row = kind, approval.bundle, approval.approver, approval.reason
         case Refused():
-            return f"refused {event.action}", event.bundle, event.asked_by, f"{event.error}: {event.reason}"
+            row = f"refused {event.action}", event.bundle, event.asked_by, f"{event.error}: {event.reason}"
         case Moved():
-            return f"{event.kind} {event.channel} #{event.number}", event.bundle, event.moved_by, event.reason
+            row = f"{event.kind} {event.channel} #{event.number}", event.bundle or "none", event.moved_by, event.reason
+        case Proved():
+            row = "proof", event.bundle, event.asked_by, f"{event.worker} embeds at cosine {event.live_mean:.4f}"
         case Collected():
-            return "collection", f"{len(event.bundles)} bundles", event.collected_by, ""
+            row = "collection", f"{len(event.bundles)} bundles", event.collected_by, ""
+    return row
 
 
 def _print(table: Table) -> None:

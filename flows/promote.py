@@ -13,9 +13,9 @@ from registry.errors import RegistryError
 from registry.promotion import status
 from serving.telemetry import disable_telemetry
 from tasks.delivery import Proof
-from tasks.errors import TaskError, TrackingFailed, VerificationFailed
+from tasks.errors import TaskError
 from tasks.notify import Event, notify
-from tasks.promotion import Case, find_report, mirror_aliases, move, open_case, put_back, verify
+from tasks.promotion import Case, find_report, find_served, mirror_aliases, move, open_case, put_back, verify
 
 
 class Promotion(BaseModel):
@@ -47,16 +47,18 @@ def promote(model: str, digest: str, requested_by: str, reason: str = "") -> Pro
     settings = load_settings()
     rules, store, tracking_uri = settings.promote, open_registry(settings), settings.optimize.tracking_uri
     with refusals_told(rules, model, digest, requested_by):
+        served: dict[str, str] = {}
         case = open_case(store, model, digest, settings.optimize.gate.for_model(model), requested_by, reason)
         if not case.is_in_production:
             page = find_report(case, tracking_uri)
             approvals = collect_approvals(case, rules.approval, page, lambda: tell(rules, case, "approval.waiting"))
+            served = find_served(rules.workers, model)
             move(case, approvals, rules.approval)
     try:
         mirror_aliases(tracking_uri, store, model)
-        proofs = [verify(worker, store, model, case.digest) for worker in rules.workers]
-    except (TrackingFailed, VerificationFailed) as error:
-        outcome = put_back(case, rules.workers, tracking_uri, str(error))
+        proofs = [verify(worker, case) for worker in rules.workers]
+    except (TaskError, RegistryError, OSError) as error:
+        outcome = put_back(case, rules.workers, served, tracking_uri, str(error))
         tell(rules, case, "promotion.undone", f"{error}; {outcome}")
         raise type(error)(f"{error}; {outcome}") from None
     tell(rules, case, "promotion.done")

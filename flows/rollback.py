@@ -8,7 +8,7 @@ from flows.config import Settings, open_registry
 from registry import promotion
 from registry.errors import RegistryError, RollbackRefused
 from registry.ledger import as_move
-from tasks.delivery import Proof, deliver
+from tasks.delivery import Proof, prove
 from tasks.errors import TaskError
 from tasks.notify import notify
 
@@ -50,17 +50,19 @@ def roll_back(settings: Settings, model: str, to: str | None, asked_by: str, rea
     )
     seconds = time.monotonic() - started
     move = as_move(entry)
+    if (digest := move.bundle) is None:
+        raise RollbackRefused(f"a promotion of {model} that failed was undone just now: production points nowhere")
     proofs, faults = [], []
     for worker in settings.promote.workers:
         try:
-            proofs.append(deliver(worker, store, model, move.bundle))
+            proofs.append(prove(worker, store, model, digest, asked_by))
         except (TaskError, RegistryError) as error:
             faults.append(f"{type(error).__name__}: {error}")
-    document = {"model": model, "bundle": move.bundle, "left": move.replaced, "requested_by": asked_by}
+    document = {"model": model, "bundle": digest, "left": move.replaced, "requested_by": asked_by}
     notify(settings.promote.webhooks, "rollback.done", {**document, "reason": reason, "faults": faults})
     return Rollback(
         model=model,
-        digest=move.bundle,
+        digest=digest,
         left=move.replaced or "",
         move=move.number,
         seconds=seconds,

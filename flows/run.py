@@ -95,6 +95,7 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
         command = f"thorforge promote {published.digest[:12]} --model {published.name}"
         console.print(f"Put it into production: {command}", soft_wrap=True, highlight=False)
     console.print(f"Report: {outcome.report}", soft_wrap=True)
+    console.print(f"Again: thorforge reproduce {outcome.run_id}", soft_wrap=True, highlight=False)
 
 
 def describe_outcome(outcome: Outcome) -> dict[str, Any]:
@@ -104,9 +105,10 @@ def describe_outcome(outcome: Outcome) -> dict[str, Any]:
         "model": outcome.study.teacher.name,
         "teacher_params": outcome.study.teacher.num_parameters,
         "candidates": [_describe_candidate(row) for row in outcome.study.judged],
-        "not_built": {build.variant: build.reason for build in outcome.study.not_built},
+        "not_built": outcome.study.not_built_reasons(),
         "published": {"digest": published.digest, "name": published.variant} if published else None,
         "report": str(outcome.report),
+        "run": outcome.run_id,
     }
 
 

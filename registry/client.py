@@ -36,17 +36,16 @@ from registry.manifest import (
     read_signature,
     verify_bundle,
 )
-from registry.signing import public_key_path, sign, signing_key_path
-from registry.staging import Progress, copy_files, exclusive_lock, make_folder, needs_room, rename_folder, staged_folder
+from registry.settings import load_settings
+from registry.signing import sign
+from registry.staging import Progress, copy_files, make_folder, needs_room, rename_folder, staged_folder
 from registry.store import Store
 
 __all__ = [
-    "MAX_BUNDLE_BYTES", "StoredBundle", "check_stored", "fetch", "list_bundles", "pull", "push", "read_stored",
-    "resolve", "verify_stored",
+    "StoredBundle", "check_stored", "list_bundles", "pull", "push", "read_stored", "resolve", "verify_stored",
 ]  # fmt: skip
 
 MIN_PREFIX = 8
-MAX_BUNDLE_BYTES = 64 << 30
 _MAX_SIGNATURE_BYTES = 4096
 
 
@@ -61,17 +60,17 @@ class StoredBundle:
     fault: str
 
 
-def push(bundle: Path, store: Store, progress: Progress | None = None, *, max_bytes: int = MAX_BUNDLE_BYTES) -> str:
+def push(bundle: Path, store: Store, progress: Progress | None = None) -> str:
     """Verify the folder `bundle`, publish it whole or not at all and return its digest.
 
-    It is signed where a signing key is configured, and must be signed where a public key is (`registry.signing`).
+    It is signed where a signing key is configured, and must be signed where a public key is (`registry.settings`).
     Pushing what is already there changes nothing; a refusal is recorded in the ledger of the model that it names.
     Raises ManifestInvalid, DigestMismatch, BundleIncomplete, BundleTooLarge, SignatureMissing, SignatureInvalid,
     StoreFull.
     """
     digest = digest_of(bundle)
     with _recorded_refusals(store, bundle, digest):
-        check_size(sum((bundle / name).stat().st_size for name in list_files(bundle)), max_bytes, str(bundle))
+        check_size(sum((bundle / name).stat().st_size for name in list_files(bundle)), str(bundle))
         contents = verify_bundle(bundle, digest)
         signature = _signature_of(bundle, digest)
         store.put_bundle(bundle, digest, contents, progress)
@@ -80,15 +79,7 @@ def push(bundle: Path, store: Store, progress: Progress | None = None, *, max_by
     return digest
 
 
-def pull(
-    store: Store,
-    model: str,
-    reference: str,
-    target: Path,
-    progress: Progress | None = None,
-    *,
-    max_bytes: int = MAX_BUNDLE_BYTES,
-) -> Manifest:
+def pull(store: Store, model: str, reference: str, target: Path, progress: Progress | None = None) -> Manifest:
     """Copy a bundle to the folder `target`, every byte verified, and return its manifest.
 
     `target` appears whole or not at all; it may be empty or already be this very bundle. Raises TargetExists where it
@@ -101,7 +92,7 @@ def pull(
         return _verify_target(target, digest)
     contents, files = _stored_files(store, model, digest)
     size = sum(entry.size for entry in files.values())
-    check_size(size, max_bytes, f"{model} {digest} in {store}")
+    check_size(size, f"{model} {digest} in {store}")
     with needs_room(target, size):
         make_folder(target.parent)
         with staged_folder(target.parent, "pull") as staged:
@@ -110,19 +101,6 @@ def pull(
                 return contents
     # Somebody else filled `target` first: with this bundle, or it is refused.
     return _verify_target(target, digest)
-
-
-def fetch(store: Store, model: str, reference: str, cache: Path, progress: Progress | None = None) -> Path:
-    """The folder of a verified bundle in the folder `cache`, which many processes may share: one of them copies it.
-
-    Raises what `pull` raises.
-    """
-    digest = resolve(store, model, reference)
-    folder = cache / model / digest
-    make_folder(folder.parent)
-    with exclusive_lock(folder.parent / f".{digest}.lock"):
-        pull(store, model, digest, folder, progress)
-    return folder
 
 
 def resolve(store: Store, model: str, reference: str) -> str:
@@ -232,7 +210,7 @@ def _stored_files(
     missing, extra = sorted(files.keys() - found), sorted(found - files.keys())
     if missing or extra:
         raise BundleIncomplete(f"{model} {digest} in {store}: missing {missing}, not in the manifest {extra}")
-    if needs_signature and (public_keys := public_key_path()):
+    if needs_signature and (public_keys := load_settings().public_key):
         check_signature(data, signature, public_keys, f"{model} {digest} in {store}")
     return contents, files
 
@@ -245,18 +223,18 @@ def _read_signature(store: Store, model: str, digest: str) -> bytes:
 def _signature_of(bundle: Path, digest: str) -> bytes | None:
     """The signature that lies in the folder, or a new one where a key is configured; checked where it must be."""
     data = (bundle / MANIFEST_NAME).read_bytes()
-    signature, private_key = read_signature(bundle), signing_key_path()
-    if signature is None and private_key is not None:
-        signature = sign(data, private_key)
-    if public_keys := public_key_path():
-        check_signature(data, signature, public_keys, str(bundle))
+    signature, settings = read_signature(bundle), load_settings()
+    if signature is None and settings.signing_key is not None:
+        signature = sign(data, settings.signing_key)
+    if settings.public_key is not None:
+        check_signature(data, signature, settings.public_key, str(bundle))
     return signature
 
 
-def check_size(size: int, max_bytes: int, source: str) -> None:
+def check_size(size: int, source: str) -> None:
     """Raise BundleTooLarge for a bundle over the limit."""
-    if size > max_bytes:
-        raise BundleTooLarge(f"{source} has {size} bytes, the limit is {max_bytes}")
+    if size > (limit := load_settings().max_bundle_bytes):
+        raise BundleTooLarge(f"{source} has {size} bytes, the limit is {limit} (registry.max_bundle_bytes)")
 
 
 @contextmanager
@@ -279,6 +257,6 @@ def _is_empty_folder(path: Path) -> bool:
 
 def _verify_target(target: Path, digest: str) -> Manifest:
     try:
-        return verify_bundle(target, digest, public_key_path())
+        return verify_bundle(target, digest, load_settings().public_key)
     except RegistryError as error:
         raise TargetExists(f"{target} is there and is not bundle {digest}: {error}") from None

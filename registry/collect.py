@@ -5,7 +5,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 
 from registry.channel import CHANNELS
-from registry.ledger import Collected, Decided, Entry, Judged, append, as_move, read_moves, walk_back
+from registry.events import Collected, Decided, Judged
+from registry.ledger import Entry, append, as_move, read_moves, walk_back
 from registry.moves import settle
 from registry.store import Store
 
@@ -58,20 +59,20 @@ def collect(
     return Collection(doomed, len(found) - len(doomed))
 
 
-def _needed(store: Store, model: str, newest: Entry | None, keep_promotions: int) -> set[str]:
-    needed = set[str]()
+def _needed(store: Store, model: str, newest: Entry | None, keep_promotions: int) -> set[str | None]:
+    needed = set[str | None]()
     for channel in CHANNELS:
-        record = settle(store, model, channel, newest)
+        record = settle(store, model, channel, newest).record
         if record is not None:
-            needed |= {record.digest, record.previous or record.digest}
+            needed |= {record.digest, record.previous}
         moves = read_moves(store, model, channel, newest) if newest else iter(())
         for entry in islice(moves, keep_promotions):
             move = as_move(entry)
-            needed |= {move.bundle, move.replaced or move.bundle}
+            needed |= {move.bundle, move.replaced}
     for entry in islice(walk_back(store, newest), _NUM_RECENT):
         match entry.event:
             case Judged(bundle=bundle):
                 needed.add(bundle)
             case Decided(approval=approval):
                 needed.add(approval.bundle)
-    return needed
+    return needed - {None}

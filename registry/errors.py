@@ -14,6 +14,7 @@ RegistryError
 ├── ChannelNotFound     the channel has never been set
 ├── RecordInvalid       a record in the store is not one we can read
 ├── TargetExists        something else lies where the bundle should go
+├── SettingsInvalid     a setting of the registry that cannot be read or is out of range
 ├── StoreFull           the disk has no room
 ├── StoreUnavailable    the S3 server does not answer, or refuses us
 ├── LedgerBroken        the ledger is not the chain that was written
@@ -85,6 +86,10 @@ class RecordInvalid(RegistryError):
 
 class TargetExists(RegistryError):
     """The folder to pull into holds something that is not this bundle."""
+
+
+class SettingsInvalid(RegistryError):
+    """A key of `[registry]`, or its variable, is unknown or out of range; or the settings file cannot be read."""
 
 
 class StoreFull(RegistryError):

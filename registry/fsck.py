@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from registry.channel import CHANNELS, ChannelRecord, read_channel_bytes
+from registry.channel import CHANNELS, Seen, see_channel
 from registry.client import check_stored, verify_stored
 from registry.errors import RegistryError
-from registry.ledger import Moved, as_move, read_moves, read_newest, verify_ledger
+from registry.events import Moved
+from registry.ledger import as_move, read_moves, read_newest, verify_ledger
 from registry.store import Store
 
 __all__ = ["Fault", "check_registry"]
@@ -47,28 +48,29 @@ def _check_ledger(store: Store, model: str) -> Iterator[Fault]:
 
 def _check_channel(store: Store, model: str, channel: str) -> Iterator[Fault]:
     try:
-        record, _ = read_channel_bytes(store, model, channel)
+        now = see_channel(store, model, channel)
         newest = read_newest(store, model)
         entry = next(read_moves(store, model, channel, newest), None) if newest else None
     except RegistryError as error:
         yield Fault(model, channel, str(error))
         return
-    if record is not None and not store.has_bundle(model, record.digest):
-        yield Fault(model, channel, f"points at {record.digest}, which is not in {store}")
-    reason = _compare(record, as_move(entry) if entry else None)
+    if now.record is not None and not store.has_bundle(model, now.record.digest):
+        yield Fault(model, channel, f"points at {now.record.digest}, which is not in {store}")
+    reason = _compare(now, as_move(entry) if entry else None)
     if reason:
         yield Fault(model, channel, reason)
 
 
-def _compare(record: ChannelRecord | None, move: Moved | None) -> str | None:
+def _compare(now: Seen, move: Moved | None) -> str | None:
     """How a channel differs from its newest recorded move; None: it does not."""
-    if record is None:
-        return f"was never set, but move {move.number} to {move.bundle} is recorded" if move else None
-    points = f"points at {record.digest} by move {record.sequence} of {record.moved_by}"
+    digest, previous = (now.record.digest, now.record.previous) if now.record else (None, None)
+    by = f" by move {now.sequence}{f' of {now.record.moved_by}' if now.record else ''}" if now.sequence else ""
+    points = f"points at {digest or 'nothing'}{by}"
     if move is None:
-        return f"{points}, which was never recorded"
-    if (record.digest, record.previous, record.sequence) == (move.bundle, move.replaced, move.number):
+        return f"{points}, which was never recorded" if now.sequence else None
+    if (digest, now.sequence) == (move.bundle, move.number) and (digest is None or previous == move.replaced):
         return None
-    if record.sequence == move.number - 1 and record.digest == move.replaced:
-        return f"{points}; move {move.number} to {move.bundle} was not carried out: promote or roll back finishes it"
-    return f"{points}, the ledger says {move.bundle} by move {move.number} of {move.moved_by}"
+    wanted = f"{move.bundle or 'nothing'} by move {move.number} of {move.moved_by}"
+    if now.sequence == move.number - 1 and digest == move.replaced:
+        return f"{points}; the move to {wanted} was not carried out: promote or roll back finishes it"
+    return f"{points}, the ledger says {wanted}"

@@ -1,4 +1,4 @@
-"""The ledger: what was judged, approved, refused, moved and collected, one hash-chained line of records a model.
+"""The ledger: one hash-chained line of records a model (`registry.events`), which nobody writes twice.
 
 Entry n lies under `ledger/<model>/<n>.json`, is created once and never written again, and holds the SHA-256 of entry
 n-1. To create it is to take place n, so writers who race form one line. `head` names one that was newest a moment ago.
@@ -10,21 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AwareDatetime, Field, PrivateAttr, ValidationError
 
-from registry.approval import Approval
-from registry.channel import ChannelName
 from registry.errors import LedgerBroken, RecordInvalid, RegistryError, StoreFull
-from registry.gate import GateRecord
+from registry.events import Action, Collected, Event, Judged, Moved, Part, Refused
 from registry.manifest import SafeName, Sha256, describe_validation
 from registry.store import Store, check_model_name
 
 __all__ = [
-    "COLLECTED", "Collected", "Decided", "Entry", "Event", "Judged", "Moved", "Refused", "append", "append_once",
-    "as_move", "read_entry", "read_ledger", "read_moves", "read_newest", "recorded_refusals", "verify_ledger",
-    "walk_back",
+    "COLLECTED", "Entry", "append", "append_once", "as_move", "read_entry", "read_ledger", "read_moves", "read_newest",
+    "recorded_refusals", "verify_ledger", "walk_back",
 ]  # fmt: skip
 
 COLLECTED = "collected"
@@ -34,68 +31,7 @@ _MAX_DIGITS = 12
 _NUM_RECENT = 32
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Judged(_Part):
-    """A gate's verdict on a bundle, whatever it was."""
-
-    kind: Literal["gate"] = "gate"
-    bundle: Sha256
-    report: GateRecord
-
-
-class Decided(_Part):
-    """A person's or a policy's decision, yes or no."""
-
-    kind: Literal["approval"] = "approval"
-    approval: Approval
-
-
-Action = Literal["push", "promote", "rollback"]
-
-
-class Refused(_Part):
-    """Something the registry did not do: the error's name and text, and who had asked."""
-
-    kind: Literal["refusal"] = "refusal"
-    action: Action
-    bundle: str = Field(max_length=256, description="the digest asked for, which need not be one")
-    error: str
-    reason: str
-    asked_by: str
-
-
-class Moved(_Part):
-    """A channel's move. `number` counts the channel's moves from 1; `replaced` is where it pointed before.
-
-    `set` is a move by hand, past gate and approval.
-    """
-
-    kind: Literal["move", "rollback", "set"]
-    channel: ChannelName
-    bundle: Sha256
-    replaced: Sha256 | None
-    number: int = Field(ge=1)
-    moved_by: str = Field(min_length=1, max_length=256)
-    reason: str = ""
-    gate: Sha256 | None = None
-    approvals: tuple[Approval, ...] = ()
-
-
-class Collected(_Part):
-    """Bundles that garbage collection is about to delete: from here on they can no longer be promoted."""
-
-    kind: Literal["collection"] = "collection"
-    bundles: tuple[Sha256, ...] = Field(min_length=1)
-    collected_by: str = Field(min_length=1, max_length=256)
-
-
-Event = Annotated[Judged | Decided | Refused | Moved | Collected, Field(discriminator="kind")]
-
-
-class Entry(_Part):
+class Entry(Part):
     """One entry. `previous` is the SHA-256 of the entry before, `latest` says where each channel moved before this one.
 
     Following `latest` reads a channel's moves, newest first, and nothing else. `id` is random: no two writers ever

@@ -1,9 +1,12 @@
 """The manifest: what a bundle is, how it was made, how good it is and which bytes belong to it."""
 
 import base64
+import fcntl
 import hashlib
 import json
+import os
 import re
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any, Literal
 
@@ -22,8 +25,8 @@ __all__ = [
     "MANIFEST_NAME", "SIGNATURE_NAME", "BundleIncomplete", "Compatibility", "Cosine", "DigestMismatch", "EngineEntry",
     "FileEntry", "Lineage", "Manifest", "ManifestInvalid", "Performance", "Profile", "Quantization", "RegistryError",
     "SignatureInvalid", "SignatureMissing", "Validation", "check_signature", "describe_validation", "digest_of",
-    "hash_file", "hash_stream", "is_digest", "is_name", "list_files", "parse_manifest", "payload_checksum",
-    "read_manifest", "read_signature", "scan_files", "verify_bundle", "write_manifest",
+    "hash_file", "hash_stream", "hold_bundle", "is_digest", "is_name", "list_files", "parse_manifest",
+    "payload_checksum", "read_manifest", "read_signature", "scan_files", "verify_bundle", "write_manifest",
 ]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"
@@ -297,6 +300,20 @@ def verify_bundle(bundle: Path, digest: str | None = None, public_keys: Path | N
                 f"{name} in {bundle} has digest {found[name].sha256}, the manifest says {entry.sha256}"
             )
     return manifest
+
+
+def hold_bundle(bundle: Path) -> int:
+    """A shared lock on the manifest, until the descriptor is closed: meanwhile no cache evicts the bundle.
+
+    Raises ManifestInvalid.
+    """
+    try:
+        descriptor = os.open(bundle / MANIFEST_NAME, os.O_RDONLY)
+    except OSError:
+        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None
+    with suppress(OSError):  # a file system without locks: there an evictor gets none either, and evicts nothing
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 def read_signature(bundle: Path) -> bytes | None:

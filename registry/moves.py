@@ -10,9 +10,10 @@ from typing import Literal
 from pydantic import ValidationError
 
 from registry.approval import Approval
-from registry.channel import ChannelRecord, read_channel_bytes, swap_channel
+from registry.channel import ChannelRecord, EmptiedRecord, Seen, see_channel, swap_channel
 from registry.errors import BundleNotFound, ChannelMoved, LedgerBroken, RecordInvalid
-from registry.ledger import COLLECTED, Collected, Entry, Moved, append, as_move, read_entry, read_moves, read_newest
+from registry.events import Collected, Moved
+from registry.ledger import COLLECTED, Entry, append, as_move, read_entry, read_moves, read_newest
 from registry.manifest import describe_validation
 from registry.store import Store
 
@@ -27,7 +28,7 @@ def move_channel(
     Raises what `record_move` raises.
     """
     record_move(store, model, channel, digest, expected, Grounds("set", moved_by))
-    record, _ = read_channel_bytes(store, model, channel)
+    record = see_channel(store, model, channel).record
     assert record is not None
     return record
 
@@ -43,22 +44,26 @@ class Grounds:
     approvals: tuple[Approval, ...] = ()
 
 
-def record_move(store: Store, model: str, channel: str, digest: str, expected: str | None, grounds: Grounds) -> Entry:
-    """Point a channel at `digest` if it still points at `expected` (None: was never set); returns the ledger's entry.
+def record_move(
+    store: Store, model: str, channel: str, digest: str | None, expected: str | None, grounds: Grounds
+) -> Entry:
+    """Point a channel at `digest` if it still points at `expected` (None: nowhere); returns the ledger's entry.
 
+    With a `digest` of None a rollback empties the channel: it points nowhere again, as before its first move.
     Moving a channel to where it already points changes nothing and returns the entry that moved it there. Raises
     ChannelMoved (names where it points now), BundleNotFound, ReferenceInvalid, RecordInvalid, LedgerBroken, StoreFull.
     """
 
     def propose(newest: Entry | None) -> Moved | None:
-        current = settle(store, model, channel, newest)
-        if not store.has_bundle(model, digest) or _is_collected(store, model, digest, newest):
+        now = settle(store, model, channel, newest)
+        points_at = now.record.digest if now.record else None
+        if digest is not None and (not store.has_bundle(model, digest) or _is_collected(store, model, digest, newest)):
             raise BundleNotFound(f"channel {channel} cannot move to {digest}: {store} holds no such bundle of {model}")
-        if current is not None and current.digest == digest:
+        if points_at == digest:
             return None
-        if (current.digest if current else None) != expected:
-            raise _moved(current, model, channel, expected)
-        return _next_move(current, model, channel, digest, grounds)
+        if points_at != expected:
+            raise _moved(now.record, model, channel, expected)
+        return _next_move(now, model, channel, digest, grounds)
 
     entry = append(store, model, propose) or next(read_moves(store, model, channel), None)
     if entry is None:
@@ -67,40 +72,37 @@ def record_move(store: Store, model: str, channel: str, digest: str, expected: s
     return entry
 
 
-def settle(store: Store, model: str, channel: str, newest: Entry | None) -> ChannelRecord | None:
-    """Carry out the newest recorded move of a channel if its mover did not, and return where the channel points.
+def settle(store: Store, model: str, channel: str, newest: Entry | None) -> Seen:
+    """Carry out the newest recorded move of a channel if its mover did not, and return the channel as it is then.
 
     `newest` is the ledger's newest entry, as the caller has seen it.
     """
     move = next(read_moves(store, model, channel, newest), None) if newest else None
     while True:
-        record, seen = read_channel_bytes(store, model, channel)
-        if move is None or (record is not None and record.sequence >= as_move(move).number):
-            return record
-        wanted = _record_of(move)
-        if swap_channel(store, wanted, seen):
-            return wanted
+        now = see_channel(store, model, channel)
+        if move is None or now.sequence >= as_move(move).number:
+            return now
+        swap_channel(store, _record_of(move), now.data)  # lost, somebody else has moved it: then look again as well
 
 
 def find_unfinished(store: Store, model: str, channel: str) -> Entry | None:
     """The recorded move that the channel has not followed yet, or None."""
     newest = read_newest(store, model)
     move = next(read_moves(store, model, channel, newest), None) if newest else None
-    record, _ = read_channel_bytes(store, model, channel)
-    if move is None or (record is not None and record.sequence >= as_move(move).number):
+    if move is None or see_channel(store, model, channel).sequence >= as_move(move).number:
         return None
     return move
 
 
-def _next_move(current: ChannelRecord | None, model: str, channel: str, digest: str, grounds: Grounds) -> Moved:
+def _next_move(now: Seen, model: str, channel: str, digest: str | None, grounds: Grounds) -> Moved:
     try:
         return Moved.model_validate(
             {
                 **asdict(grounds),
                 "channel": channel,
                 "bundle": digest,
-                "replaced": current.digest if current else None,
-                "number": current.sequence + 1 if current else 1,
+                "replaced": now.record.digest if now.record else None,
+                "number": now.sequence + 1,
                 "approvals": grounds.approvals,
             }
         )
@@ -108,16 +110,18 @@ def _next_move(current: ChannelRecord | None, model: str, channel: str, digest: 
         raise RecordInvalid(f"channel {channel} of {model}: {describe_validation(error)}") from None
 
 
-def _record_of(move: Entry) -> ChannelRecord:
+def _record_of(move: Entry) -> ChannelRecord | EmptiedRecord:
     event = as_move(move)
-    return ChannelRecord(
-        model=move.model,
-        channel=event.channel,
-        digest=event.bundle,
-        previous=event.replaced,
-        sequence=event.number,
-        moved_at=move.recorded_at,
-        moved_by=event.moved_by,
+    return (EmptiedRecord if event.bundle is None else ChannelRecord).model_validate(
+        {
+            "model": move.model,
+            "channel": event.channel,
+            "digest": event.bundle,
+            "previous": event.replaced,
+            "sequence": event.number,
+            "moved_at": move.recorded_at,
+            "moved_by": event.moved_by,
+        }
     )
 
 

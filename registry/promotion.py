@@ -5,21 +5,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from registry.approval import Approval, ApprovalPolicy, check_approvals
-from registry.channel import ChannelRecord, read_channel_bytes
+from registry.channel import ChannelRecord, see_channel
 from registry.client import check_stored, resolve, verify_stored
 from registry.errors import RollbackRefused
+from registry.events import Decided, Judged, Moved
 from registry.gate import GateRecord
-from registry.ledger import (
-    Decided,
-    Entry,
-    Judged,
-    Moved,
-    append_once,
-    as_move,
-    read_moves,
-    read_newest,
-    recorded_refusals,
-)
+from registry.ledger import Entry, append_once, as_move, read_moves, read_newest, recorded_refusals
 from registry.moves import Grounds, find_unfinished, record_move, settle
 from registry.store import Store
 
@@ -71,7 +62,7 @@ def promote(
     """
     with recorded_refusals(store, model, "promote", digest, requested_by):
         if expected == CURRENT:
-            current = settle(store, model, channel, read_newest(store, model))
+            current = settle(store, model, channel, read_newest(store, model)).record
             expected = current.digest if current else None
         append_once(store, model, Judged(bundle=digest, report=gate))
         for approval in approvals:
@@ -93,25 +84,28 @@ def rollback(
     channel: str = "production",
     expected: str | None = CURRENT,
     reason: str = "",
+    may_empty: bool = False,
 ) -> Entry:
     """Point `channel` back at the bundle that the current one replaced, or at `to`, which it held before.
 
     `to` is a digest or its first 8 or more hex digits; `expected` is the digest to get away from. A rollback that was
-    killed half-way is finished, not done twice. No approval is asked for: the bundle had one. Raises RollbackRefused,
-    ChannelMoved, BundleNotFound, and what reading the stored bundle raises.
+    killed half-way is finished, not done twice. No approval is asked for: the bundle had one. With `may_empty` a bundle
+    that replaced nothing leaves nothing behind: the entry's bundle is None. Raises RollbackRefused, ChannelMoved,
+    BundleNotFound, and what reading the stored bundle raises.
     """
     with recorded_refusals(store, model, "rollback", to or "", asked_by):
         unfinished = find_unfinished(store, model, channel)
-        current = settle(store, model, channel, read_newest(store, model))
+        current = settle(store, model, channel, read_newest(store, model)).record
+        if unfinished is not None and _is_rollback_to(as_move(unfinished), to):
+            return unfinished
+        if done := _find_done(store, model, channel, current, expected, to):
+            return done
         if current is None:
             raise RollbackRefused(f"channel {channel} of {model} was never set: there is nothing to roll back")
-        if unfinished is not None and as_move(unfinished).kind == "rollback" and current.digest.startswith(to or ""):
-            return unfinished
-        if done := _find_done(store, current, expected, to):
-            return done
-        target = _find_target(store, current) if to is None else resolve(store, model, to)
-        _check_was_there(store, current, target)
-        check_stored(store, model, target)
+        target = _find_target(store, current, may_empty) if to is None else resolve(store, model, to)
+        if target is not None:
+            _check_was_there(store, current, target)
+            check_stored(store, model, target)
         expected = current.digest if expected == CURRENT else expected
         return record_move(store, model, channel, target, expected, Grounds("rollback", asked_by, reason))
 
@@ -119,7 +113,7 @@ def rollback(
 def status(store: Store, model: str, channel: str = "production") -> Status | None:
     """What a channel points at and how it came there, or None where it was never set. Reads, never writes."""
     unfinished = find_unfinished(store, model, channel)
-    record, _ = read_channel_bytes(store, model, channel)
+    record = see_channel(store, model, channel).record
     if record is None:
         return None
     moves = (entry for entry in read_moves(store, model, channel) if as_move(entry).number <= record.sequence)
@@ -128,12 +122,12 @@ def status(store: Store, model: str, channel: str = "production") -> Status | No
     return Status(record, entry if is_its else None, unfinished is None)
 
 
-def _find_target(store: Store, current: ChannelRecord) -> str:
+def _find_target(store: Store, current: ChannelRecord, may_empty: bool) -> str | None:
     """What the channel held before `current` was first moved there; a rollback back to it does not count."""
     for entry in read_moves(store, current.model, current.channel):
         event = as_move(entry)
         if event.bundle == current.digest and event.kind != "rollback":
-            if event.replaced is None:
+            if event.replaced is None and not may_empty:
                 break
             return event.replaced
     raise RollbackRefused(
@@ -149,11 +143,16 @@ def _check_was_there(store: Store, current: ChannelRecord, target: str) -> None:
         )
 
 
-def _find_done(store: Store, current: ChannelRecord, expected: str | None, to: str | None) -> Entry | None:
+def _find_done(
+    store: Store, model: str, channel: str, current: ChannelRecord | None, expected: str | None, to: str | None
+) -> Entry | None:
     """The rollback away from `expected` that brought the channel where it is, if there was one."""
-    newest = next(read_moves(store, current.model, current.channel), None)
-    if newest is None or expected in (CURRENT, current.digest):
+    newest = next(read_moves(store, model, channel), None)
+    if newest is None or expected in (CURRENT, current.digest if current else None):
         return None
     move = as_move(newest)
-    is_it = move.kind == "rollback" and move.replaced == expected and (to is None or move.bundle.startswith(to))
-    return newest if is_it else None
+    return newest if _is_rollback_to(move, to) and move.replaced == expected else None
+
+
+def _is_rollback_to(move: Moved, to: str | None) -> bool:
+    return move.kind == "rollback" and (to is None or (move.bundle or "").startswith(to))

@@ -1,4 +1,4 @@
-"""Signing: Ed25519 keys and signatures over manifests, and whose signature this process asks for."""
+"""Signing: Ed25519 keys and signatures over manifests."""
 
 import base64
 import os
@@ -6,20 +6,7 @@ from pathlib import Path
 
 from registry.errors import SignatureInvalid
 
-__all__ = ["PUBLIC_KEY_VARIABLE", "SIGNING_KEY_VARIABLE", "make_keys", "public_key_path", "sign", "signing_key_path"]
-
-PUBLIC_KEY_VARIABLE = "THORFORGE_PUBLIC_KEY"
-SIGNING_KEY_VARIABLE = "THORFORGE_SIGNING_KEY"
-
-
-def public_key_path() -> Path | None:
-    """The PEM file whose keys must have signed what is pushed, pulled and promoted; None: nothing need be signed."""
-    return _path(PUBLIC_KEY_VARIABLE)
-
-
-def signing_key_path() -> Path | None:
-    """The PEM file of the private key that signs what is pushed; None: pushed bundles stay as they are."""
-    return _path(SIGNING_KEY_VARIABLE)
+__all__ = ["make_keys", "sign"]
 
 
 def sign(manifest: bytes, private_key: Path) -> bytes:
@@ -49,8 +36,3 @@ def make_keys(private_key: Path, public_key: Path) -> None:
     for path, data, mode in ((private_key, secret, 0o600), (public_key, shown, 0o644)):
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
             stream.write(data)
-
-
-def _path(variable: str) -> Path | None:
-    value = os.environ.get(variable)
-    return Path(value) if value else None

@@ -18,6 +18,7 @@ from registry.errors import ReferenceInvalid, StoreFull, StoreUnavailable
 from registry.folder_store import FolderStore
 from registry.keys import check_model_name
 from registry.manifest import Manifest
+from registry.settings import configured_place
 from registry.staging import Progress
 
 __all__ = [
@@ -115,9 +116,12 @@ def open_store(place: Place | None = None) -> Store:
 
 
 def default_registry() -> Place:
-    """`$THORFORGE_REGISTRY`, a folder or `s3://` URL; by default `registry` of the state folder, `$THORFORGE_HOME`."""
+    """`$THORFORGE_REGISTRY`, else `optimize.registry` of `thorforge.toml`: a folder or `s3://` URL.
+
+    By default `registry` of the state folder, `$THORFORGE_HOME`. Raises SettingsInvalid.
+    """
     state = Path(os.environ.get(STATE_VARIABLE, ".thorforge"))
-    place = os.environ.get(REGISTRY_VARIABLE)
+    place = os.environ.get(REGISTRY_VARIABLE) or configured_place()
     return place if place and "://" in place else Path(place or state / "registry").absolute()
 
 

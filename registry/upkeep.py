@@ -14,7 +14,8 @@ from registry.fsck import check_registry
 from registry.keys import user_name
 from registry.manifest import MANIFEST_NAME
 from registry.options import JsonOption, ModelArgument, ReferenceArgument, RegistryOption, complete_model
-from registry.signing import SIGNING_KEY_VARIABLE, make_keys
+from registry.settings import load_settings, variable_of
+from registry.signing import make_keys
 from registry.signing import sign as sign_manifest
 from registry.store import open_store
 
@@ -78,19 +79,25 @@ def sign(
     reference: ReferenceArgument,
     *,
     key: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            metavar="FILE", envvar=SIGNING_KEY_VARIABLE, help="Private Ed25519 key in PEM.", show_default=False
+            metavar="FILE",
+            envvar=variable_of("signing_key"),
+            help="Private Ed25519 key in PEM.",
+            show_default="registry.signing_key of thorforge.toml",
         ),
-    ],
+    ] = None,
     registry: RegistryOption = None,
 ) -> None:
     """Verify a stored bundle, add your signature to it, and print its digest: for keys that builders must not hold."""
+    private_key = key or load_settings().signing_key
+    if private_key is None:
+        raise typer.BadParameter("give --key FILE, or registry.signing_key in thorforge.toml")
     store = open_store(registry)
     digest = client.resolve(store, model, reference)
     client.verify_stored(store, model, digest, needs_signature=False)
     with store.open_file(model, digest, MANIFEST_NAME) as stream:
-        store.put_signature(model, digest, sign_manifest(stream.read(), key))
+        store.put_signature(model, digest, sign_manifest(stream.read(), private_key))
     typer.echo(digest)
 
 

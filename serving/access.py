@@ -41,7 +41,7 @@ class KeyRing:
         self._checked_at = clock()
         self.is_configured = bool(self._given) or path is not None
         if path is not None:
-            self._stamp = _stamp(path)
+            self._stamp = stamp_file(path)
             self._from_file = _read_keys(path)
 
     def accepts(self, presented: bytes) -> bool:
@@ -57,7 +57,7 @@ class KeyRing:
         if self._path is None or now - self._checked_at < _RECHECK_SECONDS:
             return
         self._checked_at = now
-        stamp = _stamp(self._path)
+        stamp = stamp_file(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -102,6 +102,15 @@ def warn_if_open(settings: Settings) -> None:
         )
 
 
+def stamp_file(path: Path) -> Stamp | None:
+    """What changes when the file at `path` does; None when there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
 def _check(ring: KeyRing, scope: Scope, what: str) -> InvalidApiKey | None:
     presented = [value for name, value in scope["headers"] if name == b"authorization"]
     if len(presented) == 1 and presented[0][: len(_SCHEME)].lower() == _SCHEME:
@@ -114,14 +123,6 @@ def _check(ring: KeyRing, scope: Scope, what: str) -> InvalidApiKey | None:
 def _digest(secret: bytes) -> bytes:
     """All of one length, so that comparing says nothing about that of the secret."""
     return hashlib.sha256(secret).digest()
-
-
-def _stamp(path: Path) -> Stamp | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _read_keys(path: Path) -> tuple[bytes, ...]:

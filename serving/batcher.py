@@ -2,6 +2,8 @@
 
 The text that is due first is always in. Around it, in order of length, the batch grows while that raises the tokens per
 second the engine is predicted to reach: a longer text pads all others, a run of its own costs the engine's overhead.
+While a single text waits, only texts that are due are taken, so that those of large requests, which wait in numbers, do
+not take its place; what is mostly overhead takes some of them along.
 Once the first text is older than the age bound, only texts as old as that are taken, so that nothing younger passes.
 No batch grows past what is predicted to run within the time bound, except that one text always goes.
 """
@@ -85,6 +87,10 @@ class Batcher:
         """Whether the queue fills a batch, so that waiting for more cannot improve it."""
         return len(self.queue) >= self._limits.max_batch_size or self.queue.num_tokens >= self.max_tokens
 
+    def is_settled(self) -> bool:
+        """Whether single texts alone fill the next batch, so that nothing that comes can go before any of it."""
+        return self.queue.num_single >= self._limits.max_batch_size or self.queue.num_single_tokens >= self.max_tokens
+
     def take(self, now: float, num_takers: int = 1) -> Batch | None:
         """Remove the next batch from the queue, shortest text first; None when no client waits.
 
@@ -94,9 +100,13 @@ class Batcher:
         if not window:
             return None
         oldest_allowed = now - self._limits.max_age_seconds
-        candidates = window
+        candidates, others = window, list[Item]()
         if window[0].due < oldest_allowed:
             candidates = [item for item in window if item.due < oldest_allowed]
+        elif not all(item.is_bulk for item in window):
+            latest = max(now, window[0].due)
+            candidates = [item for item in window if item.due <= latest]
+            others = window[len(candidates) :]
         candidates = sorted(candidates, key=_length)
         head, max_tokens = candidates.index(window[0]), self.max_tokens
         start, stop, reason = choose_run(
@@ -113,9 +123,19 @@ class Batcher:
         items = candidates[start : start + size]
         if reason == "size" and size < self._limits.max_batch_size:
             reason = "queue"  # all that waits was divided
-        self.queue.remove(window, items)
+        if others and num_takers == 1:
+            items = self._take_along(items, others, max_tokens)
+        self.queue.remove(window, items, now)
         num_tokens = sum(item.length for item in items)
         return Batch(items, reason, now, num_tokens, self._grid.round_length(items[-1].length))
+
+    def _take_along(self, items: list[Item], others: Sequence[Item], max_tokens: int) -> list[Item]:
+        """Fill a run that is mostly overhead, at most to twice its time, with texts that make it no longer."""
+        length = self._grid.round_length(items[-1].length)
+        size = min(self._limits.max_batch_size, min(max_tokens, int(self.model.overhead_tokens)) // length)
+        fitting = sorted((item for item in others if item.length <= length), key=_length)
+        room = self._grid.round_size(min(size, len(items) + len(fitting))) - len(items)
+        return items if room <= 0 else sorted([*items, *fitting[-room:]], key=_length)
 
 
 def choose_run(

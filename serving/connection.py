@@ -23,6 +23,8 @@ from serving.settings import LimitsSettings
 
 # Chunk sizes and extensions may take this many times the bytes of the body they frame.
 _FRAMING_RATIO = 8
+# A closed TLS connection waits this long for the client's farewell; the loop alone would wait half a minute.
+_FAREWELL_SECONDS = 1.0
 
 
 class _Stage(Enum):
@@ -45,6 +47,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0  # of the head while it is incomplete
         self._body_bytes = self._framing_bytes = 0
         self._writing_since: float | None = None
+        self._closing_since: float | None = None
         self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -123,6 +126,8 @@ class Connection(HttpToolsProtocol):
         """Close the connection of a client that is too slow to send its request or to take its answer."""
         if self.transport.get_write_buffer_size() == 0:
             self._writing_since = None
+            if self.transport.is_closing():
+                self._enforce_close(now)
         elif self._writing_since is None:
             self._writing_since = now
         elif now - self._writing_since > self._limits.answer_timeout_seconds:
@@ -134,6 +139,12 @@ class Connection(HttpToolsProtocol):
             self._enter(_BODY, self._limits.body_timeout_seconds)
         elif now > self._deadline:
             self._expire()
+
+    def _enforce_close(self, now: float) -> None:
+        if self._closing_since is None:
+            self._closing_since = now
+        elif now - self._closing_since > _FAREWELL_SECONDS:
+            self.transport.abort()
 
     def _expire(self) -> None:
         part, limit = "body", self._limits.body_timeout_seconds

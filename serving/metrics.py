@@ -1,8 +1,11 @@
 """Prometheus metrics: names, buckets and labels in one place; children are bound once, off the hot path."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serving.gpus import Gpu
 
 NO_MODEL = "none"  # label of requests refused before their model was known
 FLUSH_REASONS = ("queue", "size", "tokens", "latency", "length")
@@ -63,6 +66,12 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self._tls_reloads = Counter(
+            "akidb_tls_reloads_total",
+            "Changed certificates: loaded, or refused so that the old one stays.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self._engine_events = Counter(
             "akidb_engine_events_total",
             "Engines rebuilt, rebuild_failed or abandoned (it hung), and texts retried on another one with success.",
@@ -94,6 +103,18 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._gpu_duty = Gauge(
+            "nvidia_gpu_duty_cycle",
+            "Percent of the last sampling period in which a kernel ran on the GPU.",
+            ("gpu",),
+            registry=self.registry,
+        )
+        self._gpu_memory = Gauge(
+            "nvidia_gpu_memory_usage_bytes",
+            "Memory of the GPU in use, by the worker and by others.",
+            ("gpu",),
+            registry=self.registry,
+        )
         self._weight = self._gauge("akidb_model_traffic_weight", "Weight of a version, relative to the model's others.")
         self._swaps = Counter(
             "akidb_model_swaps_total", "Versions that took a model over.", _MODEL_LABELS, registry=self.registry
@@ -115,6 +136,13 @@ class Metrics:
         """The children of one model, bound once."""
         return ModelMetrics(self, model, version)
 
+    def watch_gpus(self, gpus: Iterable[Gpu]) -> None:
+        """Ask each GPU, for what it tells at all, whenever it is scraped."""
+        for gpu in gpus:
+            for gauge, read in ((self._gpu_duty, gpu.duty_percent), (self._gpu_memory, gpu.memory_bytes)):
+                if not math.isnan(read()):
+                    gauge.labels(str(gpu.index)).set_function(read)
+
     def count_refusal(self, status: int, error: str) -> None:
         """Count an embedding request that failed before its model was known."""
         self.requests.labels(NO_MODEL, NO_MODEL, str(status)).inc()
@@ -135,6 +163,10 @@ class Metrics:
     def count_logged(self, outcome: str) -> None:
         """Count a text the request log sampled."""
         self._request_log.labels(outcome).inc()
+
+    def count_tls_reload(self, outcome: str) -> None:
+        """Count a changed certificate that was read."""
+        self._tls_reloads.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The Prometheus text exposition."""

@@ -1,7 +1,9 @@
 """A model ready to serve: its bundle checked byte by byte, its engine loaded, warmed up and measured."""
 
 import logging
+import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from registry.manifest import Manifest, RegistryError, digest_of, verify_bundle
+from registry.manifest import Manifest, RegistryError, digest_of, hold_bundle, verify_bundle
 from serving.autotune import Choice
 from serving.containment import OpenEngine
 from serving.engines import Embeddings, Engine
@@ -58,7 +60,7 @@ class EngineCost:
         return largest.padded_tokens / largest.seconds
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoadedModel:
     """Everything needed to answer requests for one bundle."""
 
@@ -94,9 +96,30 @@ def load_model(
     """Check, load and warm up a bundle.
 
     `on_fallback(manifest, runtime)` hears of every engine that did not load when `source.engine` is `auto`. With
-    `public_key` the bundle must be signed by a key of that file. With `layout` nothing is measured.
+    `public_key` the bundle must be signed by a key of that file. With `layout` nothing is measured. While the model is
+    there its folder is held: an engine that has to be replaced is opened from it anew.
     Raises BundleRejected for a damaged or contradictory bundle, EngineUnavailable when no engine loads.
     """
+    try:
+        held = hold_bundle(source.path)
+    except RegistryError as error:
+        raise BundleRejected(str(error)) from None
+    try:
+        model = _load(source, on_fallback, public_key, layout, kernels)
+    except BaseException:
+        os.close(held)
+        raise
+    weakref.finalize(model, os.close, held)
+    return model
+
+
+def _load(
+    source: ModelSource,
+    on_fallback: Callable[[Manifest, str], None],
+    public_key: Path | None,
+    layout: Choice | None,
+    kernels: CustomKernelsSettings,
+) -> LoadedModel:
     try:
         manifest, digest = verify_bundle(source.path, public_keys=public_key), digest_of(source.path)
     except RegistryError as error:

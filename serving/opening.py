@@ -160,7 +160,7 @@ class Opener:
 
     def _open(self, setup: Setup, cache: Path | None = None) -> Engine:
         entry = self._entries[setup.runtime]
-        engine = open_engine(
+        return open_engine(
             self._source.path,
             entry,
             setup.num_threads,
@@ -168,10 +168,8 @@ class Opener:
             cache,
             max_tokens=self._max_tokens,
             on_gpu=setup.runtime in GPU_CHAIN,
+            on_rebuild=lambda: self._on_fallback(self._manifest, f"{setup.runtime} plan"),
         )
-        if getattr(engine, "rebuild_reason", None):  # the engine has logged it
-            self._on_fallback(self._manifest, f"{setup.runtime} plan")
-        return engine
 
     def open_choice(self, choice: Choice) -> Engine:
         """The engine, or the pair of engines, of a choice. Raises EngineUnavailable."""

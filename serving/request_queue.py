@@ -1,14 +1,15 @@
 """The queue between requests and the engine: who is let in, and who comes next. Pure: no clock, no thread, no I/O.
 
-Order. Every text has a due time, and the texts due first go first. A request owes nothing for its first text: it is due
-on arrival. Each further text of the same request is due when an engine that gives the request a share of its rate would
-reach it; the share is the smaller the more requests of many texts wait, so that up to thirty together are owed no more
-than the engine has, and what is left is there for newcomers. So a lone short request overtakes the tail of a 2,048-text
-one, large requests take turns, and nothing starves: nobody can be put before a text whose due time has passed.
+Order. Every text has a due time, and the texts due first go first. The text of a request that has no other is due on
+arrival. Requests of many texts wait in a lane of their own, where they take turns. All of them together, however many
+there are, are owed a part of the engine's rate, and the lane's next text is due when that would reach it. What single
+texts leave goes to the lane too and is not held against it. So a lone text overtakes the tail of a 2,048-text request,
+and of a hundred of them, and nothing starves: nobody can be put before a text whose due time has passed.
 
 Texts with the same ids that are in flight at the same time share one row of the engine.
 """
 
+import math
 from bisect import insort
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from numpy.typing import NDArray
 
 from serving.tokenizer import Ids
 
-# Part of the engine's rate a request of many texts is owed while others wait; alone, it has all of it. The n-th such
-# request is owed an n-th of this: 0.57 of the rate for five of them, 0.9 for twenty.
-FAIR_SHARE = 0.25
+# Part of the engine's rate that all requests of many texts together are owed while single texts wait.
+BULK_SHARE = 0.25
 # From here on, sorting the whole queue once is cheaper than inserting one by one.
 _BULK_TEXTS = 16
 
@@ -76,7 +76,8 @@ class Request:
 class Item:
     """One row for the engine: its ids, its due time in the caller's clock, and the places its vector goes to.
 
-    A place is a request and an index in it; there are several when identical texts wait at the same time.
+    A place is a request and an index in it; there are several when identical texts wait at the same time. `turn` orders
+    the texts of the lane, whose due times only `RequestQueue.peek` knows; it is 0 for all others.
     """
 
     ids: Ids
@@ -85,6 +86,12 @@ class Item:
     key: bytes
     arrival: float
     places: list[tuple[Request, int]]
+    turn: float = 0.0
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it waits in the lane."""
+        return self.turn > 0
 
     @property
     def is_dead(self) -> bool:
@@ -106,105 +113,164 @@ def _due(item: Item) -> float:
     return item.due
 
 
+def _turn(item: Item) -> float:
+    return item.turn
+
+
 class RequestQueue:
-    """Rows waiting for the engine, sorted by due time, and those in it. Not thread-safe: the owner locks."""
+    """Rows waiting for the engine, in the order in which they are due, and those in it. Not thread-safe."""
 
     def __init__(self, max_tokens: int, max_size: int) -> None:
-        self._items: list[Item] = []
+        self._single: list[Item] = []  # by due time
+        self._bulk: list[Item] = []  # by turn: the lane
         self._in_flight: dict[bytes, Item] = {}  # from `push` until `forget`
         self._large: list[Request] = []  # of many texts, not answered yet when the last one came
         self._max_tokens = max_tokens
         self._max_size = max_size
-        self.num_tokens = 0
+        self.num_single_tokens = self.num_bulk_tokens = 0
+        self._bulk_due = 0.0  # when the first text of the lane is due
+        self._bulk_turn = 0.0  # of the text that was first in the lane last time it moved
+        self._bulk_rate = math.inf  # tokens per second that the lane is owed
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._single) + len(self._bulk)
 
-    def is_full(self, num_coming: int = 0) -> bool:
-        """Whether a limit is reached; `num_coming` texts are admitted but not yet tokenised."""
-        return self.num_tokens >= self._max_tokens or len(self._items) + num_coming >= self._max_size
+    @property
+    def num_tokens(self) -> int:
+        """Of all texts that wait."""
+        return self.num_single_tokens + self.num_bulk_tokens
 
-    def count_due_tokens(self, now: float, stop_at: float) -> int:
-        """Tokens a text that arrives now cannot overtake; counting may end where they exceed `stop_at`."""
-        if not self._items or self._items[-1].due <= now:
-            return self.num_tokens  # requests of one text only, however many: a refusal must cost nothing
-        tokens = 0
-        for item in self._items:
-            if item.due > now or tokens > stop_at:
-                break
-            tokens += item.length
-        return tokens
+    @property
+    def num_single(self) -> int:
+        """Texts that wait and are due."""
+        return len(self._single)
+
+    def is_full(self, is_bulk: bool, num_coming: int = 0) -> bool:
+        """Whether a limit is reached: by single texts for those, by the lane for requests of many.
+
+        `num_coming` texts are admitted but not yet tokenised.
+        """
+        items, num_tokens = (self._bulk, self.num_bulk_tokens) if is_bulk else (self._single, self.num_single_tokens)
+        return num_tokens >= self._max_tokens or len(items) + num_coming >= self._max_size
+
+    def count_due_tokens(self, now: float) -> int:
+        """Tokens a text that arrives now cannot overtake: all single ones and what the lane is owed."""
+        if not self._bulk or self._bulk_due > now:
+            return self.num_single_tokens
+        owed = self._bulk[0].length + (now - self._bulk_due) * self._bulk_rate
+        return self.num_single_tokens + min(self.num_bulk_tokens, math.ceil(owed))
 
     def push(
         self,
         request: Request,
         rows: Sequence[Ids],
         tokens_per_second: float,
-        share: float = FAIR_SHARE,
+        weight: float = 1.0,
         recalled: Collection[int] = (),
     ) -> int:
         """Queue the texts of `request`, its shortest first so that neighbours in the queue have similar lengths.
 
-        Those `recalled` have their vectors. A text whose ids are in flight already, and due no later, gets that row's
-        vector. Returns how many do.
+        Those `recalled` have their vectors. A text whose ids are in flight already gets that row's vector, unless that
+        has a later turn in the lane. Returns how many do. There the n-th request gets an n-th of the turns of the first
+        (those that came first are done first), and `weight` times that.
         """
-        lengths = [len(ids) for ids in rows]
-        due, items = request.arrival, []
-        if len(rows) > 1:
+        is_bulk = len(rows) > 1
+        if is_bulk:
             self._large = [*(other for other in self._large if not other.is_dead), request]
-            share /= len(self._large)
-        num_shared = 0
+            weight /= len(self._large)
+            self._open_lane(request.arrival, tokens_per_second)
+        lengths = [len(ids) for ids in rows]
+        turn, items, num_shared = self._bulk_turn, list[Item](), 0
         for index in sorted(range(len(rows)), key=lengths.__getitem__):
             if index in recalled:
                 continue
             key, length = rows[index].tobytes(), lengths[index]
+            turn = turn + length / weight if is_bulk else 0.0
             twin = self._in_flight.get(key)
-            if twin is not None and twin.due <= due:
+            if twin is not None and not is_bulk and twin.is_bulk:
+                self._bring_forward(twin, request.arrival)
+            if twin is not None and twin.turn <= turn:
                 twin.places.append((request, index))
                 num_shared += 1
             else:
-                item = Item(rows[index], length, due, key, request.arrival, [(request, index)])
+                item = Item(rows[index], length, request.arrival, key, request.arrival, [(request, index)], turn)
                 self._in_flight[key] = item
                 items.append(item)
-                self.num_tokens += length
-            due += length / (share * tokens_per_second)
-        self._insert(items)
+        self._insert(items, is_bulk)
         return num_shared
 
-    def _insert(self, items: Sequence[Item]) -> None:
+    def _open_lane(self, now: float, tokens_per_second: float) -> None:
+        self._bulk_rate = BULK_SHARE * tokens_per_second
+        if not self._bulk:  # nothing was owed meanwhile
+            self._bulk_due = max(self._bulk_due, now)
+
+    def _bring_forward(self, item: Item, due: float) -> None:
+        """Out of the lane: a single text wants the same row."""
+        self._bulk.remove(item)
+        self._count([item], -1)
+        item.turn, item.due = 0.0, due
+        self._insert([item], is_bulk=False)
+
+    def _insert(self, items: Sequence[Item], is_bulk: bool) -> None:
+        queue, key = (self._bulk, _turn) if is_bulk else (self._single, _due)
         if len(items) < _BULK_TEXTS:
             for item in items:
-                insort(self._items, item, key=_due)
+                insort(queue, item, key=key)
         else:
-            self._items.extend(items)
-            self._items.sort(key=_due)
+            queue.extend(items)
+            queue.sort(key=key)
+        self._count(items, 1)
+
+    def _count(self, items: Sequence[Item], sign: int) -> None:
+        for item in items:
+            if item.turn:
+                self.num_bulk_tokens += sign * item.length
+            else:
+                self.num_single_tokens += sign * item.length
 
     def oldest_arrival(self) -> float | None:
-        """When the text that is due first arrived; None when nothing waits."""
-        return self._items[0].arrival if self._items else None
+        """When the first of the texts that wait arrived; None when nothing waits."""
+        return min((items[0].arrival for items in (self._single, self._bulk) if items), default=None)
 
     def peek(self, count: int) -> list[Item]:
         """The first `count` rows by due time that somebody waits for; the dead ones before them are dropped."""
+        single = self._first_alive(self._single, count)
+        if not self._bulk:
+            return single
+        bulk, due = self._first_alive(self._bulk, count), self._bulk_due
+        for item in bulk:
+            item.due = due
+            due += item.length / self._bulk_rate
+        return sorted([*single, *bulk], key=_due)[:count]
+
+    def _first_alive(self, queue: list[Item], count: int) -> list[Item]:
+        """The first `count` that somebody waits for; the dead before them are taken out."""
         alive: list[Item] = []
-        scanned = 0
-        for item in self._items:
+        dead: list[Item] = []
+        for item in queue:
             if len(alive) == count:
                 break
-            scanned += 1
-            if item.is_dead:
-                self.num_tokens -= item.length
-                self.forget((item,))
-            else:
-                alive.append(item)
-        if scanned != len(alive):
-            self._items[:scanned] = alive
+            (dead if item.is_dead else alive).append(item)
+        if dead:
+            queue[: len(alive) + len(dead)] = alive
+            self._count(dead, -1)
+            self.forget(dead)
         return alive
 
-    def remove(self, window: Sequence[Item], taken: Sequence[Item]) -> None:
+    def remove(self, window: Sequence[Item], taken: Sequence[Item], now: float) -> None:
         """Take `taken` from the front of the queue; `window` is what `peek` returned just before."""
         gone = {id(item) for item in taken}
-        self._items[: len(window)] = [item for item in window if id(item) not in gone]
-        self.num_tokens -= sum(item.length for item in taken)
+        self._count(taken, -1)
+        bulk = [item for item in taken if item.turn]
+        if bulk:
+            # What the lane gets before it is due is a gift: from now on it is owed its part as ever.
+            num_tokens = sum(item.length for item in bulk)
+            self._bulk_due = min(self._bulk_due, now) + num_tokens / self._bulk_rate
+            self._bulk_turn = self._bulk[0].turn
+        for items in (self._single, self._bulk) if self._bulk else (self._single,):
+            items[: len(window)] = [item for item in items[: len(window)] if id(item) not in gone]
+        for item in bulk:
+            item.turn = 0.0  # it runs: whoever comes may share its row
 
     def forget(self, items: Sequence[Item]) -> None:
         """The rows are answered or dropped: no further text may share them."""

@@ -1,7 +1,8 @@
 """The engine's own threads: they take batches from the queue, run them and hand the outcomes back.
 
 A thread takes the next batch itself the moment its engine is free, so whatever arrived during a run shares the next
-one. A batch that is already full cannot improve by waiting: `prefetch` forms and pads it while the engines still run.
+one. A batch that is full of texts which nothing can overtake cannot improve by waiting: `prefetch` forms and pads it
+while the engines still run.
 """
 
 import logging
@@ -16,7 +17,7 @@ from serving.containment import GuardedEngine
 from serving.engines import Embeddings
 from serving.errors import EngineFailed
 from serving.latency_model import Run
-from serving.request_queue import FAIR_SHARE, Item, Request
+from serving.request_queue import Item, Request
 from serving.tokenizer import Ids
 
 # Weight of the newest run in the measured part of padding.
@@ -106,8 +107,8 @@ class EngineRunner:
         tokens = max(1, self._batcher.max_tokens)
         return len(self._lanes) * tokens / self._batcher.model.predict(tokens)
 
-    def backlog(self, max_seconds: float, num_coming: int = 0) -> Backlog:
-        """What a text that arrives now finds before it; waits above `max_seconds` are not told apart.
+    def backlog(self, is_bulk: bool, num_coming: int = 0) -> Backlog:
+        """What a text that arrives now finds before it, or the first of many.
 
         `num_coming` texts are admitted but not yet tokenised.
         """
@@ -115,13 +116,13 @@ class EngineRunner:
         queue, model = batcher.queue, batcher.model
         with self._lock:
             seconds = sum(self._remaining(lane, now) for lane in self._lanes)
-            due_tokens = queue.count_due_tokens(now, 2 * max_seconds * self.tokens_per_second)
+            due_tokens = queue.count_due_tokens(now)
             padded = due_tokens * self._padding
             if self._prefetched is not None:
                 due_tokens += self._prefetched.batch.num_tokens
                 seconds += model.predict(self._prefetched.batch.padded_tokens)
             seconds = seconds / len(self._lanes) + self.predict(padded)
-            return Backlog(len(queue), queue.num_tokens, queue.is_full(num_coming), due_tokens, seconds)
+            return Backlog(len(queue), queue.num_tokens, queue.is_full(is_bulk, num_coming), due_tokens, seconds)
 
     def predict(self, num_tokens: float) -> float:
         """Seconds that all threads together take for that many tokens, padding included, in runs of full size."""
@@ -129,12 +130,10 @@ class EngineRunner:
         num_runs = 1 + num_tokens // max(1, self._batcher.max_tokens)
         return (num_runs * model.overhead_seconds + num_tokens * model.seconds_per_token) / len(self._lanes)
 
-    def submit(
-        self, request: Request, rows: Sequence[Ids], share: float = FAIR_SHARE, recalled: Collection[int] = ()
-    ) -> int:
+    def submit(self, request: Request, rows: Sequence[Ids], weight: float = 1.0, recalled: Collection[int] = ()) -> int:
         """Queue a request and wake an idle thread; see `RequestQueue.push`."""
         with self._ready:
-            num_shared = self._batcher.queue.push(request, rows, self.tokens_per_second, share, recalled)
+            num_shared = self._batcher.queue.push(request, rows, self.tokens_per_second, weight, recalled)
             if self._num_idle:
                 self._ready.notify(len(rows))
         return num_shared
@@ -145,9 +144,9 @@ class EngineRunner:
             self._batcher.queue.forget(items)
 
     def prefetch(self) -> None:
-        """Form and pad the next batch now if it is full and every thread is busy."""
+        """Form and pad the next batch now if it is settled and every thread is busy."""
         with self._lock:
-            if self._num_idle or self._prefetched is not None or not self._batcher.is_full():
+            if self._num_idle or self._prefetched is not None or not self._batcher.is_settled():
                 return
             batch = self._batcher.take(self._clock())
             if batch is not None:

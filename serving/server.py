@@ -7,8 +7,8 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
@@ -21,13 +21,15 @@ from serving.app import create_app
 from serving.connection import Connection
 from serving.errors import ConfigInvalid, InternalError, ServingError
 from serving.request_log import open_request_log
-from serving.settings import Settings, TlsSettings
+from serving.settings import Settings
+from serving.tls import TlsListener, open_certificate
 from serving.tracing import open_tracer
 from serving.worker import Worker
 
 _BACKLOG = 2048
 # The server's clock ticks ten times a second; slow clients are looked for on every fifth tick.
 _TICKS_PER_PATROL = 5
+_DRAIN_PATROL_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -58,37 +60,6 @@ def base_url(listener: socket.socket, is_tls: bool = False) -> str:
     return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def load_tls(settings: TlsSettings) -> ssl.SSLContext | None:
-    """TLS 1.2 or later with the configured certificate; None when there is none.
-
-    Raises ConfigInvalid, which names the setting and the file at fault.
-    """
-    certificate, key = settings.certificate, settings.key
-    if certificate is None and key is None:
-        return None
-    if certificate is None or key is None:
-        given, missing = ("key", "certificate") if certificate is None else ("certificate", "key")
-        raise ConfigInvalid(f"embedding.tls.{given} needs embedding.tls.{missing} beside it")
-    for name, path in (("certificate", certificate), ("key", key)):
-        try:
-            content = path.read_text(encoding="ascii")
-        except OSError as error:
-            raise ConfigInvalid(f"embedding.tls.{name}: cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            content = ""
-        if "-----BEGIN " not in content:
-            raise ConfigInvalid(f"embedding.tls.{name}: {path} is no PEM file")
-        if "ENCRYPTED" in content:
-            raise ConfigInvalid(f"embedding.tls.{name}: {path} has a passphrase: nobody is there to type it")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(certificate, key)
-    except ssl.SSLError as error:
-        raise ConfigInvalid(f"embedding.tls: {certificate} and {key} are no pair: {error.reason}") from None
-    return context
-
-
 class WorkerServer(uvicorn.Server):
     """Serves while the model still loads; on a signal turns unready, goes on for a grace time, drains and ends.
 
@@ -96,7 +67,8 @@ class WorkerServer(uvicorn.Server):
     """
 
     def __init__(self, worker: Worker, on_ready: Callable[[], None] = lambda: None) -> None:
-        settings, tls = worker.settings, load_tls(worker.settings.tls)
+        settings = worker.settings
+        self._certificate = open_certificate(settings.tls, worker.metrics.count_tls_reload, time.monotonic)
         self._observers = Observers(
             request_log=open_request_log(settings.request_log, worker.metrics.count_logged),
             tracer=open_tracer(settings.tracing),
@@ -115,7 +87,6 @@ class WorkerServer(uvicorn.Server):
                 server_header=False,
                 backlog=_BACKLOG,
                 timeout_keep_alive=settings.limits.keep_alive_seconds,
-                ssl_context_factory=None if tls is None else lambda *_: tls,
                 timeout_graceful_shutdown=max(1, int(settings.drain_seconds - settings.drain_grace_seconds)),
             )
         )
@@ -129,21 +100,17 @@ class WorkerServer(uvicorn.Server):
         assert sockets, "`bind` makes the socket"
         await super().startup([])
         for listener in sockets:
-            self.servers.append(await self._listen(listener))
+            self.servers.append(await self._listen(listener))  # type: ignore[arg-type]  # it is closed and waited for
         self._loading = asyncio.create_task(self._load())
 
-    async def _listen(self, listener: socket.socket) -> asyncio.Server:
-        """As uvicorn does, except that a TLS handshake has to end: a connection is bounded only after it."""
-        protocol: Any = self.config.http_protocol_class
+    async def _listen(self, listener: socket.socket) -> asyncio.Server | TlsListener:
         state = {"server_state": self.server_state, "app_state": self.lifespan.state}
-        tls, timeout = self.config.ssl, self.worker.settings.limits.header_timeout_seconds
-        return await asyncio.get_running_loop().create_server(
-            partial(protocol, config=self.config, **state),
-            sock=listener,
-            backlog=_BACKLOG,
-            ssl=tls,
-            ssl_handshake_timeout=None if tls is None else timeout,
-        )
+        protocol: Any = self.config.http_protocol_class
+        connect = partial(protocol, config=self.config, **state)
+        if self._certificate is None:
+            return await asyncio.get_running_loop().create_server(connect, sock=listener, backlog=_BACKLOG)
+        limits, connections = self.worker.settings.limits, self.server_state.connections
+        return TlsListener(listener, self._certificate, connect, connections.__len__, limits)
 
     async def _load(self) -> None:
         try:
@@ -159,13 +126,23 @@ class WorkerServer(uvicorn.Server):
         self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
-        """Close the connections of clients that are too slow."""
+        """Close the connections of clients that are too slow; look for a new certificate."""
         if counter % _TICKS_PER_PATROL == 0:
-            now = asyncio.get_running_loop().time()
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, Connection):
-                    connection.enforce(now)
+            if self._certificate is not None:
+                self._certificate.refresh()
+            self._enforce_limits()
         return await super().on_tick(counter)
+
+    def _enforce_limits(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.enforce(now)
+
+    async def _patrol_drain(self) -> None:
+        while True:
+            await asyncio.sleep(_DRAIN_PATROL_SECONDS)
+            self._enforce_limits()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Turn unready the moment the signal arrives; a second Ctrl-C ends at once."""
@@ -179,7 +156,9 @@ class WorkerServer(uvicorn.Server):
             _log.info("draining grace_seconds=%g", self.worker.settings.drain_grace_seconds)
             await asyncio.sleep(self.worker.settings.drain_grace_seconds)
         self.worker.refuse()
+        patrol = asyncio.create_task(self._patrol_drain())  # the clock has stopped, slow clients have not
         await super().shutdown(sockets)
+        patrol.cancel()
         await asyncio.gather(*self.server_state.tasks, return_exceptions=True)  # those it cancelled still answer
         if self._loading is not None:
             self._loading.cancel()

@@ -20,7 +20,7 @@ from serving.errors import ClientGone, DeadlineExceeded, EngineFailed, InvalidRe
 from serving.latency_model import LatencyModel
 from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
-from serving.request_queue import FAIR_SHARE, Request, RequestQueue
+from serving.request_queue import Request, RequestQueue
 from serving.runner import EngineRunner, Outcome
 from serving.settings import BatchingSettings, Settings
 from serving.tokenizer import Ids
@@ -34,7 +34,7 @@ _PATROL_SECONDS = 0.05
 _STOP_SECONDS = 1.0
 # Part of the latency objective that one engine run may take: a newcomer waits for a run it missed, then for its own.
 _RUN_SHARE = 0.125
-_VALIDATION_SHARE = 0.01  # of the engine's rate, against FAIR_SHARE of a client's request
+_VALIDATION_WEIGHT = 0.04  # of the reference texts, against 1 of a client's request of many texts
 
 Receive = Callable[[], Awaitable[Any]]
 
@@ -190,7 +190,7 @@ class EmbeddingService:
         if not self._runner.can_answer(self._timeout_seconds):
             raise NotReady("the engine does not answer and cannot be opened anew: the worker needs a restart")
         arrival = self._clock()
-        predicted_seconds = self._admit()
+        predicted_seconds = self._admit(len(request.texts))
         with self._accepted():
             rows = await self._tokenise(request)
             embedded = await self.embed_ids(rows, arrival, receive, use_cache=True)
@@ -205,7 +205,7 @@ class EmbeddingService:
         rows: Sequence[Ids],
         arrival: float,
         receive: Receive | None = None,
-        share: float = FAIR_SHARE,
+        weight: float = 1.0,
         use_cache: bool = False,
     ) -> Embedded:
         """Vectors of tokenised texts; those that the cache has are asked of the engine unless `use_cache`.
@@ -217,7 +217,7 @@ class EmbeddingService:
         pending = Request(len(rows), self.model.manifest.dimension, arrival, waiter)
         recalled = self._recall(pending, rows) if use_cache else ()
         if len(recalled) < len(rows):
-            await self._wait(pending, waiter, rows, receive, share, recalled)
+            await self._wait(pending, waiter, rows, receive, weight, recalled)
         wait_seconds = self._clock() - submitted
         engine_seconds = min(pending.engine_seconds, wait_seconds)
         num_tokens = sum(map(len, rows))
@@ -229,7 +229,7 @@ class EmbeddingService:
         waiter: "asyncio.Future[None]",
         rows: Sequence[Ids],
         receive: Receive | None,
-        share: float,
+        weight: float,
         recalled: Collection[int],
     ) -> None:
         if len(rows) > 1:
@@ -237,7 +237,7 @@ class EmbeddingService:
         waiting = self._waiting[pending] = _Waiting(pending, waiter, receive)
         if self._patrol_timer is None:
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
-        num_shared = self._runner.submit(pending, rows, share, recalled)
+        num_shared = self._runner.submit(pending, rows, weight, recalled)
         if num_shared:
             self.metrics.count_shared(num_shared)
         self._runner.prefetch()
@@ -270,18 +270,19 @@ class EmbeddingService:
         self.metrics.count_cache(len(recalled), len(rows) - len(recalled))
         return recalled
 
-    def _admit(self) -> float:
-        """Seconds until a text that arrives now is predicted to be answered. Raises Overloaded."""
-        backlog = self._runner.backlog(self._admission.max_wait_seconds, self._num_tokenising)
+    def _admit(self, num_texts: int) -> float:
+        """Seconds until the first text of a request that arrives now is predicted to be answered. Raises Overloaded."""
+        is_bulk = num_texts > 1
+        backlog = self._runner.backlog(is_bulk, self._num_tokenising if is_bulk else 0)
         self._admission.check(backlog)
         return backlog.seconds
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
         golden = self.model.golden
-        self._admit()
+        self._admit(len(golden.rows))
         with self._accepted():
-            embedded = await self.embed_ids(golden.rows, self._clock(), share=_VALIDATION_SHARE)
+            embedded = await self.embed_ids(golden.rows, self._clock(), weight=_VALIDATION_WEIGHT)
         live = embedded.vectors.astype(np.float64)
         scale = np.linalg.norm(live, axis=1) * np.linalg.norm(golden.embeddings.astype(np.float64), axis=1)
         cosines: NDArray[np.float64] = (live * golden.embeddings).sum(axis=1) / np.maximum(scale, np.finfo(float).tiny)
@@ -308,7 +309,7 @@ class EmbeddingService:
             )
         finally:
             self._num_tokenising -= len(texts)
-        self._admit()  # others may have filled the queue meanwhile
+        self._admit(len(texts))  # others may have filled the queue meanwhile
         return rows
 
     def _prompt(self, name: str) -> str:

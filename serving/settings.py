@@ -49,9 +49,13 @@ class BatchingSettings(_Section):
     max_batch_size: int = Field(default=64, ge=1, le=4096, description="texts in one engine run")
     max_batch_tokens: int = Field(default=8192, ge=16, description="tokens in one engine run, padding included")
     max_queue_tokens: int = Field(
-        default=65_536, ge=1, description="a request that finds this many tokens waiting gets 429"
+        default=65_536,
+        ge=1,
+        description="tokens waiting at which a request gets 429; single texts and requests of many are counted apart",
     )
-    max_queue_size: int = Field(default=4096, ge=1, description="a request that finds this many texts waiting gets 429")
+    max_queue_size: int = Field(
+        default=4096, ge=1, description="texts waiting at which a request gets 429, counted in the same way"
+    )
     max_wait_time_ms: float = Field(
         default=0.0, ge=0, le=10, description="how long an idle engine waits for more; 0: no timer"
     )

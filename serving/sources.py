@@ -90,6 +90,8 @@ def _follow(path: Path) -> tuple[Path, str | None]:
             raise BundleRejected(f"{path} names no bundle: it has several lines")
         return path.parent / text, None
     record = json.loads(text)
+    if record.get("digest", "") is None:
+        raise BundleRejected(f"{path} points at no bundle any more")
     model, digest = str(record.get("model")), str(record.get("digest"))
     if not is_name(model) or not is_digest(digest):
         raise BundleRejected(f"{path} is not a channel of a registry: it needs a model and a digest")

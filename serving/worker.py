@@ -9,6 +9,7 @@ from typing import Literal
 from registry.manifest import Manifest
 from serving.autotune import Choice
 from serving.errors import ChangeRefused, ConfigInvalid, LoadFailed, ModelNotFound, NotReady, RequestError, ServingError
+from serving.gpus import find_gpus
 from serving.metrics import Metrics
 from serving.models import LoadedModel, load_model
 from serving.priority import low_priority
@@ -41,6 +42,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.metrics.watch_gpus(find_gpus())
         self.models: dict[str, ModelVersions] = {}
         self.default: str | None = None
         self.phase: Phase = "loading"

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+QDQ_BITS, FLOAT_BITS = 8, 32
+
 
 class LayerDamage(BaseModel):
     """One layer: 1 - mean cosine when it alone is rounded to the fewer bits, and the bits it got in the end."""
@@ -13,6 +15,11 @@ class LayerDamage(BaseModel):
     layer: str
     damage: float
     bits: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it was not rounded at all."""
+        return self.bits > QDQ_BITS
 
 
 class InputRange(BaseModel):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +9,9 @@ from numpy.typing import NDArray
 from serving.tokenizer import Ids
 from tasks.graph import Graph
 from tasks.progress import Advance
+from tasks.settings import CalibrationMethod
 
 Batches = list[tuple[Ids, Ids]]
-Method = Literal["minmax", "percentile", "entropy"]
 
 _BINS = 4096  # of the histogram over [-largest, largest]
 _COARSE_BINS = 64
@@ -64,14 +63,15 @@ def observe(
     return seen
 
 
-def choose_range(found: Activations, method: Method) -> tuple[float, float]:
+def choose_range(found: Activations, method: CalibrationMethod) -> tuple[float, float]:
     """The range to quantise a tensor over: all of it, or what `method` finds worth its steps. 0 is always inside."""
     low, high = min(found.low, 0.0), max(found.high, 0.0)
     if method == "minmax":
         return low, high
     assert found.histogram is not None, "observed with a histogram"
-    if method == "percentile":
-        return _percentile_range(found.histogram, found.limit)
+    if method == "percentile":  # its ends are those of bins
+        lower, upper = _percentile_range(found.histogram, found.limit)
+        return max(low, lower), min(high, upper)
     limit = _entropy_limit(_magnitudes(found.histogram), found.limit)
     return max(low, -limit), min(high, limit)
 
@@ -79,16 +79,11 @@ def choose_range(found: Activations, method: Method) -> tuple[float, float]:
 def _open(graph: Graph, names: list[str]) -> Callable[[tuple[Ids, Ids]], list[NDArray[np.float32]]]:
     """The graph on onnxruntime, giving the named tensors for a batch."""
     import onnx  # noqa: PLC0415  a cached run need not load it
-    import onnxruntime as ort  # noqa: PLC0415
 
-    twin = graph.copy().model
-    del twin.graph.output[:]
-    twin.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # Fusions would swallow the tensors asked for; the arithmetic must not depend on the processor.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = ort.InferenceSession(twin.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    twin = graph.copy()
+    del twin.model.graph.output[:]
+    twin.model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
+    session = twin.open()
 
     def run(batch: tuple[Ids, Ids]) -> list[NDArray[np.float32]]:
         return list(session.run(names, {"input_ids": batch[0], "attention_mask": batch[1]}))

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from registry.client import fetch
+from registry.cache import fetched
+from registry.errors import RegistryError
+from registry.events import Proved, Refused
+from registry.ledger import append
 from registry.manifest import SafeName, verify_bundle
 from registry.store import Store
 from serving.tokenizer import TextTokenizer
@@ -28,7 +31,9 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str = Field(pattern=r"^https?://", description="where the worker answers")
+    url: str = Field(
+        pattern=r"^https?://[^/@?#]+(/[^?#]*)?$", description="where the worker answers; recorded, so no secret in it"
+    )
     name: SafeName | None = Field(default=None, description="the model's name there; by default the registry's")
     root: Path | None = Field(
         default=None,
@@ -62,15 +67,34 @@ class Proof(BaseModel):
         )
 
 
+def prove(worker: WorkerConfig, store: Store, model: str, digest: str, asked_by: str) -> Proof:
+    """`deliver`, and the proof or what was wrong as an entry of the ledger. Raises what `deliver` raises."""
+    try:
+        proof = deliver(worker, store, model, digest)
+    except (VerificationFailed, RegistryError) as error:
+        name, reason = type(error).__name__, str(error)
+        append(store, model, Refused(action="verify", bundle=digest, error=name, reason=reason, asked_by=asked_by))
+        raise
+    numbers = proof.model_dump(include={"model_version", "golden_mean", "golden_min", "live_mean", "live_min"})
+    append(
+        store,
+        model,
+        Proved(bundle=digest, worker=worker.url, live_texts=proof.live_texts, asked_by=asked_by, **numbers),
+    )
+    return proof
+
+
 def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proof:
     """Have `worker` serve the bundle `digest`, and prove that it does.
 
     A worker with a `root` is told through its admin API; another one follows its channel and is waited for. Raises
-    VerificationFailed, which says what the worker answered instead, and what `fetch` raises.
+    VerificationFailed, which says what the worker answered instead, and what `fetched` raises.
     """
     started = time.monotonic()
-    bundle = pull_bundle(store, model, digest, worker.root)
-    with WorkerClient(worker, worker.name or model) as client:
+    with (
+        fetched(store, model, digest, worker.root or cache_folder()) as bundle,
+        WorkerClient(worker, worker.name or model) as client,
+    ):
         if worker.root is not None:
             client.swap(f"{model}/{digest}")
         version = client.wait_until_served(digest, started + worker.timeout_seconds)
@@ -89,9 +113,9 @@ def deliver(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proo
     )
 
 
-def pull_bundle(store: Store, model: str, digest: str, root: Path | None = None) -> Path:
-    """A copy of the bundle in `root`, or below the state folder, every byte verified. Raises what `fetch` raises."""
-    return fetch(store, model, digest, root or state_dir() / "bundles")
+def cache_folder() -> Path:
+    """Where pulled bundles lie that no worker has a folder for."""
+    return state_dir() / "bundles"
 
 
 class WorkerClient:
@@ -118,11 +142,15 @@ class WorkerClient:
         timeout = max(_REQUEST_SECONDS, self._worker.timeout_seconds)  # it loads and warms up before it answers
         self._ask("POST", "/api/v1/admin/models/swap", json=body, headers=headers, timeout=timeout)
 
+    def read_served(self) -> dict[str, str]:
+        """What answers requests that name no version: digest → version."""
+        models = self._ask("GET", "/api/v1/models")["models"]
+        return {m["digest"]: m["version"] for m in models if m["name"] == self._name and m["weight"] > 0}
+
     def wait_until_served(self, digest: str, deadline: float) -> str:
         """The version under which every request that names none gets `digest`."""
         while True:
-            models = self._ask("GET", "/api/v1/models")["models"]
-            served = {m["digest"]: m["version"] for m in models if m["name"] == self._name and m["weight"] > 0}
+            served = self.read_served()
             if list(served) == [digest]:
                 return str(served[digest])
             if time.monotonic() > deadline:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.tokenizer import TOKENIZER_NAME, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.errors import ExportFailed
+from tasks.graph_files import gather_weights
 from tasks.teacher import Teacher, load_sentence_transformer
 
 ONNX_NAME = "model.onnx"
@@ -31,12 +33,16 @@ _PROBES = ("a", "The quick brown fox jumps over the lazy dog.", "naïve café �
 def export_onnx(teacher: Teacher) -> Artifact:
     """Write `tokenizer.json` and `model.onnx`: input_ids, attention_mask int64 [B, T] → sentence_embedding [B, D].
 
+    Weights above 1 GiB go to `model.onnx.data`.
+
     Raises ExportFailed when the graph's embeddings differ from sentence-transformers' by more than 1e-5.
     """
     model = load_sentence_transformer(teacher.folder)
     with draft("export") as work:
         shutil.copyfile(teacher.tokenizer, work.folder / TOKENIZER_NAME)
-        _export(model, teacher, work.folder / ONNX_NAME)
+        with TemporaryDirectory(prefix="traced-", dir=work.folder) as traced:
+            _export(model, teacher, Path(traced) / ONNX_NAME)
+            gather_weights(Path(traced) / ONNX_NAME, work.folder / ONNX_NAME)
         error = measure_parity(model, work.folder, teacher.max_seq_length)
         if not error <= _PARITY_LIMIT:
             raise ExportFailed(f"{teacher.name}: the exported graph is off by {error:.2e}, limit {_PARITY_LIMIT:.0e}")

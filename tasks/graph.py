@@ -9,6 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.errors import QuantizationFailed
+from tasks.graph_files import (
+    MIN_APART_BYTES,
+    Weights,
+    attach_weights,
+    is_large,
+    open_model,
+    read_model,
+    refer_to,
+    write_model,
+)
 
 # Ends the name of a product that stays in float whatever is quantised around it.
 FLOAT_SUFFIX = "/float"
@@ -31,34 +41,60 @@ class Linear:
 
 
 class Graph:
-    """An ONNX model in memory, its tensors by name."""
+    """An ONNX model in memory, its tensors by name.
 
-    def __init__(self, model: Any) -> None:
-        """Wrap `model`, a ModelProto that this object may change. Raises QuantizationFailed for NaN or Inf weights."""
+    `model` has the nodes; of constants from 1 KiB on it has a reference alone, so that a model of any size is copied
+    and handed to onnx's own tools at once.
+    """
+
+    def __init__(self, model: Any, weights: Weights) -> None:
+        """Wrap `model`, a ModelProto that this object may change, and what it refers to."""
+        self._weights = weights
         self.replace(model)
-        self._read_constants_directly()
-        self._check_finite()
 
     @classmethod
     def load(cls, path: Path) -> "Graph":
         """Read the graph at `path`. Raises QuantizationFailed for NaN or Inf weights."""
-        import onnx  # noqa: PLC0415  a cached run need not load it
+        graph = cls(*read_model(path))
+        graph._read_constants_directly()
+        graph._check_finite()
+        return graph
 
-        return cls(onnx.load(path))
+    @property
+    def is_large(self) -> bool:
+        """Whether its weights are kept in a file of their own."""
+        return is_large(self._weights)
 
     def copy(self) -> "Graph":
         """A graph of its own with the same content."""
         twin = type(self.model)()
         twin.CopyFrom(self.model)
-        return Graph(twin)
+        return Graph(twin, dict(self._weights))
+
+    def whole(self) -> Any:
+        """A ModelProto of its own that holds the weights: for tools that look at them."""
+        return attach_weights(self.model, self._weights)
 
     def save(self, path: Path) -> None:
-        """Write the graph; weights that no node reads any more are left out."""
+        """Write the graph, large weights beside it; what no node reads any more is left out."""
         self.drop_unused()
-        path.write_bytes(self.model.SerializeToString(deterministic=True))
+        write_model(self.model, self._weights, path)
+
+    def open(self, options: Any = None) -> Any:
+        """An onnxruntime session of the graph on the CPU; unless told otherwise as it is written.
+
+        Fusions would swallow tensors that are asked for, and their arithmetic depends on the processor.
+        """
+        import onnxruntime as ort  # noqa: PLC0415  a cached run need not load it
+
+        if options is None:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return open_model(self.model, self._weights, options)
 
     def replace(self, model: Any) -> None:
-        """Take `model` in place of what was there."""
+        """Take `model` in place of what was there; it refers to the same weights."""
         self.model = model
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -75,22 +111,25 @@ class Graph:
         """The values of a constant tensor."""
         from onnx import numpy_helper  # noqa: PLC0415  a cached run need not load it
 
-        return numpy_helper.to_array(self._tensors[name])
+        return self._weights[name] if name in self._weights else numpy_helper.to_array(self._tensors[name])
 
     def put(self, name: str, values: NDArray[Any]) -> str:
         """Store `values` as the constant tensor `name`, in place of what had that name; returns the name."""
         from onnx import numpy_helper  # noqa: PLC0415  a cached run need not load it
 
-        return self.put_tensor(numpy_helper.from_array(np.ascontiguousarray(values), name))
-
-    def put_tensor(self, tensor: Any) -> str:
-        """Store an ONNX tensor under its own name, in place of what had that name; returns the name."""
-        if tensor.name in self._tensors:
-            self._tensors[tensor.name].CopyFrom(tensor)
+        values = np.ascontiguousarray(values)
+        if values.nbytes < MIN_APART_BYTES:
+            self._weights.pop(name, None)
+            tensor = numpy_helper.from_array(values, name)
+        else:
+            self._weights[name] = values
+            tensor = refer_to(name, values)
+        if name in self._tensors:
+            self._tensors[name].CopyFrom(tensor)
         else:
             self.model.graph.initializer.append(tensor)
-            self._tensors[tensor.name] = self.model.graph.initializer[-1]
-        return str(tensor.name)
+            self._tensors[name] = self.model.graph.initializer[-1]
+        return name
 
     def replace_weight(self, linear: Linear, weight: NDArray[Any]) -> None:
         """Give one layer another weight; layers that share the old one keep it."""
@@ -133,7 +172,8 @@ class Graph:
             kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
             del self.model.graph.initializer[:]
             self.model.graph.initializer.extend(kept)
-            self._tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+            self.replace(self.model)
+            self._weights = {name: values for name, values in self._weights.items() if name in self._tensors}
 
     def _read_constants_directly(self) -> None:
         """The exporter stores equal weights once and gives the other layers an Identity of it."""

@@ -9,9 +9,12 @@ from tasks.built import Built, InputRange
 from tasks.calibrate import Batches, choose_range, observe
 from tasks.export import ONNX_NAME
 from tasks.graph import FLOAT_SUFFIX, Graph
+from tasks.graph_files import copy_model_files
 from tasks.outliers import tame_outliers
 from tasks.progress import Advance
 from tasks.qdq import Format, insert_qdq
+from tasks.sensitivity import rank_layers
+from tasks.settings import QdqConfig
 from tasks.squeeze import squeeze
 from tasks.table import quantize_tables
 
@@ -22,7 +25,7 @@ _TABLE_BITS, _TABLE_BLOCK = 8, 128  # cosine 0.99999: the table costs nothing at
 
 def keep_fp32(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
     """The exported graph itself."""
-    (folder / ONNX_NAME).write_bytes(source.read_bytes())
+    copy_model_files(source, folder)
     advance(1)
     return Built(ONNX_NAME)
 
@@ -35,11 +38,12 @@ def quantize_dynamic(source: Path, folder: Path, batches: Batches, advance: Adva
     graph = tame(Graph.load(source), batches, advance)
     with _root_logger_silent():
         quantize(
-            graph.model,
+            graph.whole(),
             folder / ONNX_NAME,
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["MatMul"],
+            use_external_data_format=graph.is_large,
             nodes_to_exclude=[node.name for node in graph.model.graph.node if node.name.endswith(FLOAT_SUFFIX)],
         )
     graph = Graph.load(folder / ONNX_NAME)
@@ -48,21 +52,21 @@ def quantize_dynamic(source: Path, folder: Path, batches: Batches, advance: Adva
     return Built(ONNX_NAME)
 
 
-def quantize_static(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
-    """QDQ with MinMax ranges: int8 weights per channel, uint8 inputs, after their outliers were tamed."""
+def quantize_static(source: Path, folder: Path, batches: Batches, advance: Advance, qdq: QdqConfig) -> Built:
+    """QDQ: int8 weights per channel, uint8 inputs, after their outliers were tamed."""
     graph = Graph.load(source)
-    ranges = make_qdq(graph, batches, "uint8", advance)
+    built = make_qdq(graph, batches, "uint8", advance, qdq)
     quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)
     graph.save(folder / ONNX_NAME)
-    return Built(ONNX_NAME, ranges=ranges)
+    return built
 
 
-def quantize_fp8(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
-    """QDQ in E4M3 with max calibration: what a GPU computes, in exact arithmetic here."""
+def quantize_fp8(source: Path, folder: Path, batches: Batches, advance: Advance, qdq: QdqConfig) -> Built:
+    """QDQ in E4M3: what a GPU computes, in exact arithmetic here."""
     graph = Graph.load(source)
-    ranges = make_qdq(graph, batches, "fp8", advance)
+    built = make_qdq(graph, batches, "fp8", advance, qdq)
     graph.save(folder / ONNX_NAME)
-    return Built(ONNX_NAME, ranges=ranges)
+    return built
 
 
 def squeeze_for_gate(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
@@ -82,10 +86,11 @@ def _squeeze(source: Path, folder: Path, target: float, batches: Batches, advanc
     return Built(ONNX_NAME, damages=damages)
 
 
-def make_qdq(graph: Graph, batches: Batches, kind: Format, advance: Advance) -> tuple[InputRange, ...]:
-    """Quantise every linear layer of `graph` in place and explicitly, over the range of its calibration inputs.
+def make_qdq(graph: Graph, batches: Batches, kind: Format, advance: Advance, qdq: QdqConfig) -> Built:
+    """Quantise the linear layers of `graph` in place and explicitly, over the range of their calibration inputs.
 
-    Outliers are tamed first for integers; E4M3 has the range for them.
+    Outliers are tamed first for integers; E4M3 has the range for them. Where the embeddings would be further from the
+    original's than `qdq` allows, the fewest layers that bring them back stay in float.
     """
     if kind != "fp8":
         tame(graph, batches, lambda steps: None)
@@ -93,12 +98,14 @@ def make_qdq(graph: Graph, batches: Batches, kind: Format, advance: Advance) -> 
     for linear in graph.linears:
         labels.setdefault(linear.input, linear.label)
     seen = observe(graph, labels, batches, advance, with_histogram=True)
-    ranges = {name: choose_range(found, "minmax") for name, found in seen.items()}
-    insert_qdq(graph, ranges, kind)
-    return tuple(
+    ranges = {name: choose_range(found, qdq.calibration) for name, found in seen.items()}
+    damages = {} if qdq.min_cosine is None else rank_layers(graph, ranges, kind, batches, qdq.min_cosine)
+    insert_qdq(graph, ranges, kind, skip={node for node, layer in damages.items() if layer.is_float})
+    shown = tuple(
         InputRange(layer=labels[n], low=low, high=high, limit=seen[n].limit, counts=seen[n].coarse_histogram())
         for n, (low, high) in ranges.items()
     )
+    return Built(ONNX_NAME, tuple(damages.values()), shown)
 
 
 def tame(graph: Graph, batches: Batches, advance: Advance) -> Graph:

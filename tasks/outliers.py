@@ -37,6 +37,7 @@ def tame_outliers(graph: Graph, seen: Mapping[str, Activations]) -> None:
         else:
             for linear in linears:
                 _compute_apart(graph, linear, channel_max)
+    graph.drop_unused()
 
 
 def _move_into_weights(graph: Graph, linears: list[Linear], channel_max: _Values) -> _Values:

@@ -12,14 +12,16 @@ from prefect.logging import get_run_logger
 
 from registry import promotion
 from registry.approval import Approval, ApprovalPolicy
+from registry.cache import fetched
 from registry.client import resolve
-from registry.errors import BundleIncomplete, ChannelMoved, GateFailed, RegistryError, RollbackRefused
+from registry.errors import BundleIncomplete, GateFailed, RegistryError
+from registry.events import Judged
 from registry.gate import GateLimits, GateRecord, Measurement, default_checks, judge
-from registry.ledger import Entry, Judged, append_once, recorded_refusals
+from registry.ledger import Entry, append_once, as_move, recorded_refusals
 from registry.manifest import Manifest, read_manifest
 from registry.store import Store
-from tasks.delivery import Proof, WorkerConfig, deliver, pull_bundle
-from tasks.errors import TaskError, TrackingFailed
+from tasks.delivery import Proof, WorkerClient, WorkerConfig, cache_folder, prove
+from tasks.errors import TaskError, TrackingFailed, VerificationFailed
 from tasks.tracking import Alias, ModelAliases
 
 PRODUCTION = "production"
@@ -56,16 +58,17 @@ def open_case(
     """
     with recorded_refusals(store, model, "promote", reference, requested_by):
         digest = resolve(store, model, reference)
-        folder = pull_bundle(store, model, digest)
-        manifest = read_manifest(folder)
         now = promotion.status(store, model, PRODUCTION)
         replaces = now.channel.digest if now else None
+        with fetched(store, model, digest, cache_folder()) as folder:
+            manifest = read_manifest(folder)
+            gate = judge_published(folder, manifest, limits, None if replaces == digest else replaces)
         case = Case(
             store=store,
             model=model,
             digest=digest,
             manifest=manifest,
-            gate=judge_published(folder, manifest, limits, None if replaces == digest else replaces),
+            gate=gate,
             replaces=replaces,
             is_in_production=replaces == digest,
             requested_by=requested_by,
@@ -134,41 +137,69 @@ def wanted_aliases(store: Store, model: str) -> dict[Alias, str | None]:
 
 
 @task(task_run_name="verify-{worker.url}", cache_policy=NO_CACHE)
-def verify(worker: WorkerConfig, store: Store, model: str, digest: str) -> Proof:
-    """Have a worker serve the bundle and prove it by its own answers. Raises VerificationFailed."""
-    proof = deliver(worker, store, model, digest)
+def verify(worker: WorkerConfig, case: Case) -> Proof:
+    """Have a worker serve the bundle and prove it by its own answers, on record. Raises VerificationFailed."""
+    proof = prove(worker, case.store, case.model, case.digest, case.requested_by)
     get_run_logger().info("%s", proof)
     return proof
 
 
+def find_served(workers: Sequence[WorkerConfig], model: str) -> dict[str, str]:
+    """The digest that each worker serves now, by URL; those that do not answer, or serve several, are left out."""
+    found = {}
+    for worker in workers:
+        try:
+            with WorkerClient(worker, worker.name or model) as client:
+                served = list(client.read_served())
+        except VerificationFailed:
+            continue
+        if len(served) == 1:
+            found[worker.url] = served[0]
+    return found
+
+
 @task(task_run_name="put-back", cache_policy=NO_CACHE)
-def put_back(case: Case, workers: Sequence[WorkerConfig], tracking_uri: str | None, why: str) -> str:
+def put_back(
+    case: Case, workers: Sequence[WorkerConfig], served: Mapping[str, str], tracking_uri: str | None, why: str
+) -> str:
     """Roll production back to what the move replaced, then workers and aliases; says what came of it.
 
-    Every part is tried whatever becomes of the others: a promotion that failed must not stop half-way back too. What
-    was in production before this run is left there: then nothing is new, and a person decides.
+    After a first promotion production points nowhere again, and the workers get what they `served` before. Every part
+    is tried whatever becomes of the others: a promotion that failed must not stop half-way back too. What was in
+    production before this run is left there: then nothing is new, and a person decides.
     """
     if case.is_in_production:
         return "it was in production before this run, which changed nothing: thorforge rollback would go back"
     try:
-        promotion.rollback(
-            case.store, case.model, asked_by=case.requested_by, expected=case.digest, reason=f"promotion undone: {why}"
+        entry = promotion.rollback(
+            case.store,
+            case.model,
+            asked_by=case.requested_by,
+            expected=case.digest,
+            reason=f"promotion undone: {why}",
+            may_empty=True,
         )
-    except (RollbackRefused, ChannelMoved) as error:
+    except (RegistryError, OSError) as error:
         return f"production was not put back: {error}"
-    production = promotion.status(case.store, case.model, PRODUCTION)
-    assert production is not None, "it was just rolled back"
-    digest, faults = production.channel.digest, []
-    for worker in workers:
-        try:
-            deliver(worker, case.store, case.model, digest)
-        except (TaskError, RegistryError) as error:
-            faults.append(str(error))
+    digest = as_move(entry).bundle
+    wanted = {worker: digest or served.get(worker.url) for worker in workers}
+    faults = [fault for worker, bundle in wanted.items() if (fault := _put_worker_back(case, worker, bundle))]
     try:
         mirror_aliases.fn(tracking_uri, case.store, case.model)
     except TaskError as error:
         faults.append(f"{error} (thorforge reconcile --repair mends the aliases later)")
-    return "; ".join([f"production is {digest} again", *faults])
+    return "; ".join([f"production {f'is {digest}' if digest else 'points nowhere'} again", *faults])
+
+
+def _put_worker_back(case: Case, worker: WorkerConfig, digest: str | None) -> str | None:
+    """Have a worker serve `digest` again; what is wrong where it does not."""
+    if digest is None:
+        return f"{worker.url} is left as it is: what it served before is not known"
+    try:
+        prove(worker, case.store, case.model, digest, case.requested_by)
+    except (TaskError, RegistryError, OSError) as error:
+        return str(error)
+    return None
 
 
 def find_report(case: Case, tracking_uri: str | None) -> str | None:

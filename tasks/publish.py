@@ -13,6 +13,9 @@ from prefect.cache_policies import INPUTS, NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from registry.client import push
+from registry.events import Candidate, Screened
+from registry.keys import user_name
+from registry.ledger import append_once
 from registry.manifest import (
     Cosine,
     FileEntry,
@@ -20,6 +23,7 @@ from registry.manifest import (
     Manifest,
     Performance,
     Validation,
+    digest_of,
     payload_checksum,
     scan_files,
     verify_bundle,
@@ -77,6 +81,23 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
         write_manifest(work.folder, _manifest(study, judged, origin, files))
         verify_bundle(work.folder)
     return work.artifact
+
+
+@task(task_run_name="record-verdicts", cache_policy=NO_CACHE)
+def record_verdicts(study: Study, bundle: Artifact | None, registry: str | None) -> None:
+    """Write the gate's verdict on every candidate into the ledger, whatever it is; equal verdicts are written once.
+
+    `bundle` is what became of the chosen one, None where none was.
+    """
+    screened = Screened(
+        candidates=tuple(
+            Candidate(variant=row.name, built=row.candidate.artifact.digest, report=row.gate) for row in study.judged
+        ),
+        champion=study.champion,
+        bundle=digest_of(bundle.folder) if bundle else None,
+        screened_by=user_name(or_number=True),
+    )
+    append_once(open_store(registry), study.teacher.name, screened)
 
 
 @task(task_run_name="publish-{variant}", cache_policy=NO_CACHE)

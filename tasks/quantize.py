@@ -25,6 +25,7 @@ from tasks.onnx_builds import (
 )
 from tasks.openvino_builds import convert_openvino, quantize_openvino
 from tasks.progress import Advance, progress
+from tasks.settings import QdqConfig
 from tasks.tensorrt_graphs import write_fp8, write_fp16, write_int8
 from tasks.variants import Build, Variant
 
@@ -44,12 +45,18 @@ class Candidate(BaseModel):
     damages: tuple[LayerDamage, ...] = ()
     ranges: tuple[InputRange, ...] = ()
 
+    @property
+    def method(self) -> str:
+        """How it was made: the variant's method, and the layers that stayed in float for the gate."""
+        kept = [layer.layer for layer in self.damages if layer.is_float]
+        return f"{self.variant.method}; in float: {', '.join(kept)}" if kept else self.variant.method
+
     def quantization(self, corpus: str, cosine_mean: float) -> Quantization | None:
         """The manifest's account of the quantisation; None where the weights are as exported."""
         if self.variant.precision not in {"int4", "int8", "fp8"}:
             return None
         return Quantization(
-            method=self.variant.method,
+            method=self.method,
             calibration_dataset=corpus if self.variant.is_calibrated else None,
             calibration_digest=self.calibration_digest,
             calibration_size=self.calibration_size,
@@ -72,7 +79,9 @@ def quantize(
     batches = [pad_batch([ids]) for ids in sorted(tokenizer.encode(texts), key=len)] if texts else []
     with draft(variant.name) as work, progress(f"quantize {variant.name}", max(len(batches), 1)) as advance:
         (work.folder / TOKENIZER_NAME).write_bytes((exported.folder / TOKENIZER_NAME).read_bytes())
-        built = _BUILDERS[variant.build](exported.folder / ONNX_NAME, work.folder, batches, advance)
+        given = exported.folder / ONNX_NAME, work.folder, batches, advance
+        qdq = variant.qdq
+        built = _QDQ_BUILDERS[variant.build](*given, qdq) if qdq else _BUILDERS[variant.build](*given)
         entry = hash_file(work.folder / built.file)
         disk_bytes = sum(path.stat().st_size for path in work.folder.iterdir())
     return Candidate(
@@ -111,13 +120,15 @@ def _calibration_texts(variant: Variant, corpus: Artifact, size: int) -> list[st
 _BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], Built]] = {
     "fp32-onnx": keep_fp32,
     "int8-dynamic": quantize_dynamic,
-    "int8-static": quantize_static,
-    "fp8-onnx": quantize_fp8,
     "int4-small": squeeze_for_gate,
     "int4-tiny": squeeze_for_caution,
     "int8-openvino": quantize_openvino,
     "bf16-openvino": convert_openvino,
     "fp16-tensorrt": write_fp16,
+}
+_QDQ_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance, QdqConfig], Built]] = {
+    "int8-static": quantize_static,
+    "fp8-onnx": quantize_fp8,
     "int8-tensorrt": write_int8,
     "fp8-tensorrt": write_fp8,
 }

@@ -92,7 +92,11 @@ class Study(BaseModel):
         """Why each candidate that is not the chosen one was passed over, by how much; also what was not built."""
         winner = choose(self.judged, self.select_by)
         reasons = {row.name: _explain(row, winner, self.select_by) for row in self.judged if row is not winner}
-        return reasons | {build.variant: f"not built: {build.reason}" for build in self.not_built}
+        return reasons | {name: f"not built: {reason}" for name, reason in self.not_built_reasons().items()}
+
+    def not_built_reasons(self) -> dict[str, str]:
+        """Why each variant that was asked for and not built was not."""
+        return {build.variant: build.reason or "" for build in self.not_built}
 
     def find(self, name: str) -> Judged:
         """The judged candidate of that variant."""

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 # What the candidate to publish is chosen by.
 Criterion = Literal["throughput", "latency", "size", "cost"]
+# How the range of a tensor is chosen from what it was on the calibration texts.
+CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 Level = Annotated[int, Field(ge=0, le=5)]
 
 
@@ -25,3 +27,13 @@ class BuildConfig(BaseModel):
     hardware_compatibility: Literal["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"] = Field(
         default="NONE", description="GPUs a plan loads on: NONE, AMPERE_PLUS or SAME_COMPUTE_CAPABILITY"
     )
+
+
+class QdqConfig(BaseModel):
+    """How a graph is quantised explicitly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    calibration: CalibrationMethod = "minmax"
+    min_cosine: float | None = None
+    """What the embeddings of calibration texts must reach; layers stay in float until they do. None: all are rounded"""

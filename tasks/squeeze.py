@@ -1,5 +1,6 @@
 """The smallest files: few-bit weights, packed as planes of bits, that onnxruntime widens once while it loads."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,35 +11,35 @@ from tasks.calibrate import Batches, observe
 from tasks.graph import Graph, Linear
 from tasks.progress import Advance
 from tasks.rounding import FewBits, round_weight
-from tasks.sensitivity import WeightProbe, choose_layers, measure_damage
+from tasks.sensitivity import WeightProbe, choose_bits, measure_damage
 from tasks.table import quantize_tables
 
 _TABLE_BITS, _TABLE_BLOCK = 4, 128
-_FEWER_BITS, _MORE_BITS = 4, 6
-_NUM_PROBES = 32  # calibration texts that layers are judged on
+_LEVELS = range(4, 7)
 
 
 def squeeze(graph: Graph, target: float, batches: Batches, advance: Advance) -> tuple[LayerDamage, ...]:
-    """Store linear layers in 4 bits, the most damaging in 6 until the mean cosine on calibration texts is `target`.
+    """Store linear layers in 4 to 6 bits, the fewest bytes whose mean cosine on calibration texts is `target`.
 
     The embedding table takes 4 bits. In place; returns what each layer does and got.
     """
     linears = {linear.node: linear for linear in graph.linears}
     seen = observe(graph, [linear.input for linear in linears.values()], batches, advance, with_products=True)
-    fewer, more = (
-        {n: _round(graph, linear, seen, b) for n, linear in linears.items()} for b in (_FEWER_BITS, _MORE_BITS)
-    )
-    probe = WeightProbe(graph, batches[:: max(1, len(batches) // _NUM_PROBES)])
-    narrow, wide = ({node: each.widen() for node, each in kind.items()} for kind in (fewer, more))
-    damage = measure_damage(probe, narrow)
-    kept = choose_layers(probe, narrow, wide, damage, target)
+    rounded = {b: {n: _round(graph, linear, seen, b) for n, linear in linears.items()} for b in _LEVELS}
+    probe = WeightProbe(graph, batches)
+
+    def is_enough(bits: Mapping[str, int]) -> bool:
+        return probe.cosine({node: rounded[b][node].widen() for node, b in bits.items()}) >= target
+
+    damage = measure_damage(probe, {node: each.widen() for node, each in rounded[_LEVELS[0]].items()})
+    sizes = {node: graph.array(linear.weight).size for node, linear in linears.items()}
+    bits = choose_bits(damage, sizes, _LEVELS, is_enough)
     for node, linear in linears.items():
-        put_packed(graph, linear, (more if node in kept else fewer)[node])
+        put_packed(graph, linear, rounded[bits[node]][node])
     quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)
     graph.drop_unused()
     return tuple(
-        LayerDamage(layer=linear.label, damage=damage[node], bits=_MORE_BITS if node in kept else _FEWER_BITS)
-        for node, linear in linears.items()
+        LayerDamage(layer=linear.label, damage=damage[node], bits=bits[node]) for node, linear in linears.items()
     )
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from registry.manifest import hash_file, is_name, payload_checksum
 from serving.tokenizer import TOKENIZER_NAME
 from tasks.artifacts import CACHED, Artifact, draft
+from tasks.bucket_models import MODEL_FILES, fetch_model
 from tasks.corpus import evaluation_sets
 from tasks.errors import TeacherRejected
 from tasks.progress import progress
@@ -22,7 +23,6 @@ from tasks.state import state_dir
 from tasks.weights import check_finite, count_parameters
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json"]
 _BATCH = 32
 
 
@@ -47,7 +47,7 @@ class Teacher(BaseModel):
 
 @task(task_run_name="load-teacher", cache_policy=NO_CACHE)
 def load_teacher(uri: str, name: str | None = None) -> Teacher:
-    """Find, check and describe the teacher at `uri`: a folder, `package:<installed package>` or `hf:<id>[@revision]`.
+    """Find, check and describe the teacher at `uri`: a folder, `package:<name>`, `hf:<id>[@revision]` or an S3 URL.
 
     Nothing of the model is executed. Raises TeacherRejected.
     """
@@ -154,9 +154,11 @@ def locate_teacher(uri: str) -> Path:
         return _package_folder(rest)
     if scheme == "hf":
         return _hub_folder(rest)
-    folder = Path(uri)
+    folder = fetch_model(uri) if scheme == "s3" else Path(uri)
     if not folder.is_dir():
-        raise TeacherRejected(f"model {uri!r} is no folder: give a folder, package:<installed package> or hf:<id>")
+        raise TeacherRejected(
+            f"model {uri!r} is no folder: give a folder, package:<installed package>, hf:<id> or s3://bucket/prefix"
+        )
     if not (folder / "modules.json").is_file():
         raise TeacherRejected(f"model folder {folder} has no modules.json: give a sentence-transformers model folder")
     return folder.absolute()
@@ -178,7 +180,7 @@ def _hub_folder(reference: str) -> Path:
     name, _, revision = reference.partition("@")
     try:
         found = snapshot_download(
-            name, revision=revision or None, allow_patterns=_HUB_FILES, cache_dir=state_dir() / "hub"
+            name, revision=revision or None, allow_patterns=[*MODEL_FILES], cache_dir=state_dir() / "hub"
         )
     except Exception as error:  # the hub raises errors of several HTTP libraries
         raise TeacherRejected(f"model hf:{reference} cannot be fetched: {type(error).__name__}: {error}") from error
@@ -263,7 +265,8 @@ def _prompts(folder: Path) -> dict[str, str]:
 
 
 def _safe_name_of(uri: str, folder: Path) -> str:
-    found = uri.partition(":")[2].partition("@")[0].rpartition("/")[2] if ":" in uri else folder.name
+    path = uri.partition(":")[2].partition("?")[0].partition("@")[0].rstrip("/")
+    found = path.rpartition("/")[2] if ":" in uri else folder.name
     if not is_name(found):
         raise TeacherRejected(
             f"{found!r} is not a name for the registry (letters, digits, '.', '_' and '-'): give one with --name"

@@ -1,10 +1,12 @@
 """MLflow: a run per optimisation, a child per candidate, a version per bundle, aliases; only here is it imported."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from matplotlib.figure import Figure
@@ -24,6 +26,7 @@ _WITH_BAD_END = (
     "cross_recall_at_10_loss",
     "sts_spearman_loss",
 )
+_MAX_TAG = 5000  # characters that every MLflow takes
 _PROCESS_TAG = "thorforge.process"
 
 Alias = Literal["champion", "candidate", "previous"]
@@ -48,7 +51,7 @@ class Tracker:
         tags = {
             "mlflow.parentRunId": self.run_id,
             "gate": judged.gate.reason,
-            "method": variant.method,
+            "method": judged.candidate.method[:_MAX_TAG],
             "steps": ", ".join(map(str, variant.steps)) or "none",
             "corpus": corpus,
             "compatibility": judged.compatibility,
@@ -70,10 +73,13 @@ class Tracker:
             self._client.log_dict(run_id, report, f"{name}.json")
         self._client.set_terminated(run_id)
 
-    def log_parent(self, winner: Judged | None, verdicts: dict[str, str]) -> None:
-        """The chosen candidate's metrics on the parent, so that runs compare by what they would ship."""
+    def log_parent(self, winner: Judged | None, verdicts: Mapping[str, str], not_built: Mapping[str, str]) -> None:
+        """The chosen candidate's metrics on the parent, so that runs compare by what they would ship; every verdict,
+        and why a variant has none."""
         for name, verdict in verdicts.items():
             self._client.set_tag(self.run_id, f"verdict.{name}", verdict)
+        for name, reason in not_built.items():
+            self._client.set_tag(self.run_id, f"not_built.{name}", reason[:_MAX_TAG])
         self._client.set_tag(self.run_id, "chosen", winner.name if winner else "none")
         if winner is not None:
             self._log_metrics(self.run_id, winner)
@@ -81,6 +87,10 @@ class Tracker:
     def log_figure(self, figure: Figure, name: str) -> None:
         """A picture under the parent run's artifacts."""
         self._client.log_figure(self.run_id, figure, name)
+
+    def log_document(self, document: dict[str, Any], name: str) -> None:
+        """JSON values under the parent run's artifacts."""
+        self._client.log_dict(self.run_id, document, name)
 
     def log_file(self, path: Path) -> None:
         """A file under the parent run's artifacts."""
@@ -170,6 +180,18 @@ def candidate_metrics(judged: Judged) -> dict[str, float]:
     metrics["cost.per_million_texts"] = judged.cost_per_million
     metrics["cost.node_seconds_per_million_texts"] = 1e6 / judged.speed.throughput_per_s
     return metrics
+
+
+def read_document(uri: str | None, run_id: str, name: str) -> dict[str, Any]:
+    """The JSON document `name` of a run at `uri` (None: in the state folder). Raises TrackingFailed."""
+    place = uri or default_tracking_uri()
+    with _failures_named(place):
+        client = _open_client(place)
+        if name not in {file.path for file in client.list_artifacts(run_id)}:
+            raise TrackingFailed(f"MLflow run {run_id} at {place} has no {name}: it was made before, or did not finish")
+        with TemporaryDirectory() as folder:
+            text = Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+    return dict(json.loads(text))
 
 
 @contextmanager

@@ -1,16 +1,20 @@
 """Variants: the recipes that `optimize` knows by name."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from registry.gate import GateLimits
 from registry.manifest import Precision, Runtime, SafeName
+from tasks.settings import CalibrationMethod, QdqConfig
 from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
 Build = Literal[
     "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino",
     "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt", "cuda-fp16", "cuda-fp8",
 ]  # fmt: skip
+
+Compute = Literal["f32", "bf16", "f16", "f8"]
 
 
 class Variant(BaseModel):
@@ -24,123 +28,68 @@ class Variant(BaseModel):
     runtime: Runtime
     precision: Precision
     method: str
-    compute: Literal["f32", "bf16", "f16", "f8"] = "f32"
+    compute: Compute = "f32"
     is_calibrated: bool = False
     is_qdq: bool = False  # rounds in Q and DQ nodes: judged on exact arithmetic, no processor's kernels
+    qdq: QdqConfig | None = None
+
+    def within(self, limits: GateLimits) -> "Variant":
+        """The variant that keeps its most sensitive layers in float where the gate's cosine asks for it."""
+        if self.qdq is None:
+            return self
+        qdq = self.qdq.model_copy(update={"min_cosine": limits.cosine_mean_pass})
+        return self.model_copy(update={"qdq": qdq})
 
 
-_SMALL: dict[Build, str] = {"int4-small": "the gate's 1 % of nDCG", "int4-tiny": "cosine 0.98"}
-_BUILDS: dict[Build, Variant] = {
-    variant.build: variant
-    for variant in (
-        Variant(name="fp32-onnx", build="fp32-onnx", runtime="onnxruntime", precision="fp32", method="export"),
-        Variant(
-            name="int8-dynamic",
-            build="int8-dynamic",
-            runtime="onnxruntime",
-            precision="int8",
-            method="dynamic, per channel; SmoothQuant, outlier channels of FFN-down in float",
-            is_calibrated=True,
-        ),
-        Variant(
-            name="int8-static",
-            build="int8-static",
-            runtime="onnxruntime",
-            precision="int8",
-            method="static QDQ, MinMax, per channel; SmoothQuant, outlier channels of FFN-down in float",
-            is_calibrated=True,
-            is_qdq=True,
-        ),
-        Variant(
-            name="fp8-onnx",
-            build="fp8-onnx",
-            runtime="onnxruntime",
-            precision="fp8",
-            method="QDQ in E4M3, max calibration",
-            compute="f8",
-            is_calibrated=True,
-            is_qdq=True,
-        ),
-        *(
-            Variant(
-                name=name,
-                build=name,
-                runtime="onnxruntime",
-                precision="int4",
-                method=f"weights only: table 4 bits, linears 4 or 6 by sensitivity, GPTQ rounding, for {aim}",
-                is_calibrated=True,
-            )
-            for name, aim in _SMALL.items()
-        ),
-        Variant(
-            name="int8-openvino",
-            build="int8-openvino",
-            runtime="openvino",
-            precision="int8",
-            method="NNCF post-training; attention products and FFN-down in bf16",
-            compute="bf16",
-            is_calibrated=True,
-        ),
-        Variant(
-            name="bf16-openvino",
-            build="bf16-openvino",
-            runtime="openvino",
-            precision="bf16",
-            method="bf16 arithmetic",
-            compute="bf16",
-        ),
-        Variant(
-            name="fp16-tensorrt",
-            build="fp16-tensorrt",
-            runtime="tensorrt",
-            precision="fp16",
-            method="float16 encoder",
-            compute="f16",
-        ),
-        Variant(
-            name="int8-tensorrt",
-            build="int8-tensorrt",
-            runtime="tensorrt",
-            precision="int8",
-            method="static QDQ, MinMax, symmetric, per channel; outliers tamed; float16 elsewhere",
-            compute="f16",
-            is_calibrated=True,
-        ),
-        Variant(
-            name="fp8-tensorrt",
-            build="fp8-tensorrt",
-            runtime="tensorrt",
-            precision="fp8",
-            method="QDQ in E4M3, max calibration; float16 elsewhere",
-            compute="f16",
-            is_calibrated=True,
-        ),
+def _build(
+    build: Build, runtime: Runtime, precision: Precision, compute: Compute, method: str, **flags: Any
+) -> tuple[Build, Variant]:
+    return build, Variant(
+        name=build, build=build, runtime=runtime, precision=precision, compute=compute, method=method, **flags
     )
-}
+
+
+_CALIBRATED: dict[str, Any] = {"is_calibrated": True}
+_QDQ: dict[str, Any] = {"is_calibrated": True, "qdq": QdqConfig()}
+_INT8_QDQ = "static QDQ, MinMax, per channel; SmoothQuant, outlier channels of FFN-down in float"
+_FP8_QDQ = "QDQ in E4M3, max calibration"
+_INT4 = "weights only: table 4 bits, linears 4 to 6 by sensitivity, GPTQ rounding, for"
+_BUILDS: dict[Build, Variant] = dict(
+    (
+        _build("fp32-onnx", "onnxruntime", "fp32", "f32", "export"),
+        _build(
+            "int8-dynamic", "onnxruntime", "int8", "f32",
+            "dynamic, per channel; SmoothQuant, outlier channels of FFN-down in float", **_CALIBRATED,
+        ),
+        _build("int8-static", "onnxruntime", "int8", "f32", _INT8_QDQ, **_QDQ, is_qdq=True),
+        _build("fp8-onnx", "onnxruntime", "fp8", "f8", _FP8_QDQ, **_QDQ, is_qdq=True),
+        _build("int4-small", "onnxruntime", "int4", "f32", f"{_INT4} the gate's 1 % of nDCG", **_CALIBRATED),
+        _build("int4-tiny", "onnxruntime", "int4", "f32", f"{_INT4} cosine 0.98", **_CALIBRATED),
+        _build(
+            "int8-openvino", "openvino", "int8", "bf16",
+            "NNCF post-training; attention products and FFN-down in bf16", **_CALIBRATED,
+        ),
+        _build("bf16-openvino", "openvino", "bf16", "bf16", "bf16 arithmetic"),
+        _build("fp16-tensorrt", "tensorrt", "fp16", "f16", "float16 encoder"),
+        _build("int8-tensorrt", "tensorrt", "int8", "f16", f"{_INT8_QDQ}; symmetric, float16 elsewhere", **_QDQ),
+        _build("fp8-tensorrt", "tensorrt", "fp8", "f16", f"{_FP8_QDQ}; float16 elsewhere", **_QDQ),
+    )
+)  # fmt: skip
 
 # Made of the weights, not of the exported graph, and judged where there is a GPU alone.
-CUDA_VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant(
-            name="cuda-fp16",
-            build="cuda-fp16",
-            runtime="cuda",
-            precision="fp16",
-            method="float16, packed",
-            compute="f16",
-        ),
-        Variant(
-            name="cuda-fp8",
-            build="cuda-fp8",
-            runtime="cuda",
-            precision="fp8",
-            method="linear layers in E4M3, max calibration; the rest in float16, packed",
-            compute="f8",
-            is_calibrated=True,
+CUDA_VARIANTS: dict[str, Variant] = dict(
+    (
+        _build("cuda-fp16", "cuda", "fp16", "f16", "float16, packed"),
+        _build(
+            "cuda-fp8", "cuda", "fp8", "f8",
+            "linear layers in E4M3, max calibration; the rest in float16, packed", **_CALIBRATED,
         ),
     )
-}
+)  # fmt: skip
+_METHODS: dict[CalibrationMethod, str] = {
+    "minmax": "MinMax", "percentile": "99.99th percentile", "entropy": "entropy",
+}  # fmt: skip
+_WITH_METHOD: tuple[Build, ...] = ("int8-static", "int8-tensorrt")
 
 
 class Recipe(BaseModel):
@@ -150,12 +99,27 @@ class Recipe(BaseModel):
 
     name: SafeName = Field(description="the variant's name, to be listed in `variants`")
     build: Build = Field(description="how the model becomes an engine file")
-    steps: tuple[Step, ...] = Field(description="what is done to the model before")
+    steps: tuple[Step, ...] = Field(default=(), description="what is done to the model before")
+    calibration: CalibrationMethod | None = Field(
+        default=None,
+        description="how int8-static and int8-tensorrt choose ranges: minmax (the default), percentile or entropy",
+    )
+
+    @model_validator(mode="after")
+    def _calibration_means_something(self) -> Self:
+        if self.calibration is not None and self.build not in _WITH_METHOD:
+            builds = " and ".join(_WITH_METHOD)
+            raise ValueError(f"calibration {self.calibration!r} is a setting of {builds}, not of {self.build}")
+        return self
 
     def variant(self) -> Variant:
         """The variant that `optimize` makes."""
         plain = CUDA_VARIANTS.get(self.build) or _BUILDS[self.build]
-        return plain.model_copy(update={"name": self.name, "steps": self.steps})
+        changes: dict[str, Any] = {"name": self.name, "steps": self.steps}
+        if self.calibration is not None:
+            changes["qdq"] = QdqConfig(calibration=self.calibration)
+            changes["method"] = plain.method.replace("MinMax", _METHODS[self.calibration])
+        return plain.model_copy(update=changes)
 
 
 _STUDENT3 = (DistillConfig(depth=3),)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from registry.client import push
 from registry.manifest import MANIFEST_NAME, payload_checksum, read_manifest, scan_files, write_manifest
 from registry.store import Store
@@ -28,9 +30,15 @@ def publish_bundle(
     quality: Mapping[str, float | None] = QUALITY,
     ratios: Mapping[str, float] = BESIDE_CHAMPION,
     champion: str | None = None,
+    is_opposite: bool = False,
 ) -> str:
-    """Write a bundle whose reports say this, measured beside `champion`, push it, and return its digest."""
+    """Write a bundle whose reports say this, measured beside `champion`, push it, and return its digest.
+
+    Of one that `is_opposite` the golden set holds the negative of what it embeds: no worker can prove it.
+    """
     make_bundle(folder, seed=seed)
+    if is_opposite:
+        turn_golden_round(folder)
     (folder / "reports").mkdir()
     metrics = {name: {"value": value, "low": value, "high": value} for name, value in quality.items()}
     results = [{"metric": name, "value": value, "low": value, "high": value} for name, value in ratios.items()]
@@ -43,6 +51,13 @@ def publish_bundle(
     update = {"files": files, "checksum": payload_checksum(files), "lineage": lineage}
     write_manifest(folder, manifest.model_copy(update=update))
     return push(folder, store)
+
+
+def turn_golden_round(folder: Path) -> None:
+    """Negate the golden embeddings; the manifest is left as it was."""
+    with np.load(folder / "golden.npz", allow_pickle=False) as golden:
+        arrays = {name: golden[name] for name in golden.files}
+    np.savez(folder / "golden.npz", **{**arrays, "embeddings": -arrays["embeddings"]})
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:

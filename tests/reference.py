@@ -10,6 +10,7 @@ import tasks.errors
 from flows.config import OptimizeConfig
 from registry.approval import ApprovalPolicy
 from registry.gate import GateSettings
+from registry.settings import RegistrySettings, variable_of
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
@@ -40,6 +41,13 @@ def render_reference() -> str:
             *_table(("key", "default", "meaning"), _fields("promote.approval", ApprovalPolicy)),
             *_table(("key of each `[[promote.workers]]`", "default", "meaning"), _fields("", WorkerConfig)),
             *_table(("key of each `[[promote.webhooks]]`", "default", "meaning"), _fields("", WebhookConfig)),
+            *_table(
+                ("key", "variable", "default", "meaning"),
+                (
+                    (key, f"`{variable_of(key[10:-1])}`", default, meaning)
+                    for key, default, meaning in _fields("registry", RegistrySettings)
+                ),
+            ),
             "## Settings of the worker: `config.toml`, environment, flags",
             "",
             *_table(

@@ -26,6 +26,7 @@ from serving.models import LoadedModel
 from serving.request_log import Origin, RequestLog
 from serving.service import Embedded, EmbeddingService, EmbedRequest
 from serving.tracing import TRACEPARENT, RequestTrace, Tracer, find_traceparent, parse_traceparent
+from serving.traffic import VERSION_HEADER
 from serving.worker import Worker
 
 Parse = Callable[[bytes, TextLimits], EmbedRequest]
@@ -92,7 +93,8 @@ class EmbeddingsEndpoint:
             return
         seconds = time.perf_counter() - started
         service.metrics.count_answer(seconds)
-        headers.append(_server_timing(embedded, seconds))
+        version = service.model.manifest.version.encode()
+        headers += [_server_timing(embedded, seconds), (VERSION_HEADER, version)]
         await send_json(send, 200, pieces, headers)
         self._observe(request, service.model, embedded, trace)
 

@@ -322,7 +322,10 @@ def _admin(verb: str, summary: str, request: str, response: str, examples: Mappi
 
 def _post(summary: str, request: str, response: str, examples: Mapping[str, Json], is_tei: bool = False) -> Json:
     answer = _content("application/json", _reference(response))
-    answer["headers"] = {"server-timing": {"schema": _STRING, "description": "tokenize, queue, engine and total, ms"}}
+    answer["headers"] = {
+        "server-timing": {"schema": _STRING, "description": "tokenize, queue, engine and total, ms"},
+        "x-model-version": {"schema": _STRING, "description": "the version that answered"},
+    }
     errors = _tei_errors() if is_tei else _errors(*_EMBED_ERRORS)
     return {
         "post": {

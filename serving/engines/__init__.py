@@ -1,6 +1,7 @@
 """Engines behind one protocol: token ids in, sentence embeddings out."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -68,12 +69,14 @@ def open_engine(
     max_tokens: int = 131_072,
     on_gpu: bool = False,
     is_exact: bool = False,
+    on_rebuild: Callable[[], object] = lambda: None,
 ) -> Engine:
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
     With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
     `max_tokens` is the largest run of the cuda engine, `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it
-    for the arithmetic of the graph as written, slow but the same on every processor.
+    for the arithmetic of the graph as written, slow but the same on every processor. `on_rebuild` hears of a TensorRT
+    plan that was there and had to be built again.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
@@ -92,7 +95,7 @@ def open_engine(
     if entry.runtime == "tensorrt":
         from serving.engines.tensorrt import TensorRtEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return TensorRtEngine(folder / entry.file)
+        return TensorRtEngine(folder / entry.file, on_rebuild=on_rebuild)
     raise EngineUnavailable(
         f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino, tensorrt and cuda"
     )

@@ -26,7 +26,7 @@ MAX_TOKENS = 131_072  # of one run; a larger batch takes several
 MAX_ROWS = 4096
 _LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
 _STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
-_LONG_LENGTH, _LONG_TOKENS = 128, 4096  # a mean length and a size from which long texts have graphs of their own
+_LONG_LENGTH, _LONG_TOKENS = 128, 4096  # tokens that one attends to, and of a run, from which long texts have graphs
 _NUM_SLOTS = 2
 
 
@@ -147,7 +147,7 @@ class CudaEngine:
     def _choose_shape(self, lengths: Lengths) -> "Shape":
         real = int(lengths.sum())
         tokens = min(round_tokens(real), self._encoder.max_tokens)
-        return make_shape(tokens, self._encoder.max_rows, real >= _LONG_LENGTH * len(lengths))
+        return make_shape(tokens, self._encoder.max_rows, int((lengths * lengths).sum()) >= _LONG_LENGTH * real)
 
     def _compute(self, integers: "torch.Tensor", shape: "Shape") -> "torch.Tensor":
         """Vectors [rows, H] of a packed batch on the device, on the current stream."""

@@ -1,21 +1,27 @@
 """The encoder's forward pass on the kernels, in float16 or E4M3, inside a workspace that is allocated once."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
+from serving.engines.cuda_folded import FoldedLayers
 from serving.kernels.add_norm import add_norm
 from serving.kernels.attention import attention
+from serving.kernels.compiled import CompileFailed
 from serving.kernels.embed_norm import embed_norm
 from serving.kernels.few_tokens import MAX_TOKENS, FewTokens, Stacked
-from serving.kernels.gemm import add_product, linear
+from serving.kernels.few_tokens_cluster import FewTokensCluster
+from serving.kernels.gemm import MANY_ROWS, add_product, is_hopper, linear
 from serving.kernels.pool import pool
 
 _HALF = torch.float16
 _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
+_log = logging.getLogger(__name__)
+_MAX_FOLDED = 512  # of the hidden size: at 768 the GEMMs lose as much as the layer norms took
 _MARGIN = 2.0  # between the largest input calibration saw and the largest E4M3 can hold: its precision is the same
 
 
@@ -37,6 +43,7 @@ class Encoder:
         self._out = torch.zeros(max_rows, config.hidden, dtype=torch.float32, device=device)
         self._load_matrices(weights, device)
         self._few = self._make_few()
+        self._folded = self._make_folded(weights)
 
     def run(self, batch: Packed, is_long: bool = False) -> Tensor:
         """Float32 [B, H] of a packed batch, in memory that the next run overwrites; `is_long` only chooses kernels."""
@@ -47,8 +54,11 @@ class Encoder:
             return out
         x = self._hidden[: tokens * config.hidden].view(tokens, config.hidden)
         self._embed(batch, x)
-        for number in range(config.layers):
-            self._run_layer(number, batch, x, is_long)
+        if self._folded is not None and tokens >= MANY_ROWS:
+            self._folded.run(batch, x, self._carve, is_long)
+        else:
+            for number in range(config.layers):
+                self._run_layer(number, batch, x, is_long)
         pool(x, batch.offsets, config.pooling, config.normalize, out)
         return out
 
@@ -59,10 +69,11 @@ class Encoder:
         ]
         self._matrices = list(zip(*self._stacks, strict=True))
 
-    def _make_few(self) -> FewTokens | None:
-        """The kernel for few tokens, where it can take the model; it shares the matrices with the others."""
+    def _make_few(self) -> FewTokens | FewTokensCluster | None:
+        """The kernel for few tokens, where there is one that can take the model; `FewTokens` shares the matrices."""
         config = self.config
-        if not FewTokens.fits(config.hidden, config.heads, config.intermediate):
+        sizes = config.hidden, config.heads, config.intermediate
+        if not FewTokens.fits(*sizes):
             return None
         layers, (qkv, output, up, down) = self._layers, self._stacks
         norms = [torch.stack(self._norm)]
@@ -75,7 +86,20 @@ class Encoder:
         ]
         interleaved = (each for pair in zip((qkv, output, up, down), biases, strict=True) for each in pair)
         stacked = Stacked(self._words, self._positions, torch.stack(norms), *interleaved)
+        if FewTokensCluster.fits(*sizes, self._words.device):
+            try:
+                return FewTokensCluster(stacked, config.eps, config.pooling, config.normalize)
+            except CompileFailed as error:
+                _log.warning("few tokens run on the kernel without clusters reason=%s", error)
         return FewTokens(stacked, config.heads, config.eps, config.pooling, config.normalize)
+
+    def _make_folded(self, weights: Weights) -> FoldedLayers | None:
+        """The layers for many tokens, on the GPUs that have their GEMM."""
+        narrow = self.config.hidden <= _MAX_FOLDED and self.config.hidden % 128 == 0
+        if not narrow or self.max_tokens < MANY_ROWS or not is_hopper(self._words.device):
+            return None
+        _, output, _, down = self._stacks
+        return FoldedLayers(weights, self.config, output, down, self.max_tokens)
 
     @staticmethod
     def _wide_bytes(config: BertConfig) -> int:
@@ -136,7 +160,10 @@ class Fp8Encoder(Encoder):
         self._narrow = torch.zeros(max_tokens * config.hidden, dtype=_E4M3, device=device)
         self._row_scales = torch.zeros(max_tokens, dtype=torch.float32, device=device) if row_scales else None
 
-    def _make_few(self) -> FewTokens | None:
+    def _make_few(self) -> None:
+        return None
+
+    def _make_folded(self, weights: Weights) -> None:
         return None
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:

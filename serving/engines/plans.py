@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from registry.manifest import Precision, Profile, describe_validation
+from registry.manifest import Precision, Profile, describe_validation, hash_file
 from serving.errors import EngineUnavailable
 
 RECIPE_NAME = "tensorrt.json"
@@ -85,6 +85,17 @@ class PlanRecord(_Part):
 
 class PlanStale(Exception):
     """A plan that must be built again; the message says why. Never leaves this package."""
+
+
+def weights_of(graph: Path) -> Path:
+    """Where the weights of a graph lie that are too large for its own file."""
+    return graph.with_name(f"{graph.name}.data")
+
+
+def hash_graph(graph: Path) -> str:
+    """SHA-256 of a graph's file and, where they lie beside it, of that and its weights'."""
+    own, beside = hash_file(graph).sha256, weights_of(graph)
+    return hashlib.sha256(f"{own}{hash_file(beside).sha256}".encode()).hexdigest() if beside.is_file() else own
 
 
 def write_recipe(folder: Path, recipe: BuildRecipe) -> None:

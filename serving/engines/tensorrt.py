@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from registry.manifest import Profile, hash_file
+from registry.manifest import Profile
 from serving.engines import Embeddings
 from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.engines.plans import (
@@ -18,6 +19,7 @@ from serving.engines.plans import (
     Fingerprint,
     PlanStale,
     driver_version,
+    hash_graph,
     plan_path,
     read_plan,
     read_recipe,
@@ -86,36 +88,35 @@ class Node:
             sm=self.sm,
             tensorrt=name_vendor(self.trt),
             driver=self.driver,
-            onnx_sha256=hash_file(graph).sha256,
+            onnx_sha256=hash_graph(graph),
             recipe=recipe,
         )
 
 
 class TensorRtEngine:
-    """Runs a graph with the recipe `tensorrt.json` beside it; the plan lies beside the folder, in `<folder>.plans`.
-
-    `rebuild_reason` says why a plan that was there had to be built again; None otherwise.
-    """
+    """Runs a graph with the recipe `tensorrt.json` beside it; the plan lies beside the folder, in `<folder>.plans`."""
 
     compiles_shapes = False
 
-    def __init__(self, graph: Path, built: Plan | None = None) -> None:
+    def __init__(self, graph: Path, built: Plan | None = None, on_rebuild: Callable[[], object] = lambda: None) -> None:
         """Load the plan, or build one (`built`: it was just now), check it against onnxruntime and keep it.
 
+        `on_rebuild` hears of a plan that was there and had to be built again; the log says why.
         Raises EngineUnavailable.
         """
         self._node = Node.examine()
         recipe = read_recipe(graph.parent)
         path, wanted = plan_path(graph, recipe), self._node.fingerprint(graph, recipe)
-        self.rebuild_reason: str | None = None
         try:
             plan, _ = read_plan(path, wanted)
             self._load(plan, recipe)
         except (PlanStale, EngineUnavailable) as stale:
-            if path.exists():
-                self.rebuild_reason = str(stale)
+            is_again = path.exists()
+            if is_again:
                 _log.warning("tensorrt plan is built again file=%s reason=%s", path.name, stale)
             self._keep(built or self._build(graph, recipe), graph, wanted, path)
+            if is_again:
+                on_rebuild()
         self.bound_to = self._node.sm, name_vendor(self._node.trt)
         self.runtime = f"{self.bound_to[1]} sm {self.bound_to[0]} {recipe.precision}"
 

@@ -65,14 +65,14 @@ def attention(
     """See `reference.attention`: qkv [T, 3H], starts and ends int32 [T] ascending, out [T, H].
 
     With `out_factor` (float32 [1]) out is E4M3 and takes the result times it. `is_long` chooses the tile
-    that measured faster for texts of 128 tokens and more. Head sizes: HEAD_SIZES.
+    that measured faster where a token attends to 128 and more. Head sizes: HEAD_SIZES.
     """
     num_tokens, hidden = out.shape
     size = hidden // heads
-    rows, keys, warps = (128, 64, 8 if size > 32 else 4) if is_long else (64, 32, 4)
+    rows, keys = 64, 64 if is_long else 32
     scale = math.log2(math.e) / math.sqrt(size)
     _attention_kernel[(heads, triton.cdiv(num_tokens, rows))](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
         starts, ends, out, out_factor, num_tokens, scale,
-        HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, num_warps=warps, num_stages=3,
+        HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, num_warps=4, num_stages=3,
     )  # fmt: skip

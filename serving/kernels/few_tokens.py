@@ -32,7 +32,7 @@ from serving.kernels.few_tokens_steps import (
 MAX_TOKENS = 32  # with more the kernels one by one are as fast
 _MAX_HIDDEN = 512  # a program holds whole rows, in pieces of 128
 _STEPS = 5  # of a layer; the pooling behind the last is step 5, and step -1 all of them in one launch
-_COLUMNS = 32  # that a program computes at a time; with 16 its warps outnumber the tile, and it read past its memory
+_COLUMNS = 32  # that a program computes at a time
 _WARPS = 8
 
 

@@ -85,6 +85,11 @@ def linear(
         _launch(x, weight, bias, out, gelu, x_scales, weight_scale, out_factor, device)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a GPU for the ping-pong kernel."""
+    return device.type == "cuda" and bool(_read_device(device.index).major == _HOPPER)
+
+
 def add_product(
     x: Tensor, weight: Tensor, total: Tensor, x_scale: Tensor | None = None, weight_scale: Tensor | None = None
 ) -> None:

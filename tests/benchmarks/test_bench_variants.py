@@ -1,11 +1,13 @@
 """Rows of bench_variants, made of the tiny teacher's study."""
 
 import gzip
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_variants import collect_sentences, quality_rows, retrieval_rows, speed_rows
+from benchmarks.bench_variants import collect_sentences, describe_making, quality_rows, retrieval_rows, speed_rows
+from flows.optimize import Outcome
 from tests.forge import Forge
 
 COMMON = {"baseline": "fp32-torch", "config": {"corpus": "test"}}
@@ -27,6 +29,21 @@ def test_bench_variants_rows_hold_quality_size_and_speed_beside_the_teachers(for
     assert {row["case"] for row in rows.values()} == {"fp32-onnx"}
     speeds = {row["metric"]: row for row in speed_rows(judged, forge.study.speeds, COMMON)}
     assert speeds["throughput_per_s"]["ratio"] == pytest.approx(judged.speedup_vs_torch)
+
+
+def test_bench_variants_rows_say_what_makes_them_again(forge: Forge, tmp_path: Path) -> None:
+    outcome = Outcome(study=forge.study, published=None, report=tmp_path / "report.html", run_id="0123abcd")
+    arguments = Namespace(data=Path("../some data"), quality_only=True)
+    judged = forge.study.find("int8-static")
+    told = describe_making(judged, outcome, arguments)
+    command = "python -m benchmarks.bench_variants --variant int8-static --data '../some data' --quality-only"
+    assert (told["command"], told["run"]) == (command, "0123abcd")
+    assert (told["recipe"]["build"], told["recipe"]["qdq"]["calibration"]) == ("int8-static", "minmax")
+    assert told["digests"] == {
+        "teacher": forge.study.teacher.digest,
+        "corpus": forge.study.corpus.digest,
+        "int8-static": judged.candidate.artifact.digest,
+    }
 
 
 def test_bench_variants_judges_every_candidate_on_a_beir_folder(forge: Forge) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ min_champion_throughput_ratio = 0.001
 [promote.approval]
 approvers = ["ada", "grace"]
 refuse_requester = true
+valid_hours = 72
 [[promote.workers]]
 url = {worker}
 root = {root}
@@ -84,19 +86,33 @@ class Stage:
         return str(document["published"]["digest"])
 
     def start_promotion(self, digest: str, requested_by: str = "linus") -> dict[str, Any]:
-        """Start the deployment, as the pages or a schedule would; the flow run."""
-        deployment = self.ask("GET", "/deployments/name/promote/production")
-        parameters = {"model": MODEL, "digest": digest, "requested_by": requested_by, "reason": "a test"}
+        """A run of `promote`."""
+        return self.start("promote/production", digest=digest, requested_by=requested_by, reason="a test")
+
+    def start(self, name: str, **parameters: object) -> dict[str, Any]:
+        """Start a deployment on the model, as the pages or a schedule would; the flow run."""
+        deployment = self.ask("GET", f"/deployments/name/{name}")
+        parameters = {"model": MODEL, **parameters}
         run: dict[str, Any] = self.ask(
             "POST", f"/deployments/{deployment['id']}/create_flow_run", json={"parameters": parameters}
         )
         return run
 
+    def state(self, run: dict[str, Any]) -> dict[str, Any]:
+        """What the server says of a run."""
+        found: dict[str, Any] = self.ask("GET", f"/flow_runs/{run['id']}")["state"]
+        return found
+
+    def let_approvals_last(self, hours: float) -> None:
+        """Change the setting for the runs that start from now on."""
+        path = self.folder / "thorforge.toml"
+        path.write_text(re.sub(r"valid_hours = .*", f"valid_hours = {hours}", path.read_text()))
+
     def wait_for(self, run: dict[str, Any], *names: str, other_than: str = "") -> dict[str, Any]:
         """The state of the run once it has one of these names; `other_than` is the id of a state that is past."""
 
         def look() -> dict[str, Any] | None:
-            state: dict[str, Any] = self.ask("GET", f"/flow_runs/{run['id']}")["state"]
+            state = self.state(run)
             is_end = state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
             assert state["name"] in names or not is_end, state
             return state if state["name"] in names and state["id"] != other_than else None

@@ -29,6 +29,7 @@ class Shape:
 MODELS = {
     "bert-base": Shape(768, 12, 12, 3072, "mean"),
     "bge-small-en-v1.5": Shape(384, 12, 12, 1536, "cls"),
+    "UAE-Large-V1": Shape(1024, 24, 16, 4096, "cls"),  # 1.3 GB: weights beside the graph
     "e5-small": Shape(384, 12, 12, 1536, "mean", {"query": "query: ", "passage": "passage: "}),
 }
 

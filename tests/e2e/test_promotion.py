@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tests.worker import run_worker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
 
-_PAGE_MILLISECONDS = 60_000
+_PAGE_MILLISECONDS, _CLICK_MILLISECONDS = 60_000, 20_000
 TEXT = "The baker repairs lanterns near the harbour."
 
 
@@ -118,12 +119,15 @@ def approve_in_the_pages(stage: Stage, page: Page, screens: Path, digest: str) -
     page.screenshot(path=screens / "form.png")
 
     def submit() -> bool | None:
-        """The page says so when Prefect's SQLite was locked, and keeps what was typed."""
-        dialog.get_by_role("button", name="Submit").click()
+        """The page says so when Prefect's SQLite was locked, and keeps what was typed.
+
+        Whether the answer arrived is for the server to say: on a busy machine the dialog stays a while, or goes just
+        before it is clicked again.
+        """
         with suppress(PlaywrightTimeout):
-            dialog.wait_for(state="hidden", timeout=20_000)
-            return True
-        return None
+            dialog.get_by_role("button", name="Submit").click(timeout=_CLICK_MILLISECONDS)
+            dialog.wait_for(state="hidden", timeout=_CLICK_MILLISECONDS)
+        return None if stage.state(run)["name"] == "Suspended" else True
 
     wait_until(submit)
     stage.wait_for(run, "Completed")
@@ -155,7 +159,9 @@ def test_aliases_agree_and_drift_is_mended(story: Story) -> None:
 def test_ledger_tells_the_story(story: Story) -> None:
     events = story.stage.ledger()
     kinds = [event["kind"] for event in events]
-    assert kinds == ["gate", "refusal", "refusal", "approval", "move", "gate", "approval", "move", "rollback"]
+    first = ["screening", "gate", "refusal", "refusal", "approval", "move", "proof"]
+    assert kinds == [*first, "screening", "gate", "approval", "move", "proof", "rollback", "proof"]
+    assert [event["bundle"] for event in events if event["kind"] == "screening"] == [story.first, story.second]
     assert [event["error"] for event in events if event["kind"] == "refusal"] == ["ApprovalMismatch", "ApproverUnknown"]
     assert [event["approval"]["approver"] for event in events if event["kind"] == "approval"] == ["ada", "grace"]
     assert [event["bundle"] for event in events if event["kind"] in ("move", "rollback")] == [
@@ -182,3 +188,42 @@ def test_refusals_end_in_an_error_and_a_record(story: Story) -> None:
     assert "BundleNotFound" in state["message"]
     event = wait_until(lambda: stage.ledger()[-1])
     assert (event["kind"], event["error"]) == ("refusal", "BundleNotFound")
+
+
+def test_answer_that_comes_too_late_and_none_at_all_end_the_run_on_record(story: Story) -> None:
+    stage = story.stage
+    stage.let_approvals_last(hours := 0.002)
+    late, unanswered = (stage.start_promotion(story.second) for _ in range(2))
+    for run in (late, unanswered):
+        asked_at = datetime.fromisoformat(stage.wait_for(run, "Suspended")["timestamp"])
+        too_late = asked_at + timedelta(hours=hours, seconds=1)
+        wait_until(lambda end=too_late: datetime.now(UTC) > end or None)
+    stage.thorforge("approve", late["name"], "--yes", "--by", "ada")
+    assert "ApprovalExpired: ada answered after the 0.002 hours" in stage.wait_for(late, "Failed")["message"]
+    stage.wait_for(stage.start("reconcile/aliases"), "Completed")
+    state = stage.state(unanswered)
+    assert state["name"] == "Failed"
+    assert "ApprovalExpired: nobody answered after the 0.002 hours" in state["message"]
+    stage.let_approvals_last(72)
+    refusals = [event for event in stage.ledger() if event["kind"] == "refusal"][-2:]
+    assert [event["error"] for event in refusals] == ["ApprovalExpired"] * 2
+    assert [event["reason"].split(" after ")[0] for event in refusals] == ["ada answered", "nobody answered"]
+    assert [message["event"] for message in story.webhook.messages[-2:]] == ["promotion.refused"] * 2
+    assert stage.served_digest() == story.first
+
+
+def test_rollback_and_reconcile_run_as_deployments(story: Story) -> None:
+    from mlflow import MlflowClient
+
+    stage, wanted = story.stage, {"champion": story.second, "previous": story.first}
+    run = stage.start("rollback/production", requested_by="oncall", to=story.second[:12], reason="a test")
+    stage.wait_for(run, "Completed")
+    assert stage.served_digest() == story.second
+    assert stage.aliases() == wanted
+    moved, proved = stage.ledger()[-2:]
+    assert (moved["kind"], moved["bundle"], moved["moved_by"]) == ("rollback", story.second, "oncall")
+    assert (proved["kind"], proved["bundle"]) == ("proof", story.second)
+    assert story.webhook.messages[-1]["event"] == "rollback.done"
+    MlflowClient(stage.mlflow).delete_registered_model_alias(MODEL, "champion")
+    stage.wait_for(stage.start("reconcile/aliases"), "Completed")
+    assert stage.aliases() == wanted

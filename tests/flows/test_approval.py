@@ -14,8 +14,9 @@ from flows.approval import collect_approvals, standing_approvals
 from flows.config import OptimizeConfig, PromoteConfig, Settings
 from registry.approval import Approval, ApprovalPolicy, decide
 from registry.errors import ApprovalExpired, ApprovalMismatch, ApprovalRejected, ApproverUnknown
+from registry.events import Decided, Refused
 from registry.gate import GateLimits
-from registry.ledger import Decided, Refused, append_once, read_ledger
+from registry.ledger import append_once, read_ledger
 from registry.store import FolderStore
 from tasks.errors import NotWaiting
 from tasks.promotion import Case, move, open_case

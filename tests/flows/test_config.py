@@ -51,6 +51,14 @@ BAD: dict[str, tuple[str, str]] = {
         "[[optimize.recipe]]\nname = 'int8-static'\nbuild = 'fp32-onnx'\nsteps = []",
         "a recipe is called 'int8-static', as another variant is",
     ),
+    "calibration method of a build that has none": (
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'int8-openvino'\ncalibration = 'entropy'",
+        "calibration 'entropy' is a setting of int8-static and int8-tensorrt, not of int8-openvino",
+    ),
+    "unknown calibration method": (
+        "[[optimize.recipe]]\nname = 'a'\nbuild = 'int8-static'\ncalibration = 'max'",
+        r"optimize\.recipe\.0\.calibration: .*'minmax', 'percentile' or 'entropy'",
+    ),
     "no variants": ("[optimize]\nvariants = []", r"optimize\.variants: .*at least 1 item"),
     "variant twice": (
         "[optimize]\nvariants = ['fp32-onnx', 'fp32-onnx']",
@@ -96,6 +104,17 @@ def test_config_that_is_not_text_or_not_there_is_rejected(tmp_path: Path) -> Non
         load_settings(tmp_path / "none.toml")
     with pytest.raises(ConfigRejected, match="cannot be read"):
         load_settings(tmp_path)
+
+
+def test_config_registry_section_of_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "[registry]\nmax_bundle_bytes = 5")
+    with pytest.raises(ConfigRejected, match=r"\[registry\] counts in thorforge.toml of the working folder alone"):
+        load_settings(path)
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(path).registry.max_bundle_bytes == 5
+    write(tmp_path, "[registry]\nmax_bundle_byte = 5")
+    with pytest.raises(ConfigRejected, match=r"max_bundle_byte: unknown key \(did you mean max_bundle_bytes\?\)"):
+        load_settings()
 
 
 def test_override_takes_only_what_is_given_and_checks_it() -> None:

@@ -19,7 +19,7 @@ openvino.Core()
 import flows.cli, flows.run
 from tasks.tracking import default_tracking_uri, track_run
 with track_run(default_tracking_uri(), "quiet", {"model": "m"}) as tracker:
-    tracker.log_parent(None, {})
+    tracker.log_parent(None, {}, {})
 """
 
 

@@ -15,15 +15,19 @@ from typer.testing import CliRunner, Result
 
 from flows.cli import app
 from flows.config import OptimizeConfig
-from flows.optimize import Outcome, pull_champion
+from flows.optimize import Outcome, fetched_champion
+from flows.reproduce import compare, is_same, reproduce
 from flows.run import describe_outcome, run_optimize
 from registry.client import list_bundles, pull
 from registry.errors import StoreFull
+from registry.events import Screened
+from registry.ledger import read_ledger
 from registry.manifest import read_manifest, verify_bundle
 from registry.moves import move_channel
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
-from tasks.errors import CorpusRejected, StepRejected
+from tasks.errors import CorpusRejected, StepRejected, TrackingFailed
+from tasks.record import RunRecord
 from tasks.teacher import open_teacher
 from tasks.variants import Recipe
 from tests.disks import mounted_disk
@@ -38,7 +42,7 @@ STUDENT = {"name": "student1", "build": "fp32-onnx", "steps": [{"kind": "distill
 CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "score-champion", "benchmark"} | {
     f"{verb}-{name}" for verb in ("quantize", "evaluate") for name in VARIANTS
 }
-FRESH_TASKS = {"load-teacher", "select", "report"}
+FRESH_TASKS = {"load-teacher", "select", "record-verdicts", "report"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,19 @@ def test_optimize_publishes_the_fastest_candidate_that_passes(runs: Runs) -> Non
     assert outcome.study.find("fp32-onnx").gate.verdict == "pass"
 
 
+def test_optimize_records_every_verdict_and_equal_ones_once(runs: Runs) -> None:
+    assert runs.first.published is not None
+    entries = list(read_ledger(FolderStore(runs.config.registry), "tiny"))[::-1]
+    chosen, refused = (entry.event for entry in entries[:2])
+    assert isinstance(chosen, Screened)
+    assert (chosen.bundle, chosen.champion) == (runs.first.published.digest, None)
+    judged = runs.first.study.judged
+    assert [one.report for one in chosen.candidates] == [row.gate for row in judged]
+    assert [one.built for one in chosen.candidates] == [row.candidate.artifact.digest for row in judged]
+    assert isinstance(refused, Screened)
+    assert (refused.bundle, {one.report.verdict for one in refused.candidates}) == (None, {"fail"})
+
+
 def test_optimize_bundle_is_in_the_registry_whole(runs: Runs, tmp_path: Path) -> None:
     published = runs.first.published
     assert published is not None
@@ -178,6 +195,7 @@ def test_optimize_is_tracked_in_mlflow(runs: Runs) -> None:
         "latency_cdf.png",
         "manifest.json",
         "pareto.png",
+        "run.json",
         runs.first.report.name,
     }
     versions = client.search_model_versions("name = 'tiny'")
@@ -219,7 +237,8 @@ def test_optimize_again_takes_every_step_from_the_cache_and_keeps_the_digest(run
 def test_optimize_prints_the_same_document_every_time(runs: Runs) -> None:
     expected = json.loads(json.dumps(describe_outcome(runs.first)))
     document = last_line(runs.again)
-    assert {**document, "report": ""} == {**expected, "report": ""}
+    own = {"report": "", "run": ""}
+    assert document | own == expected | own
     assert {row["name"] for row in document["candidates"]} == set(VARIANTS)
 
 
@@ -244,7 +263,8 @@ def test_optimize_keeps_all_state_below_the_state_folder(runs: Runs) -> None:
 def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
     store = FolderStore(runs.config.registry)
-    assert pull_champion(runs.config.registry, "tiny") is None
+    with fetched_champion(runs.config.registry, "tiny") as champion:
+        assert champion is None
     assert runs.first.published is not None
     move_channel(store, "tiny", "production", runs.first.published.digest, None, moved_by="a test")
     outcome = run_optimize(runs.config.model_copy(update={"variants": ("fp32-onnx",)}))
@@ -253,9 +273,9 @@ def test_optimize_measures_the_champion_in_the_same_run(runs: Runs, monkeypatch:
     ratios = {f"{name}_ratio_vs_champion" for name in ("latency", "p95", "throughput", "memory")}
     assert ratios | {"ndcg_at_10_loss_vs_champion", "recall_at_10_loss_vs_champion"} <= checked
     assert all(result.value is not None for result in outcome.study.judged[0].gate.results)
-    champion = pull_champion(runs.config.registry, "tiny")
-    assert champion is not None
-    assert read_manifest(champion).version == runs.first.published.version
+    with fetched_champion(runs.config.registry, "tiny") as champion:
+        assert champion is not None
+        assert read_manifest(champion).version == runs.first.published.version
 
 
 def test_optimize_judges_a_student_against_the_teacher_and_counts_its_parameters(runs: Runs) -> None:
@@ -279,6 +299,41 @@ def test_optimize_refuses_a_student_too_deep_before_anything_is_trained(runs: Ru
     with final_states() as states, pytest.raises(StepRejected, match="a student of 2 layers is not smaller than tiny"):
         run_optimize(config)
     assert "distill-1" not in states
+
+
+def test_reproduce_makes_a_variant_again_to_the_same_digests_and_publishes_nothing(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
+    before = list_bundles(FolderStore(runs.config.registry)), len(mlflow_runs(runs.state))
+    with final_states() as states:
+        again = CliRunner().invoke(
+            app, ["reproduce", runs.first.run_id, "--variant", "int8-dynamic", "--variant", "student1", "--json"]
+        )
+    assert again.exit_code == 0, again.output
+    assert states["quantize-int8-dynamic"] == states["distill-1"] == "Completed"
+    pairs = {pair["name"]: (pair["then"], pair["now"]) for pair in json.loads(again.stdout.splitlines()[-1])}
+    for name in ("teacher", "corpus", "int8-dynamic", "student1 model", "student1"):
+        assert pairs[name][0] == pairs[name][1] is not None
+    assert pairs["int8-dynamic quality.cosine_mean"][0] == pytest.approx(pairs["int8-dynamic quality.cosine_mean"][1])
+    assert (list_bundles(FolderStore(runs.config.registry)), len(mlflow_runs(runs.state))) == before
+
+
+def test_reproduce_of_a_run_without_a_record_says_so(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
+    child = next(run for run in mlflow_runs(runs.state) if run.info.run_name == "fp32-onnx")
+    with pytest.raises(TrackingFailed, match=rf"run {child.info.run_id} at sqlite:.* has no run\.json"):
+        reproduce(child.info.run_id, None)
+    with pytest.raises(TrackingFailed, match="0123"):
+        reproduce("0123", None)
+
+
+def test_reproduced_digest_that_differs_is_told_from_a_metric_that_does() -> None:
+    then = RunRecord(config={}, versions={}, digests={"a": "1" * 64}, metrics={"a": {"speed.throughput_per_s": 10.0}})
+    slower = then.model_copy(update={"metrics": {"a": {"speed.throughput_per_s": 5.0}}})
+    other = then.model_copy(update={"digests": {"a": "2" * 64}})
+    assert is_same(compare(then, slower))
+    assert not is_same(compare(then, other))
 
 
 @pytest.mark.parametrize("change", [{"corpus": "none.txt"}, {"sts": (Path("none.tsv"),)}])

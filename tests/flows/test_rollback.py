@@ -12,7 +12,8 @@ from flows.cli import app
 from flows.config import PromoteConfig, Settings
 from flows.rollback import roll_back
 from registry.errors import RollbackRefused
-from registry.ledger import Refused, read_ledger
+from registry.events import Refused
+from registry.ledger import read_ledger
 from registry.moves import move_channel
 from registry.store import FolderStore
 from tasks.delivery import WorkerConfig

@@ -7,25 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from registry.channel import read_channel
-from registry.client import fetch, pull, push, verify_stored
+from registry.channel import EmptiedRecord, read_channel, read_channels, see_channel, swap_channel
+from registry.client import pull, push, verify_stored
 from registry.collect import collect
 from registry.errors import (
     BundleIncomplete,
     BundleNotFound,
     BundleTooLarge,
     ChannelMoved,
+    ChannelNotFound,
     DigestMismatch,
     ManifestInvalid,
     ReferenceInvalid,
     RegistryError,
+    RollbackRefused,
     SignatureInvalid,
     SignatureMissing,
 )
+from registry.events import Collected, Refused
 from registry.fsck import check_registry
-from registry.ledger import Collected, Refused, append, read_ledger, verify_ledger
-from registry.manifest import digest_of, read_manifest, verify_bundle
+from registry.ledger import append, as_move, read_ledger, verify_ledger
+from registry.manifest import read_manifest, verify_bundle
 from registry.moves import move_channel
+from registry.promotion import rollback, status
 from registry.signing import make_keys
 from registry.store import Store
 from tests.registry.damage import edit_manifest, flip_byte
@@ -95,22 +99,67 @@ def test_channel_moves_in_one_line(any_store: Store, bundles: list[Path]) -> Non
     assert list(check_registry(any_store)) == []
 
 
-def test_what_is_no_bundle_is_refused_and_recorded(any_store: Store, bundle: Path, tmp_path: Path) -> None:
+def test_channel_that_is_emptied_is_as_if_it_was_never_set(any_store: Store, bundles: list[Path]) -> None:
+    first, second = (push(bundle, any_store) for bundle in bundles[:2])
+    move_channel(any_store, "tiny", "production", first, None, moved_by="ann")
+    overtaken = see_channel(any_store, "tiny", "production")
+    with pytest.raises(RollbackRefused, match="replaced nothing"):
+        rollback(any_store, "tiny", asked_by="eve")
+    with pytest.raises(ChannelMoved, match=f"points at {first}"):
+        rollback(any_store, "tiny", asked_by="eve", expected=second, may_empty=True)
+    for _ in range(2):
+        entry = rollback(any_store, "tiny", asked_by="eve", expected=first, may_empty=True)
+        assert (as_move(entry).bundle, as_move(entry).replaced, as_move(entry).number) == (None, first, 2)
+    with pytest.raises(ChannelNotFound):
+        read_channel(any_store, "tiny", "production")
+    assert (read_channels(any_store, "tiny"), status(any_store, "tiny")) == ([], None)
+    assert list(check_registry(any_store)) == []
+    # A mover that saw the channel before it was emptied, or before it was first set, brings nothing back.
+    assert overtaken.record is not None
+    for seen in (overtaken.data, None):
+        assert not swap_channel(any_store, overtaken.record, seen)
+    with pytest.raises(ChannelMoved, match=f"was never set, expected {first}"):
+        move_channel(any_store, "tiny", "production", second, first, moved_by="ann")
+    record = move_channel(any_store, "tiny", "production", second, None, moved_by="ann")
+    assert (record.previous, record.sequence) == (None, 3)
+    assert list(check_registry(any_store)) == []
+
+
+def test_emptied_channel_that_the_ledger_does_not_know_is_a_fault(any_store: Store, bundle: Path) -> None:
+    digest = push(bundle, any_store)
+    move_channel(any_store, "tiny", "production", digest, None, moved_by="ann")
+    seen = see_channel(any_store, "tiny", "production")
+    assert seen.record is not None
+    forged = EmptiedRecord(**{**seen.record.model_dump(), "digest": None, "sequence": 2})
+    assert swap_channel(any_store, forged, seen.data)
+    (fault,) = check_registry(any_store)
+    assert fault.reason == f"points at nothing by move 2, the ledger says {digest} by move 1 of ann"
+
+
+def test_what_is_no_bundle_is_refused_and_recorded(
+    any_store: Store, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = shutil.copytree(bundle, tmp_path / "good")
     (bundle / "link").symlink_to(bundle / "model.onnx")
-    wrongs: list[tuple[Path, type[RegistryError], dict[str, int]]] = [(bundle, BundleIncomplete, {})]
+    wrongs: list[tuple[Path, type[RegistryError], dict[str, str]]] = [(bundle, BundleIncomplete, {})]
     reaching = shutil.copytree(good, tmp_path / "reaching")
     edit_manifest(reaching, lambda document: document["files"].update({"../secret": document["files"]["golden.npz"]}))
     changed = shutil.copytree(good, tmp_path / "changed")
     flip_byte(changed / "model.onnx")
+    make_keys(tmp_path / "release.pem", tmp_path / "release.pub")
+    unsigned, limit = {"THORFORGE_PUBLIC_KEY": str(tmp_path / "release.pub")}, {"THORFORGE_MAX_BUNDLE_BYTES": "100"}
     wrongs += [
         (reaching, ManifestInvalid, {}),
         (changed, DigestMismatch, {}),
-        (good, BundleTooLarge, {"max_bytes": 100}),
+        (good, SignatureMissing, unsigned),
+        (good, BundleTooLarge, limit),
     ]
-    for folder, error, options in wrongs:
-        with pytest.raises(error):
-            push(folder, any_store, **options)
+    for folder, error, variables in wrongs:
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with pytest.raises(error):
+                push(folder, any_store)
     assert any_store.list_models() == []
     events = [entry.event for entry in read_ledger(any_store, "tiny")][::-1]
     assert all(isinstance(event, Refused) and event.action == "push" for event in events)
@@ -146,14 +195,6 @@ def test_signature_is_asked_for_where_a_public_key_is_configured(
     with pytest.raises(SignatureInvalid, match="has another signature already"):
         any_store.put_signature("tiny", digest, b"x")
     assert list(check_registry(any_store)) == []
-
-
-def test_fetch_copies_once_into_a_shared_cache(any_store: Store, bundle: Path, tmp_path: Path) -> None:
-    digest = push(bundle, any_store)
-    folder = fetch(any_store, "tiny", digest[:8], tmp_path / "cache")
-    before = (folder / "model.onnx").stat().st_ino
-    assert fetch(any_store, "tiny", digest, tmp_path / "cache") == folder
-    assert ((folder / "model.onnx").stat().st_ino, digest_of(folder)) == (before, digest)
 
 
 def test_collection_keeps_what_is_needed(any_store: Store, bundles: list[Path]) -> None:

@@ -10,17 +10,8 @@ import pytest
 
 from registry.collect import collect
 from registry.errors import LedgerBroken, RecordInvalid
-from registry.ledger import (
-    Judged,
-    Moved,
-    Refused,
-    append,
-    append_once,
-    read_entry,
-    read_ledger,
-    read_newest,
-    verify_ledger,
-)
+from registry.events import Judged, Moved, Refused
+from registry.ledger import append, append_once, read_entry, read_ledger, read_newest, verify_ledger
 from registry.moves import move_channel
 from registry.promotion import status
 from registry.store import FolderStore

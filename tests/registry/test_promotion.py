@@ -166,6 +166,23 @@ def test_rollback_killed_anywhere_is_done_once(store: FolderStore, digests: list
     verify_ledger(store, "tiny")
 
 
+def test_first_promotion_undone_and_killed_anywhere_leaves_no_channel(store: FolderStore, digests: list[str]) -> None:
+    for num_operations in range(1_000):
+        move(store, digests[0])
+        before = len(list(read_moves(store, "tiny", "production")))
+        undo = {"asked_by": "eve", "expected": digests[0], "may_empty": True}
+        try:
+            rollback(MortalStore(store, num_operations), "tiny", **undo)
+            break
+        except Killed:
+            entry = rollback(store, "tiny", **undo)
+            assert (as_move(entry).kind, as_move(entry).bundle) == ("rollback", None)
+            assert status(store, "tiny") is None
+            assert len(list(read_moves(store, "tiny", "production"))) == before + 1
+    assert num_operations > 10
+    assert list(check_registry(store)) == []
+
+
 def race(place: str, number: int, digests: list[str], barrier: Barrier, results: Queue) -> None:
     """Both promoters judge against the same champion, then both promote: each a bundle of its own."""
     store = open_store(place)

@@ -117,6 +117,44 @@ def test_batcher_serves_a_late_short_request_before_a_large_one_ends() -> None:
     assert late in [owner(item) for item in batch.items]
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=40), min_size=1, max_size=40),
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    st.floats(0, 200),
+)
+@settings(max_examples=60, deadline=None)
+def test_batch_holds_nothing_that_is_not_due_while_single_texts_wait_but_what_makes_it_no_longer(
+    large: list[list[int]], single: list[int], overhead: float
+) -> None:
+    batcher, now = make_batcher(overhead_tokens=overhead), 0.0
+    for lengths in large:
+        push(batcher, lengths)
+    for _ in range(3):
+        for length in single:
+            push(batcher, [length], arrival=now)
+        while batcher.queue.num_single:
+            batch = batcher.take(now)
+            assert batch is not None
+            due = [item.length for item in batch.items if item.due <= now]
+            assert max(due) == batch.padded_length
+            assert len(due) == len(batch.items) or batch.padded_tokens <= overhead
+            now += (overhead + batch.padded_tokens) / RATE
+        if batch := batcher.take(now):  # the lane alone fills its batches
+            now += (overhead + batch.padded_tokens) / RATE
+
+
+def test_batch_that_is_mostly_overhead_takes_along_what_makes_it_no_longer() -> None:
+    batcher = make_batcher(Limits(64, 10_000), overhead_tokens=60)
+    push(batcher, [8] * 5 + [9] * 5 + [11] * 5)
+    batcher.take(0.0)
+    push(batcher, [8] * 20 + [9] * 20 + [11] * 20)
+    single = push(batcher, [10], arrival=0.001).request
+    batch = batcher.take(0.001)
+    assert batch is not None
+    assert [item.length for item in batch.items] == [9] * 5 + [10]  # six times ten tokens, as much as the overhead
+    assert single in [owner(item) for item in batch.items]
+
+
 def test_batcher_groups_texts_of_similar_length() -> None:
     batcher = make_batcher(Limits(32, 10_000), overhead_tokens=8)
     for place in range(16):

@@ -1,5 +1,5 @@
 from concurrent.futures import Future
-from itertools import count
+from itertools import count, cycle
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import EngineFailed
-from serving.request_queue import FAIR_SHARE, Item, Request, RequestQueue
+from serving.request_queue import BULK_SHARE, Item, Request, RequestQueue
 
 RATE = 1000.0
 
@@ -45,22 +45,25 @@ def test_queue_counts_texts_and_tokens() -> None:
     push(queue, 7)
     assert (len(queue), queue.num_tokens) == (3, 15)
     window = queue.peek(2)
-    queue.remove(window, window)
+    queue.remove(window, window, 0.0)
     assert (len(queue), queue.num_tokens) == (1, 15 - sum(item.length for item in window))
 
 
-def test_queue_is_full_at_either_limit_and_counts_texts_still_being_tokenised() -> None:
+@pytest.mark.parametrize("is_bulk", [False, True])
+def test_queue_is_full_at_either_limit_for_its_own_kind_and_counts_texts_still_being_tokenised(is_bulk: bool) -> None:
     queue = RequestQueue(max_tokens=8, max_size=5)
-    push(queue, 7)
-    assert not queue.is_full(num_coming=3)
-    assert queue.is_full(num_coming=4)
-    push(queue, 1)
-    assert queue.is_full()
+    push(queue, *([3, 4] if is_bulk else [7]))
+    waiting = len(queue)
+    assert not queue.is_full(is_bulk, num_coming=4 - waiting)
+    assert queue.is_full(is_bulk, num_coming=5 - waiting)
+    push(queue, *([1, 1] if is_bulk else [1]))
+    assert queue.is_full(is_bulk)
+    assert not queue.is_full(not is_bulk)
 
 
 def test_queue_takes_any_request_it_is_given() -> None:
     queue = RequestQueue(max_tokens=1, max_size=1)
-    assert not queue.is_full()
+    assert not queue.is_full(True)
     push(queue, *[10] * 2048)
     assert len(queue) == 2048
 
@@ -68,11 +71,12 @@ def test_queue_takes_any_request_it_is_given() -> None:
 def test_due_tokens_are_those_a_newcomer_cannot_overtake() -> None:
     queue = RequestQueue(10_000, 10_000)
     push(queue, *[10] * 100)
-    assert queue.count_due_tokens(now=0.0, stop_at=1e9) == 10
+    assert queue.count_due_tokens(now=0.0) == 10
     # A tenth of a second at a quarter of a thousand tokens: the first text and two and a half more.
-    assert queue.count_due_tokens(now=0.1, stop_at=1e9) == 30
-    assert queue.count_due_tokens(now=10.0, stop_at=1e9) == 1000
-    assert queue.count_due_tokens(now=3.0, stop_at=50) == 60
+    assert queue.count_due_tokens(now=0.1) == 35
+    assert queue.count_due_tokens(now=10.0) == 1000
+    push(queue, 7, arrival=0.1)
+    assert queue.count_due_tokens(now=0.1) == 42
 
 
 def test_short_request_overtakes_the_tail_of_a_large_one() -> None:
@@ -81,7 +85,7 @@ def test_short_request_overtakes_the_tail_of_a_large_one() -> None:
     late, _ = push(queue, 10, arrival=0.1)
     # By then the large request was owed a tenth of a second of a quarter of the engine.
     position = owners(queue.peek(101)).index(late)
-    assert position == pytest.approx(0.1 * RATE * FAIR_SHARE / 10, abs=1)
+    assert position == pytest.approx(0.1 * RATE * BULK_SHARE / 10, abs=1)
     assert owners(queue.peek(1)) == [large]
 
 
@@ -94,19 +98,51 @@ def test_large_requests_take_turns_the_first_being_owed_twice_as_much_as_the_sec
         assert abs(served.count(first) - 2 * served.count(second)) <= 2
 
 
-def test_many_large_requests_leave_room_for_a_short_one() -> None:
+def test_turns_in_the_lane_count_requests_that_are_still_there() -> None:
     queue = RequestQueue(100_000, 100_000)
     large = [push(queue, *[10] * 100) for _ in range(20)]
-    for second in range(1, 10):
-        window = queue.peek(int(RATE / 10))  # what the engine does in a second
-        queue.remove(window, window)
-        assert queue.count_due_tokens(now=float(second), stop_at=1e9) <= RATE * 0.25
     for _, waiter in large[1:]:
         waiter.cancel()
-    # Those that are answered or gone count no longer.
     late, _ = push(queue, *[10] * 100, arrival=9.0)
-    alive = [item.due for item in queue.peek(10_000) if item.places[0][0] is late]
-    assert alive[1] - alive[0] == pytest.approx(10 / (RATE * FAIR_SHARE / 2))
+    served = owners(queue.peek(90))
+    assert served.count(late) == pytest.approx(30, abs=1)
+
+
+many_texts = st.lists(st.integers(1, 30), min_size=2, max_size=30)
+
+
+@given(st.lists(many_texts, min_size=1, max_size=60), st.lists(st.integers(1, 30), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_lane_gets_its_share_and_no_more_while_single_texts_wait_however_many_large_requests(
+    large: list[list[int]], single: list[int]
+) -> None:
+    queue, now, lane_tokens = RequestQueue(10**9, 10**9), 0.0, 0
+    for lengths in large:
+        push(queue, *lengths)
+    coming = cycle(single)
+    while queue.num_bulk_tokens:
+        while queue.num_single < 3:
+            push(queue, next(coming), arrival=now)
+        window = queue.peek(1)
+        lane_tokens += sum(item.length for item in window if item.is_bulk)
+        queue.remove(window, window, now)
+        now += window[0].length / RATE
+        owed = BULK_SHARE * RATE * now
+        assert owed - 60 <= lane_tokens <= owed + 30  # the texts that wait, and the one that runs
+
+
+@given(st.lists(many_texts, min_size=1, max_size=60))
+@settings(max_examples=30, deadline=None)
+def test_lane_owes_nothing_for_what_it_got_while_no_single_text_waited(large: list[list[int]]) -> None:
+    queue, now = RequestQueue(10**9, 10**9), 100.0
+    for lengths in large:
+        push(queue, *lengths, arrival=now)
+    while queue.num_bulk_tokens > 100:
+        window = queue.peek(1)
+        queue.remove(window, window, now)
+        now += window[0].length / RATE
+        (head,) = queue.peek(1)
+        assert head.due <= now + 30 / (BULK_SHARE * RATE)
 
 
 def test_lone_requests_leave_in_order_of_arrival() -> None:
@@ -163,7 +199,7 @@ def test_identical_texts_in_flight_share_a_row() -> None:
     second, second_waiter, num_shared = push_ids(queue, 6, arrival=1.0)
     assert (len(queue), queue.num_tokens, num_shared) == (2, 2, 1)
     window = queue.peek(9)
-    queue.remove(window, window)
+    queue.remove(window, window, 0.0)
     third, third_waiter, _ = push_ids(queue, 5, arrival=2.0)  # its twin runs already
     assert len(queue) == 0
     queue.forget(window)
@@ -175,12 +211,24 @@ def test_identical_texts_in_flight_share_a_row() -> None:
     assert push_ids(queue, 5, arrival=3.0)[2] == 0
 
 
-def test_text_does_not_wait_for_a_twin_that_is_due_later() -> None:
+def test_single_text_does_not_wait_for_its_twin_in_the_lane_but_brings_it_forward() -> None:
+    queue = RequestQueue(100, 100)
+    large, large_waiter, _ = push_ids(queue, *range(20))
+    late, late_waiter, num_shared = push_ids(queue, 19, arrival=0.001)
+    assert (num_shared, len(queue), queue.num_single_tokens, queue.num_bulk_tokens) == (1, 20, 1, 19)
+    first, second = queue.peek(2)
+    assert [owners([first]), owners([second])] == [[large], [large, late]]
+    second.put(vector(19))
+    assert late_waiter.result(0) is None
+    assert not large_waiter.done()
+    assert large.missing == 19
+
+
+def test_text_of_a_large_request_does_not_wait_for_a_twin_with_a_later_turn() -> None:
     queue = RequestQueue(100, 100)
     push_ids(queue, *range(20))
-    late, _, num_shared = push_ids(queue, 19, arrival=0.001)
+    _, _, num_shared = push_ids(queue, 18, 19)
     assert num_shared == 0
-    assert owners(queue.peek(2))[1] is late
 
 
 def test_dead_waiter_does_not_take_the_row_from_others() -> None:
@@ -245,7 +293,7 @@ def test_every_waiter_gets_its_vectors_whoever_shares_a_row_or_gives_up(steps: l
             pushed[value % len(pushed)][1].cancel()  # type: ignore[operator]
         elif step == "take":
             window = queue.peek(value)  # type: ignore[arg-type]
-            queue.remove(window, window)
+            queue.remove(window, window, 0.0)
             running.append(window)
         elif step == "answer":
             while running:

@@ -161,14 +161,14 @@ def test_overloaded_when_the_queue_it_finds_is_full(bundle: Path, model: LoadedM
     async def body(service: EmbeddingService, _: Clock) -> None:
         running = asyncio.create_task(service.embed(ask("red")))
         await wait_for(engine.entered)
-        queued = asyncio.create_task(service.embed(ask(*DISTINCT[:4])))
+        queued = [asyncio.create_task(service.embed(ask(*texts))) for texts in (DISTINCT[:4], *zip(DISTINCT[4:8]))]
         await asyncio.sleep(0)
         for request in (ask("red"), ask(*["red"] * 100)):
             with pytest.raises(Overloaded) as raised:
                 await service.embed(request)
             assert raised.value.retry_after_seconds >= 1
         engine.gate.set()
-        await asyncio.gather(running, queued)
+        await asyncio.gather(running, *queued)
         await service.embed(ask("red"))
 
     Bench(bundle, with_engine(model, engine), {"max_queue_size": 4}).run(body)

@@ -57,6 +57,7 @@ def test_bundle_is_what_a_channel_of_a_registry_points_at(bundle: Path, tmp_path
         (b"one\ntwo", "several lines"),
         (b"{}", "needs a model and a digest"),
         (b'{"model": "../../etc", "digest": "' + b"0" * 64 + b'"}', "needs a model and a digest"),
+        (b'{"model": "tiny", "digest": null}', "points at no bundle any more"),
         (b'{"model"', "JSONDecodeError"),
         (b"\xff\xfe", "UnicodeDecodeError"),
         (b"nowhere", "holds no manifest.json"),

@@ -88,13 +88,16 @@ def test_info_has_the_fields_of_tei(url: str) -> None:
     assert info["version"]
 
 
-def test_every_dialect_says_where_the_time_went(url: str) -> None:
+def test_every_dialect_says_where_the_time_went_and_which_version_answered(url: str) -> None:
+    version = httpx.get(f"{url}/api/v1/models").json()["models"][0]["version"]
     for path, body in (
         ("/embed", {"inputs": "a"}),
         ("/api/v1/embed", {"text": "a"}),
         ("/v1/embeddings", {"input": "a", "model": "tiny"}),
     ):
-        header = httpx.post(url + path, json=body).headers["server-timing"]
+        headers = httpx.post(url + path, json=body).headers
+        assert headers["x-model-version"] == version
+        header = headers["server-timing"]
         parts = dict(part.split(";dur=") for part in header.split(", "))
         assert list(parts) == ["tokenize", "queue", "engine", "total"]
         times = np.array([float(value) for value in parts.values()])

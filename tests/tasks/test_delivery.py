@@ -4,16 +4,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from registry.client import push
 from registry.errors import BundleNotFound
+from registry.events import Proved, Refused
+from registry.ledger import read_ledger
 from registry.manifest import hash_file, payload_checksum, read_manifest, write_manifest
 from registry.store import FolderStore
-from tasks.delivery import WorkerClient, WorkerConfig, deliver, read_golden_texts
+from tasks.delivery import WorkerClient, WorkerConfig, deliver, prove, read_golden_texts
 from tasks.errors import VerificationFailed
 from tests.bundles import GOLDEN_TEXTS, make_bundle
+from tests.published import turn_golden_round
 from tests.servers import free_port
 from tests.worker import run_worker
 
@@ -54,6 +57,24 @@ def test_delivery_swaps_and_proves_by_the_workers_answers(node: Node) -> None:
         assert str(proof).startswith(f"{node.worker.url} serves fp32-onnx-")
 
 
+def test_proof_and_its_failure_are_on_record(node: Node) -> None:
+    proof = prove(node.worker, node.store, "tiny", node.digests[0], "ada")
+    with pytest.raises(BundleNotFound):
+        prove(node.worker, node.store, "tiny", "0" * 64, "ada")
+    refused, proved = (entry.event for entry in read_ledger(node.store, "tiny", limit=2))
+    assert isinstance(proved, Proved)
+    assert (proved.bundle, proved.worker, proved.asked_by) == (node.digests[0], node.worker.url, "ada")
+    assert (proved.live_texts, proved.live_mean) == (proof.live_texts, proof.live_mean)
+    assert isinstance(refused, Refused)
+    assert (refused.action, refused.bundle, refused.error) == ("verify", "0" * 64, "BundleNotFound")
+
+
+@pytest.mark.parametrize("url", ["http://ada:secret@host", "http://host/?key=secret", "ftp://host"])
+def test_url_of_a_worker_holds_no_secret(url: str) -> None:
+    with pytest.raises(ValidationError):
+        WorkerConfig(url=url)
+
+
 def test_delivery_names_what_is_served_instead(node: Node) -> None:
     follower = node.worker.model_copy(update={"root": None, "timeout_seconds": 0.01})
     deliver(node.worker, node.store, "tiny", node.digests[0])
@@ -81,9 +102,7 @@ def test_delivery_finds_vectors_that_are_not_the_teachers(node: Node, tmp_path: 
     """The worker serves the right digest, but what it embeds is the opposite of what the golden set asks."""
     opposite = tmp_path / "opposite"
     make_bundle(opposite)
-    with np.load(opposite / "golden.npz", allow_pickle=False) as golden:
-        arrays = {name: golden[name] for name in golden.files}
-    np.savez(opposite / "golden.npz", **{**arrays, "embeddings": -arrays["embeddings"]})
+    turn_golden_round(opposite)
     manifest = read_manifest(opposite)
     files = {**manifest.files, "golden.npz": hash_file(opposite / "golden.npz")}
     write_manifest(opposite, manifest.model_copy(update={"files": files, "checksum": payload_checksum(files)}))

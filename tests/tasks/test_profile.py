@@ -34,6 +34,18 @@ def test_recorded_run_is_told_apart_by_kind() -> None:
     assert 0 < profile.idle_share < 0.3  # the host packs the next run
 
 
+@pytest.mark.parametrize("name", ["_encode_kernel", "few_tokens_cluster"])
+def test_a_kernel_for_few_tokens_is_the_whole_encoder(name: str) -> None:
+    assert Span(name, 0.0, 1.0).kind == "whole encoder"
+
+
+def test_norms_are_as_much_work_as_there_are_calls() -> None:
+    spans = [Span("_add_norm_kernel", start, start + 10.0) for start in (0.0, 20.0, 40.0, 60.0)]
+    (row,) = summarise(spans, 2, {"norms": Work(3.0e6, 5.0e6)}, Ceilings(1.0e12, 1.0e12)).rows
+    assert (row.calls, row.work) == (2, Work(6.0e6, 10.0e6))
+    assert row.bandwidth_share == pytest.approx(6.0e6 / 20e-6 / 1.0e12)
+
+
 def test_gaps_and_overlaps_are_counted_once() -> None:
     spans = [Span("_pool_kernel", 0, 10), Span("Memcpy DtoH", 5, 20), Span("_add_norm_kernel", 40, 50)]
     profile = summarise(spans, 1, {"pooling": Work(1e6, 2e6)}, Ceilings(1e12, 1e12))

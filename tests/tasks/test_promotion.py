@@ -5,11 +5,20 @@ from pathlib import Path
 import pytest
 
 from registry.approval import ApprovalPolicy, decide
-from registry.errors import BundleIncomplete, BundleNotFound, GateFailed
+from registry.errors import (
+    BundleIncomplete,
+    BundleNotFound,
+    BundleTooLarge,
+    GateFailed,
+    RegistryError,
+    SignatureMissing,
+)
+from registry.events import Judged, Refused
 from registry.gate import GateLimits
-from registry.ledger import Judged, Refused, read_ledger
+from registry.ledger import read_ledger
 from registry.manifest import read_manifest
 from registry.promotion import status
+from registry.signing import make_keys
 from registry.store import FolderStore
 from tasks.case_page import describe_case
 from tasks.delivery import WorkerConfig
@@ -76,6 +85,28 @@ def test_case_of_a_wrong_digest_is_refused_on_record(store: FolderStore, tmp_pat
     assert entry.event.bundle == "0123456789ab"
 
 
+def test_case_of_a_bundle_that_may_not_be_pulled_is_refused_on_record(
+    store: FolderStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = publish_bundle(store, tmp_path / "bundle")
+    make_keys(tmp_path / "release.pem", tmp_path / "release.pub")
+    (store.root / "models" / "tiny" / digest / "link").symlink_to(tmp_path / "release.pem")
+    cases: list[tuple[str, str, type[RegistryError]]] = [
+        ("THORFORGE_CACHE_BYTES", "1", BundleIncomplete),
+        ("THORFORGE_PUBLIC_KEY", str(tmp_path / "release.pub"), SignatureMissing),
+        ("THORFORGE_MAX_BUNDLE_BYTES", "100", BundleTooLarge),
+    ]
+    for variable, value, error in cases:
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with pytest.raises(error):
+                open_published(store, digest)
+        refused = next(read_ledger(store, "tiny")).event
+        assert isinstance(refused, Refused)
+        assert (refused.action, refused.error, refused.bundle) == ("promote", error.__name__, digest)
+        (store.root / "models" / "tiny" / digest / "link").unlink(missing_ok=True)
+
+
 def test_case_counts_speed_only_beside_the_bundle_in_production(store: FolderStore, tmp_path: Path) -> None:
     first = publish_bundle(store, tmp_path / "first")
     approve_and_move(open_published(store, first))
@@ -121,17 +152,24 @@ def test_promotion_that_fails_is_put_back_on_record(
     only = open_published(store, first)
     approve_and_move(only)
     dead = f"http://127.0.0.1:{free_port()}"
-    assert "nothing" in put_back.fn(only, [], dead, "a worker failed")
+    workers = [WorkerConfig(url=dead)]
+    said = put_back.fn(only, workers, {}, dead, "a worker failed")
+    assert said.startswith(f"production points nowhere again; {dead} is left as it is: what it served before is not")
+    assert status(store, "tiny") is None
+    approve_and_move(open_published(store, first))
     case = open_published(store, publish_bundle(store, tmp_path / "second", seed=1, champion=first))
     approve_and_move(case)
-    said = put_back.fn(case, [WorkerConfig(url=dead)], dead, "a worker failed")
+    said = put_back.fn(case, workers, {}, dead, "a worker failed")
     assert said.startswith(f"production is {first} again; {dead}/api/v1/models: ConnectError")
     assert "thorforge reconcile --repair" in said
     production = status(store, "tiny")
     assert production is not None
-    assert (production.channel.digest, production.channel.sequence) == (first, 3)
+    assert (production.channel.digest, production.channel.sequence) == (first, 5)
     assert production.move is not None
     assert (production.move.kind, production.move.reason) == ("rollback", "promotion undone: a worker failed")
+    refused = next(read_ledger(store, "tiny")).event
+    assert isinstance(refused, Refused)
+    assert (refused.action, refused.bundle, refused.error) == ("verify", first, "VerificationFailed")
 
 
 def test_page_holds_what_an_approver_needs(store: FolderStore, tmp_path: Path) -> None:

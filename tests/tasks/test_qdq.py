@@ -34,7 +34,7 @@ def run(graph: Graph, batches: Batches, level: str = "ORT_ENABLE_BASIC") -> NDAr
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    session = ort.InferenceSession(graph.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = graph.open(options)
     feeds = [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches]
     return np.concatenate([session.run(None, feed)[0] for feed in feeds])
 

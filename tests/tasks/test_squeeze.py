@@ -1,7 +1,10 @@
 """Weights in few bits: rounding, packing, which layers get more, and that onnxruntime widens what was packed."""
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tasks.built import InputRange, LayerDamage
 from tasks.calibrate import Batches
@@ -10,7 +13,7 @@ from tasks.graph import Graph
 from tasks.quantization_plots import plot_ranges, plot_sensitivity
 from tasks.quantize import quantize
 from tasks.rounding import round_weight
-from tasks.sensitivity import WeightProbe, choose_layers, measure_damage
+from tasks.sensitivity import WeightProbe, choose_bits, choose_layers, measure_damage
 from tasks.squeeze import pack_planes, put_packed
 from tasks.variants import VARIANTS
 from tests.forge import CALIBRATION_SIZE, Forge
@@ -66,10 +69,24 @@ def test_choose_layers_takes_the_fewest_that_reach_the_target(graph: Graph, batc
     assert probe.cosine(own) == pytest.approx(1, abs=1e-6)
     worst = max(damage, key=lambda node: damage[node])
     assert "output/dense" in worst
-    assert choose_layers(probe, fewer, own, damage, target=-1) == set()
-    assert worst in choose_layers(probe, fewer, own, damage, target=0.9999999)
-    everything = choose_layers(probe, fewer, fewer, damage, target=2)
+
+    def reach(target: float) -> Callable[[Mapping[str, NDArray[np.float32]]], bool]:
+        return lambda mixed: probe.cosine(mixed) >= target
+
+    assert choose_layers(fewer, own, damage, reach(-1)) == set()
+    assert worst in choose_layers(fewer, own, damage, reach(0.9999999))
+    everything = choose_layers(fewer, fewer, damage, reach(2))
     assert everything == set(own)  # out of reach: all get what there is
+
+
+def test_choose_bits_spends_bytes_where_they_mend_most_and_no_more_than_needed() -> None:
+    damage, sizes = {"small": 8.0, "large": 16.0, "quiet": 0.1}, {"small": 1, "large": 4, "quiet": 1}
+    spent = []
+    for most in range(7):
+        bits = choose_bits(damage, sizes, range(4, 7), lambda mixed, most=most: sum(mixed.values()) >= 12 + most)
+        spent.append(tuple(bits[node] - 4 for node in damage))
+    assert spent == [(0, 0, 0), (1, 0, 0), (1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1), (2, 2, 2)]
+    assert set(choose_bits(damage, sizes, range(4, 7), lambda mixed: False).values()) == {6}  # out of reach
 
 
 def test_squeezed_variant_is_small_and_says_which_layers_got_more(forge: Forge) -> None:
@@ -79,7 +96,7 @@ def test_squeezed_variant_is_small_and_says_which_layers_got_more(forge: Forge) 
     assert quality.metrics["cosine_mean"].value > 0.97
     assert candidate.engine.size < 0.8 * full.engine.size
     assert len(candidate.damages) == 12
-    assert {layer.bits for layer in candidate.damages} <= {4, 6}
+    assert {layer.bits for layer in candidate.damages} <= {4, 5, 6}
     account = candidate.quantization("docs:", 0.98)
     assert account is not None
     assert account.calibration_digest == forge.study.corpus.digest

@@ -55,7 +55,7 @@ def test_tracking_parent_and_children_share_their_keys(uri: str, forge: Forge, t
     with track_run(uri, "keys", {"model": "tiny", "corpus": "c"}) as tracker:
         for judged in forge.study.judged:
             tracker.log_candidate(judged, "c")
-        tracker.log_parent(winner, {row.name: row.gate.verdict for row in forge.study.judged})
+        tracker.log_parent(winner, {row.name: row.gate.verdict for row in forge.study.judged}, {})
         tracker.log_figure(plot_pareto(forge.study), "pareto.png")
         tracker.log_file(tmp_path / "report.html")
     found = runs(uri, "keys")
@@ -90,9 +90,10 @@ def test_tracking_metrics_cover_cost_and_intervals(forge: Forge) -> None:
 
 def test_tracking_of_a_run_nobody_passed_names_none(uri: str, forge: Forge) -> None:
     with track_run(uri, "none", {}) as tracker:
-        tracker.log_parent(None, {"fp32-onnx": "fail"})
+        tracker.log_parent(None, {"fp32-onnx": "fail"}, {"fp16-tensorrt": "no GPU" + "!" * 9000})
     tags = client(uri).get_run(tracker.run_id).data.tags
     assert (tags["chosen"], tags["verdict.fp32-onnx"]) == ("none", "fail")
+    assert tags["not_built.fp16-tensorrt"].startswith("no GPU!")
 
 
 @pytest.mark.parametrize(

@@ -53,3 +53,14 @@ def test_fp8_encoder_stays_close_to_the_oracle(
     vectors, oracle = encoder.run(batch).cpu(), encode(weights, config, to_cpu(batch))
     # Random weights, and the interpreter cuts to E4M3 where the GPU rounds; the gate stands on real weights.
     assert float(cosine_similarity(vectors, oracle).min()) > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="few tokens take other kernels")
+@pytest.mark.parametrize("is_long", [False, True])
+def test_encoder_equals_the_oracle_on_many_tokens(is_long: bool, model: tuple[BertConfig, Weights]) -> None:
+    config, weights = model
+    encoder = Encoder(weights, config, torch.device("cuda"), max_tokens=4096, max_rows=64)
+    batch = make_packed([128, 1, 77] * 12, torch.device("cuda"))
+    vectors, oracle = encoder.run(batch, is_long).cpu(), encode(weights, config, to_cpu(batch))
+    assert float(cosine_similarity(vectors, oracle).min()) > 0.9999

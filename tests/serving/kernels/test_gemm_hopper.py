@@ -55,3 +55,38 @@ def test_linear_takes_and_gives_e4m3(by_rows: bool) -> None:
     linear(narrow, small, bias, out, PROGRAMS, True, None, scales, weight_scale, factor)
     wide = narrow.float() * scales.reshape(-1, 1), small.float() * weight_scale, bias.float()
     assert relative_error(out.float() / factor, reference.linear(*wide, gelu=True)) < 0.03
+
+
+def row_sums(x: torch.Tensor) -> torch.Tensor:
+    parts = x.float().view(len(x), -1, 128)
+    return torch.stack([parts.sum(2), (parts * parts).sum(2)], dim=2).contiguous()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_applies_the_layer_norm_of_its_input(gelu: bool) -> None:
+    from serving.kernels.gemm_hopper import RowNorm, linear
+
+    x, weight, bias, scale, shift = draw(2100, 384), draw(1152, 384, scale=0.05), draw(1152), draw(384), draw(384)
+    folded = (weight.float() * scale.float()).half()
+    total = (bias.float() + weight.float() @ shift.float()).half()
+    norm = RowNorm(row_sums(x), folded.float().sum(1), 1e-12)
+    out = poisoned(2100, 1152, device=x.device)
+    linear(x, folded, total, out, PROGRAMS, gelu, norm=norm)
+    normed = torch.nn.functional.layer_norm(x.float(), [384], scale.float(), shift.float(), 1e-12)
+    oracle = reference.linear(normed, weight.float(), bias.float(), gelu)
+    assert_as_exact_as(out, reference.linear(normed.half(), weight, bias, gelu), oracle)
+
+
+def test_linear_applies_the_layer_norm_of_the_residual_and_sums_what_it_writes() -> None:
+    from serving.kernels.gemm_hopper import RowNorm, linear
+
+    x, weight, bias, y = draw(2100, 1536), draw(384, 1536, scale=0.02), draw(384), draw(2100, 384)
+    scale = draw(384)
+    normed = torch.nn.functional.layer_norm(y.float(), [384], scale.float(), None, 1e-12)
+    oracle = x.float() @ weight.float().T + bias.float() + normed
+    plain = x @ weight.T + bias + normed.half()
+    sums = poisoned(2100, 3, 2, device=x.device, dtype=torch.float32)
+    norm = RowNorm(row_sums(y), scale.float(), 1e-12)
+    linear(x, weight, bias, y, PROGRAMS, residual=y, norm=norm, out_sums=sums)
+    assert_as_exact_as(y, plain, oracle)
+    torch.testing.assert_close(sums, row_sums(oracle), rtol=1e-2, atol=0.5)

@@ -1,0 +1,65 @@
+"""Compile the ping-pong GEMM for capability 9.0 without a GPU: `python -m tests.serving.kernels.compile_hopper`.
+
+Prints one JSON object: the bytes of machine code of each form of the kernel. Run by itself, because the driver that
+Triton sees here is not there.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from serving.kernels import gemm_hopper
+from serving.kernels.gemm_hopper import RowNorm, linear
+
+ROWS = 2100
+
+
+class Absent:
+    """A driver of which Triton asks no more than what it compiles for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return device
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Warmed:
+    """A kernel that is compiled instead of launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self._kernel.warmup(*arguments, grid=grid, **options)
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.float16)
+
+
+def main() -> int:
+    driver.set_active(Absent())  # type: ignore[no-untyped-call]
+    gemm_hopper._linear_kernel = Warmed(gemm_hopper._linear_kernel)
+    x, inner, sums = half(ROWS, 384), half(ROWS, 1536), torch.empty(ROWS, 3, 2)
+    weight, factors = half(1536, 384), torch.empty(1536)
+    forms = {
+        "plain": linear(x, weight, half(1536), inner, 132),
+        "norm of x": linear(x, weight, half(1536), inner, 132, True, norm=RowNorm(sums, factors, 1e-12)),
+        "norm of the residual": linear(
+            inner, half(384, 1536), half(384), x, 132, residual=x, norm=RowNorm(sums, factors, 1e-12), out_sums=sums
+        ),
+    }
+    sys.stdout.write(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in forms.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
