@@ -33,7 +33,7 @@ class Training(BaseModel):
     )
     epochs: float = Field(default=4.0, gt=0, description="how often each text is met")
     max_minutes: float = Field(
-        default=30.0, gt=0, description="wall-clock budget: the learning rate has fallen to zero when it is spent"
+        default=28.0, gt=0, description="wall-clock budget: the learning rate has fallen to zero when it is spent"
     )
     batch_size: int = Field(default=64, ge=2, description="texts a step, on all devices together")
     learning_rate: float = Field(default=7e-4, gt=0, description="at its peak, after the warm-up")
