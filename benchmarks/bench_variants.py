@@ -59,7 +59,7 @@ def main() -> int:
 
 def describe_making(judged: Any, outcome: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """What a row is made again by: the command, the MLflow run for `thorforge reproduce`, the recipe, the digests."""
-    from tasks.record import list_digests  # noqa: PLC0415
+    from tasks.record import list_digests  # noqa: PLC0415  Prefect reads the environment at import
 
     command = ["python", "-m", "benchmarks.bench_variants", "--variant", judged.name]
     command += ["--data", str(arguments.data)] if arguments.data else []

@@ -127,8 +127,8 @@ def reproduce(
     """
     make_state_folder()
     from flows.config import load_settings  # noqa: PLC0415  --help and completion stay fast
-    from flows.reproduce import as_table, is_same  # noqa: PLC0415
-    from flows.reproduce import reproduce as run_again  # noqa: PLC0415
+    from flows.reproduce import as_table, is_same  # noqa: PLC0415  Prefect takes seconds to load
+    from flows.reproduce import reproduce as run_again  # noqa: PLC0415  the same
 
     pairs = run_again(run, load_settings(config).optimize.tracking_uri, tuple(variant or ()))
     if as_json:

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -11,7 +10,7 @@ from flows.config import OptimizeConfig
 from flows.run import run_optimize
 from tasks.record import RECORD_NAME, RunRecord, make_record
 from tasks.state import state_dir
-from tasks.tracking import read_document
+from tasks.tracking import default_tracking_uri, read_document
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def reproduce(run_id: str, tracking_uri: str | None, variants: tuple[str, ...] =
     """
     then = RunRecord.model_validate(read_document(tracking_uri, run_id, RECORD_NAME))
     place = state_dir() / "reproduced"
-    settings = then.config | {"registry": str(place / "registry"), "tracking_uri": _sqlite(place / "mlflow")}
+    settings = then.config | {"registry": str(place / "registry"), "tracking_uri": default_tracking_uri(place)}
     config = OptimizeConfig.model_validate(settings | ({"variants": variants} if variants else {}))
     outcome = run_optimize(config, refresh=True)
     now = make_record(settings, outcome.study)
@@ -85,7 +84,3 @@ def _show(value: str | float | None) -> str:
     if value is None:
         return "none"
     return value[:12] if isinstance(value, str) else f"{value:.6g}"
-
-
-def _sqlite(folder: Path) -> str:
-    return f"sqlite:///{folder.absolute() / 'mlflow.db'}"

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from registry.manifest import EngineEntry
-from serving.engines import Engine
+from serving.engines import GPU_RUNTIMES, Engine
 from serving.tokenizer import Ids, pad_batch
 
 _BATCH_SIZE = 8
@@ -94,7 +94,7 @@ def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances:
     return [
         Setup(entry.runtime, *run)
         for entry in entries
-        for run in (runs if entry.runtime not in ("cuda", "tensorrt") else [(num_threads or num_cores, 1)])
+        for run in (runs if entry.runtime not in GPU_RUNTIMES else [(num_threads or num_cores, 1)])
     ]
 
 

@@ -33,9 +33,9 @@ Alias = Literal["champion", "candidate", "previous"]
 ALIASES: tuple[Alias, ...] = get_args(Alias)
 
 
-def default_tracking_uri() -> str:
-    """SQLite below the state folder."""
-    return f"sqlite:///{state_dir() / 'mlflow' / 'mlflow.db'}"
+def default_tracking_uri(folder: Path | None = None) -> str:
+    """SQLite below `folder`, by default the state folder."""
+    return f"sqlite:///{(folder or state_dir()) / 'mlflow' / 'mlflow.db'}"
 
 
 class Tracker:

@@ -30,8 +30,12 @@ class Variant(BaseModel):
     method: str
     compute: Compute = "f32"
     is_calibrated: bool = False
-    is_qdq: bool = False  # rounds in Q and DQ nodes: judged on exact arithmetic, no processor's kernels
     qdq: QdqConfig | None = None
+
+    @property
+    def is_qdq(self) -> bool:
+        """Whether onnxruntime rounds in Q and DQ nodes: it is judged on exact arithmetic, no processor's kernels."""
+        return self.qdq is not None and self.runtime == "onnxruntime"
 
     def within(self, limits: GateLimits) -> "Variant":
         """The variant that keeps its most sensitive layers in float where the gate's cosine asks for it."""
@@ -61,8 +65,8 @@ _BUILDS: dict[Build, Variant] = dict(
             "int8-dynamic", "onnxruntime", "int8", "f32",
             "dynamic, per channel; SmoothQuant, outlier channels of FFN-down in float", **_CALIBRATED,
         ),
-        _build("int8-static", "onnxruntime", "int8", "f32", _INT8_QDQ, **_QDQ, is_qdq=True),
-        _build("fp8-onnx", "onnxruntime", "fp8", "f8", _FP8_QDQ, **_QDQ, is_qdq=True),
+        _build("int8-static", "onnxruntime", "int8", "f32", _INT8_QDQ, **_QDQ),
+        _build("fp8-onnx", "onnxruntime", "fp8", "f8", _FP8_QDQ, **_QDQ),
         _build("int4-small", "onnxruntime", "int4", "f32", f"{_INT4} the gate's 1 % of nDCG", **_CALIBRATED),
         _build("int4-tiny", "onnxruntime", "int4", "f32", f"{_INT4} cosine 0.98", **_CALIBRATED),
         _build(

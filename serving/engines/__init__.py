@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # engines run where a bundle's manifest cannot be read: on a 
 
 Embeddings = NDArray[np.float32]
 
+GPU_RUNTIMES = ("cuda", "tensorrt")  # each runs one batch at a time
+
 
 class Engine(Protocol):
     """A loaded model. As many threads may run batches at the same time as it was opened for, one unless said."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from serving.kernels.compiled import CudaKernel
-from serving.kernels.few_tokens import Stacked
+from serving.kernels.few_tokens import MAX_TOKENS, Stacked
 
-MAX_TOKENS = 32
 _HIDDEN, _HEADS, _INNER = 384, 12, 1536
 _HEAD, _SHARE = _HIDDEN // _HEADS, _INNER // _HEADS  # columns of a program's head, and of its intermediate
 _UNIT = 48 * 256  # halves of a fill of the ring: 48 fragments of 16 x 16
