@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,6 +26,14 @@ def embed(url: str, *texts: str) -> httpx.Response:
     return httpx.post(f"{url}/api/v1/embed", json={"texts": list(texts)}, timeout=20)
 
 
+def wait_for_queue(server: WorkerServer, num_texts: int) -> None:
+    """Return when so many texts wait: requests are on their way through the socket."""
+    deadline = time.monotonic() + WAIT
+    while len(server.worker.resolve(None)._queue) < num_texts:
+        assert time.monotonic() < deadline, f"{len(server.worker.resolve(None)._queue)} of {num_texts} texts wait"
+        time.sleep(0.005)
+
+
 def metric(url: str, line: str) -> bool:
     return line in httpx.get(f"{url}/metrics").text
 
@@ -36,10 +45,8 @@ def test_overload_is_refused_with_retry_after(bundle: Path, model: LoadedModel) 
         running = clients.submit(embed, url, "red")
         assert engine.entered.wait(WAIT)
         # Requests of one text and of several have a limit each: neither kind fills the queue for the other.
-        queued = [clients.submit(embed, url, *texts) for texts in (["blue", "cat", "dog"], ["bird"], ["fish"])]
-        service = server.worker.resolve(None)
-        while len(service._queue) < 5:  # the requests are on their way through the socket
-            httpx.get(f"{url}/healthz")
+        queued = [clients.submit(embed, url, *texts) for texts in (["blue", "cat", "dog"], ["green"], ["hello"])]
+        wait_for_queue(server, 5)
         for texts in (["red"], ["red"] * 2048):
             refused = embed(url, *texts)
             assert refused.status_code == 429
@@ -62,8 +69,7 @@ def test_poison_text_fails_its_own_request_only(bundle: Path, model: LoadedModel
             clients.submit(embed, url, f"dog {word}", "cat" if place == 3 else f"red {word}")
             for place, word in enumerate(WORDS[:8])
         ]
-        while len(server.worker.resolve(None)._queue) < 16:
-            httpx.get(f"{url}/healthz")
+        wait_for_queue(server, 16)
         engine.gate.set()
         statuses = [answer.result().status_code for answer in answers]
         assert first.result().status_code == 200
@@ -161,8 +167,7 @@ def test_drain_answers_what_was_accepted_and_refuses_the_rest(bundle: Path, mode
             assert httpx.get(f"{url}/healthz").status_code == 200
             assert unready.headers.get("connection") == "close"
             late = clients.submit(embed, url, "dog")
-            while len(server.worker.resolve(None)._queue) < 1:
-                pass
+            wait_for_queue(server, 1)
             server.worker.refuse()
             refused = embed(url, "dog")
             assert refused.status_code == 503
