@@ -17,6 +17,8 @@ _LEARN_SHARE = 0.2
 _HEADROOM = 0.85
 # Of the tokens that an idle engine could compute in time, what to send in one request: tokenising and others count too.
 _ADVISED_SHARE = 0.5
+# A refusal stands this long unless a run ends: by no more can the wait it speaks of have shrunk.
+_STANDING_SECONDS = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,15 @@ class Admission:
     def __init__(self, objective_seconds: float) -> None:
         self._objective_seconds = objective_seconds
         self._tail = Quantile(0.95, start=1.25, low=0.5, high=4.0)
+        self._refusal: Overloaded | None = None
+        self._refused_until = 0.0
 
     @property
     def max_wait_seconds(self) -> float:
         """The longest predicted wait that is still let in."""
         return _HEADROOM * self._objective_seconds / self._tail.value
 
-    def check(self, backlog: Backlog) -> None:
+    def check(self, backlog: Backlog, now: float) -> None:
         """Let a request in, however many texts it has itself. Raises Overloaded, which says when to come back.
 
         A queue without a text that is due lets anybody in: whatever the objective, the engine is never left idle.
@@ -55,10 +59,23 @@ class Admission:
             if backlog.is_full
             else f"the limit is a wait of {self._objective_seconds * 1000:.0f} ms"
         )
-        raise Overloaded(
+        refusal = Overloaded(
             f"{backlog.size} texts with {backlog.tokens} tokens are waiting and {why}: try again in {seconds:.0f} s",
             retry_after_seconds=seconds,
         )
+        if not backlog.is_full:  # that one kind of request fills its queue says nothing about the other
+            self._refusal, self._refused_until = refusal, now + _STANDING_SECONDS
+        raise refusal
+
+    def standing_refusal(self, now: float) -> Overloaded | None:
+        """Why the next request is refused, whatever it asks, where one just was for its wait; None: look at it."""
+        if self._refusal is None or now >= self._refused_until:
+            return None
+        return Overloaded(str(self._refusal), self._refusal.retry_after_seconds)
+
+    def reconsider(self) -> None:
+        """A run has ended: the next request is looked at anew."""
+        self._refusal = None
 
     @staticmethod
     def check_size(num_tokens: int, engine_seconds: float, timeout_seconds: float) -> None:

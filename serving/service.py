@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from serving.admission import Admission
 from serving.batcher import Batcher, Limits
 from serving.containment import GuardedEngine
-from serving.errors import ClientGone, DeadlineExceeded, EngineFailed, InvalidRequest, NotReady
+from serving.errors import ClientGone, DeadlineExceeded, EngineFailed, InvalidRequest, NotReady, Overloaded
 from serving.latency_model import LatencyModel
 from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
@@ -274,8 +274,12 @@ class EmbeddingService:
         """Seconds until the first text of a request that arrives now is predicted to be answered. Raises Overloaded."""
         is_bulk = num_texts > 1
         backlog = self._runner.backlog(is_bulk, self._num_tokenising if is_bulk else 0)
-        self._admission.check(backlog)
+        self._admission.check(backlog, self._clock())
         return backlog.seconds
+
+    def standing_refusal(self) -> Overloaded | None:
+        """See `Admission.standing_refusal`: a flood is turned away before its requests are parsed."""
+        return self._admission.standing_refusal(self._clock())
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
@@ -326,6 +330,7 @@ class EmbeddingService:
 
     def _deliver(self, outcome: Outcome) -> None:
         """Hand the rows of a batch to their requests."""
+        self._admission.reconsider()
         self._runner.prefetch()
         batch, vectors, failures = outcome.batch, outcome.vectors, outcome.failures
         oldest = batch.formed_at

@@ -83,6 +83,12 @@ class Worker:
             raise NotReady("the worker is shutting down")
         return self.find(name or self.default or "").choose(*read_routing(headers, self._key_header))
 
+    @property
+    def sole_service(self) -> EmbeddingService | None:
+        """The service that answers whatever is asked; None where there are several, or none any more."""
+        services = self.services
+        return services[0] if len(services) == 1 and self.phase != "closed" else None
+
     def find(self, name: str) -> ModelVersions:
         """The versions of a model. Raises ModelNotFound, or NotReady while the model may yet be loaded."""
         model = self.models.get(name)

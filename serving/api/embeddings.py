@@ -72,6 +72,11 @@ class EmbeddingsEndpoint:
             headers.append(CLOSE)
         try:
             body = await read_body(scope, receive, self._max_body_bytes)
+            sole = self._worker.sole_service
+            refusal = None if sole is None else sole.standing_refusal()
+            if refusal is not None:
+                service = sole
+                raise refusal
             request = self._dialect.parse(body, self._limits)
             service = self._worker.resolve(request.model, scope["headers"])
             embedded = await service.embed(request, receive)
@@ -83,13 +88,13 @@ class EmbeddingsEndpoint:
             return
         except asyncio.CancelledError:  # the drain ran out of time; uncaught, the server would answer in plain text
             stopped = NotReady("the worker was stopped before the engine answered")
-            self._count_failure(service, trace, self._dialect.style(stopped)[0], error_code(NotReady))
-            await send_error(send, stopped, [*headers, CLOSE], self._dialect.style)
+            status = await send_error(send, stopped, [*headers, CLOSE], self._dialect.style)
+            self._count_failure(service, trace, status, error_code(NotReady))
             return
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             failed = to_serving_error(error)
-            self._count_failure(service, trace, self._dialect.style(failed)[0], error_code(type(failed)))
-            await send_error(send, failed, headers, self._dialect.style)
+            status = await send_error(send, failed, headers, self._dialect.style)
+            self._count_failure(service, trace, status, error_code(type(failed)))
             return
         seconds = time.perf_counter() - started
         service.metrics.count_answer(seconds)

@@ -84,14 +84,18 @@ def openai_error(error: ServingError) -> tuple[int, dict[str, Any]]:
     return STATUS[type(error)], describe_error(error)
 
 
-async def send_error(send: Send, error: ServingError, headers: Headers = (), style: ErrorStyle = openai_error) -> None:
-    """Send the error object; an Overloaded also says when to come back, an InvalidApiKey how to show one."""
+async def send_error(send: Send, error: ServingError, headers: Headers = (), style: ErrorStyle = openai_error) -> int:
+    """Send the error object; an Overloaded also says when to come back, an InvalidApiKey how to show one.
+
+    Returns the status.
+    """
     if isinstance(error, Overloaded):
         headers = [*headers, (b"retry-after", b"%d" % error.retry_after_seconds)]
     elif isinstance(error, InvalidApiKey):
         headers = [*headers, (b"www-authenticate", b'Bearer realm="thorforge"')]
     status, document = style(error)
     await send_json(send, status, [orjson.dumps(document)], headers)
+    return status
 
 
 def describe_error(error: ServingError) -> dict[str, dict[str, Any]]:

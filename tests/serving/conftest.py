@@ -2,7 +2,8 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,14 @@ class PreparedWorker(Worker):
 
     async def load(self) -> None:
         self.add(self.prepared)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Return when that is so; half a minute is for a machine busy with other work."""
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @contextmanager

@@ -11,24 +11,46 @@ def backlog(seconds: float, due_tokens: int = 100, is_full: bool = False) -> Bac
 
 def test_admission_lets_in_what_is_answered_in_time_19_times_of_20() -> None:
     admission = Admission(objective_seconds=1.0)  # until it learns better: a quarter above the prediction
-    admission.check(backlog(0.67))
+    admission.check(backlog(0.67), now=0.0)
     with pytest.raises(Overloaded, match="7 texts with 123 tokens are waiting and the limit is a wait of 1000 ms"):
-        admission.check(backlog(0.69))
+        admission.check(backlog(0.69), now=0.0)
 
 
 def test_admission_lets_anybody_in_while_no_text_is_due() -> None:
-    Admission(0.001).check(backlog(60.0, due_tokens=0))
+    Admission(0.001).check(backlog(60.0, due_tokens=0), now=0.0)
 
 
 def test_admission_refuses_at_a_full_queue_whatever_the_wait() -> None:
     with pytest.raises(Overloaded, match="the queue is full"):
-        Admission(60.0).check(backlog(0.0, due_tokens=0, is_full=True))
+        Admission(60.0).check(backlog(0.0, due_tokens=0, is_full=True), now=0.0)
+
+
+def test_refusal_for_the_wait_stands_until_a_run_ends_or_two_milliseconds_are_over() -> None:
+    admission = Admission(objective_seconds=0.5)
+    assert admission.standing_refusal(now=10.0) is None
+    with pytest.raises(Overloaded) as raised:
+        admission.check(backlog(3.0), now=10.0)
+    standing = admission.standing_refusal(now=10.0019)
+    assert standing is not None
+    assert (str(standing), standing.retry_after_seconds) == (str(raised.value), 3)
+    assert admission.standing_refusal(now=10.0021) is None
+    with pytest.raises(Overloaded):
+        admission.check(backlog(3.0), now=11.0)
+    admission.reconsider()
+    assert admission.standing_refusal(now=11.0) is None
+
+
+def test_full_queue_of_one_kind_of_request_turns_nobody_else_away() -> None:
+    admission = Admission(objective_seconds=0.5)
+    with pytest.raises(Overloaded, match="the queue is full"):
+        admission.check(backlog(3.0, is_full=True), now=10.0)
+    assert admission.standing_refusal(now=10.0) is None
 
 
 @pytest.mark.parametrize(("wait", "retry_after"), [(0.9, 1), (1.5, 2), (9.0, 9)])
 def test_overloaded_says_when_the_queue_will_be_empty(wait: float, retry_after: int) -> None:
     with pytest.raises(Overloaded) as raised:
-        Admission(0.5).check(backlog(wait))
+        Admission(0.5).check(backlog(wait), now=0.0)
     assert raised.value.retry_after_seconds == retry_after
 
 

@@ -14,7 +14,7 @@ from serving.models import load_model
 from serving.settings import ModelSource
 from tests.bundles import make_bundle
 from tests.fuzz import send_bytes, spoil, statuses
-from tests.serving.conftest import make_settings, serve, with_engine
+from tests.serving.conftest import make_settings, serve, wait_until, with_engine
 from tests.serving.engines import HeldEngine
 
 GET = b"GET /healthz HTTP/1.1\r\nhost: a\r\n"
@@ -172,8 +172,7 @@ def test_client_that_does_not_read_its_answer_is_dropped(tmp_path: Path) -> None
     with serve(settings, load_model(ModelSource(path=tmp_path / "wide"))) as (url, server), connect(url) as connection:
         connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
         head = connection.recv(512)
-        while server.server_state.connections:
-            pass
+        wait_until(lambda: not server.server_state.connections)
         length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
         with suppress(ConnectionError):
             assert len(head) + len(read_to_end(connection)) < length

@@ -1,21 +1,23 @@
 """Overload, faults, health and drain of a real server, in a thread."""
 
 import json
+import math
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from serving.errors import ConfigInvalid
+from serving.admission import Backlog
+from serving.errors import ConfigInvalid, Overloaded
 from serving.models import LoadedModel
 from serving.server import WorkerServer, base_url, bind
 from serving.worker import Worker
 from tests.bundles import WORDS
-from tests.serving.conftest import keep_open, make_settings, serve, with_engine
+from tests.serving.conftest import keep_open, make_settings, serve, wait_until, with_engine
 from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, nan_on, raise_on
 
 CAT = 12
@@ -28,10 +30,7 @@ def embed(url: str, *texts: str) -> httpx.Response:
 
 def wait_for_queue(server: WorkerServer, num_texts: int) -> None:
     """Return when so many texts wait: requests are on their way through the socket."""
-    deadline = time.monotonic() + WAIT
-    while len(server.worker.resolve(None)._queue) < num_texts:
-        assert time.monotonic() < deadline, f"{len(server.worker.resolve(None)._queue)} of {num_texts} texts wait"
-        time.sleep(0.005)
+    wait_until(lambda: len(server.worker.resolve(None)._queue) >= num_texts)
 
 
 def metric(url: str, line: str) -> bool:
@@ -57,6 +56,20 @@ def test_overload_is_refused_with_retry_after(bundle: Path, model: LoadedModel) 
         engine.gate.set()
         assert {answer.result().status_code for answer in (running, *queued)} == {200}
         assert embed(url, "red").status_code == 200
+
+
+def test_flood_is_turned_away_before_its_requests_are_parsed(bundle: Path, model: LoadedModel) -> None:
+    with serve(make_settings(bundle), keep_open(model)) as (url, server):
+        service = server.worker.resolve(None)
+        with pytest.raises(Overloaded):
+            service._admission.check(Backlog(9, 99, is_full=False, due_tokens=99, seconds=60), now=math.inf)
+        refused = httpx.post(f"{url}/api/v1/embed", content=b"not JSON")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+        version = model.manifest.version
+        line = f'akidb_embed_requests_total{{model="tiny",model_version="{version}",status="429"}} 1.0'
+        assert metric(url, line)
+        service._admission.reconsider()
+        assert httpx.post(f"{url}/api/v1/embed", content=b"not JSON").status_code == 400
 
 
 @pytest.mark.parametrize(("fault", "word"), [(raise_on(CAT), "raised"), (nan_on(CAT), "non-finite")])
@@ -111,8 +124,8 @@ def test_stuck_engine_turns_health_bad_and_requests_time_out(bundle: Path, model
         late = embed(url, "red")
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "deadline_exceeded"
-        while httpx.get(f"{url}/healthz").status_code == 200:
-            pass  # the deadline counts from arrival, the engine's run began a moment later
+        # The deadline counts from arrival, the engine's run began a moment later.
+        wait_until(lambda: httpx.get(f"{url}/healthz").status_code != 200)
         assert httpx.get(f"{url}/healthz").json() == {"status": "engine stuck or dead"}
         assert httpx.get(f"{url}/readyz").status_code == 503
         assert embed(url, "red").status_code == 503
@@ -124,8 +137,7 @@ def test_engine_that_hangs_is_replaced_and_the_worker_answers_again(bundle: Path
     prepared = with_engine(model, engine, reopen=lambda: WrappedEngine(model.engine))
     with serve(make_settings(bundle, request_timeout_seconds=0.2), prepared) as (url, _):
         assert embed(url, "red").status_code == 504
-        while embed(url, "red").status_code != 200:
-            pass
+        wait_until(lambda: embed(url, "red").status_code == 200)
         assert httpx.get(f"{url}/healthz").status_code == 200
         assert metric(url, 'akidb_engine_events_total{event="abandoned"')
         assert metric(url, 'akidb_engine_events_total{event="rebuilt"')
@@ -145,8 +157,7 @@ def test_client_that_hangs_up_costs_no_engine_run(bundle: Path, model: LoadedMod
             connection.sendall(head + body[:10])  # and one that hangs up in the middle of its body
         version = model.manifest.version
         for label in (f'model="tiny",model_version="{version}"', 'model="none",model_version="none"'):
-            while not metric(url, f'akidb_embed_requests_total{{{label},status="499"}} 1.0'):
-                pass
+            wait_until(partial(metric, url, f'akidb_embed_requests_total{{{label},status="499"}} 1.0'))
         engine.gate.set()
         assert running.result().status_code == 200
         assert embed(url, "dog").status_code == 200

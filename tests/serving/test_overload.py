@@ -38,9 +38,9 @@ class Simulation:
 
     def arrive(self) -> None:
         """A request of one text; it is let in or refused."""
-        backlog = self.runner.backlog(self.admission.max_wait_seconds)
+        backlog = self.runner.backlog(is_bulk=False)
         try:
-            self.admission.check(backlog)
+            self.admission.check(backlog, self.now)
         except Overloaded:
             self.refused += 1
             return

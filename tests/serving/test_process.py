@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from serving.__main__ import main
+from tests.serving.conftest import wait_until
 from tests.worker import ROOT, run_worker, worker_environment
 
 HEAVY = (
@@ -106,9 +107,8 @@ def test_signal_under_load_answers_every_accepted_request_and_exits_0(bundle: Pa
         for _ in range(8):
             assert begun.acquire(timeout=20)
         worker.process.send_signal(number)
-        while (answer := httpx.get(f"{worker.base_url}/readyz")).status_code == 200:
-            pass
-        assert answer.json() == {"status": "draining"}
+        wait_until(lambda: httpx.get(f"{worker.base_url}/readyz").status_code != 200)
+        assert httpx.get(f"{worker.base_url}/readyz").json() == {"status": "draining"}
         stop.set()
         statuses = [status for load in loads for status in load.result()]
         assert worker.process.wait(20) == 0

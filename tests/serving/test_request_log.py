@@ -20,7 +20,7 @@ from serving.errors import ConfigInvalid
 from serving.models import load_model
 from serving.request_log import Origin, RequestLog, open_request_log
 from serving.settings import ModelSource, RequestLogSettings
-from tests.serving.conftest import make_settings, serve
+from tests.serving.conftest import make_settings, serve, wait_until
 
 MEBIBYTE = 1024 * 1024
 ORIGIN = Origin("tiny", "fp32-1", None)
@@ -181,8 +181,7 @@ def test_worker_logs_what_it_answered_and_nothing_else(logged: str, tmp_path: Pa
     answer = httpx.post(f"{logged}/api/v1/embed", json={"texts": ["red", "cat"], "prompt": "query"}).json()
     httpx.post(f"{logged}/embed", json={"inputs": "dog"})
     httpx.post(f"{logged}/embed", json={"inputs": "red " * 40, "truncate": False})
-    while 'texts_total{outcome="written"} 3.0' not in httpx.get(f"{logged}/metrics").text:
-        pass
+    wait_until(lambda: 'texts_total{outcome="written"} 3.0' in httpx.get(f"{logged}/metrics").text)
     found = records(tmp_path / "log")
     assert [(record["text"], record["prompt"]) for record in found] == [
         ("red", "query"),

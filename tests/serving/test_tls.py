@@ -20,7 +20,7 @@ from serving.server import WorkerServer
 from serving.settings import ModelSource, TlsSettings
 from serving.tls import Certificate, TlsListener, open_certificate
 from tests.certificates import write_pair
-from tests.serving.conftest import make_settings, serve, with_engine
+from tests.serving.conftest import make_settings, serve, wait_until, with_engine
 from tests.serving.engines import HeldEngine
 
 
@@ -85,12 +85,6 @@ def connect(url: str) -> socket.socket:
 
 def num_handshakes(server: WorkerServer) -> int:
     return sum(listener.num_handshakes for listener in server.servers if isinstance(listener, TlsListener))
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
 
 
 def test_https_is_spoken_and_plain_http_is_not(bundle: Path, pair: tuple[Path, Path]) -> None:
