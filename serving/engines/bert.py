@@ -35,7 +35,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class BertConfig:
-    """Sizes of the encoder, and how its tokens become one vector."""
+    """Sizes of the encoder, how its tokens become one vector, and what E4M3 leaves alone."""
 
     vocabulary: int
     positions: int
@@ -158,11 +158,13 @@ def _size(path: Path, fields: dict[str, Any], name: str) -> int:
 def _read_float16(path: Path, fields: dict[str, Any]) -> frozenset[str]:
     """The layers that the file keeps in float16; files from before there was a choice say nothing and keep none."""
     section = fields.get(E4M3_NAME, {"schema_version": E4M3_VERSION, "float16": []})
-    version = section.get("schema_version") if isinstance(section, dict) else None
-    if version != E4M3_VERSION or section.keys() != {"schema_version", "float16"}:
-        raise EngineUnavailable(
-            f"{path}: {E4M3_NAME} is {section!r}, this engine reads schema_version {E4M3_VERSION} with a list float16"
-        )
+    if not isinstance(section, dict):
+        raise EngineUnavailable(f"{path}: {E4M3_NAME} is {type(section).__name__}, it must be an object")
+    if section.get("schema_version") != E4M3_VERSION:
+        version = section.get("schema_version")
+        raise EngineUnavailable(f"{path}: {E4M3_NAME} has schema_version {version!r}, this engine reads {E4M3_VERSION}")
+    if section.keys() != {"schema_version", "float16"}:
+        raise EngineUnavailable(f"{path}: {E4M3_NAME} holds {sorted(section)}, it must hold float16, schema_version")
     names, known = section["float16"], list_linears(_size(path, fields, "num_hidden_layers"))
     if not isinstance(names, list):
         raise EngineUnavailable(f"{path}: {E4M3_NAME}.float16 is {names!r}, it must be a list of names")

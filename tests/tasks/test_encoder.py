@@ -103,8 +103,13 @@ def test_fp8_of_the_real_minilm_keeps_its_cosine(tmp_path: Path) -> None:
     config = read_config(tmp_path / "config.json")
     batch = Packed.of_rows(tokenizer.encode(make_sentences(32, seed=2)))
     oracle = encode(load_weights(teacher.tokenizer.parent / "model.safetensors", config), config, batch)
-    vectors = ExactE4M3(load_weights(path, config), config).encode(batch)
-    assert float((vectors * oracle).sum(1).mean()) >= 0.997
+    weights = load_weights(path, config)
+    kept = config.float16 | {name for name in list_linears(config.layers) if name.startswith("layer.5/attention")}
+    chosen, mixed = (
+        float((ExactE4M3(weights, replace(config, float16=names)).encode(batch) * oracle).sum(1).mean())
+        for names in (config.float16, kept)
+    )
+    assert 0.997 <= chosen < mixed
 
 
 def read_model(candidate: Candidate, texts: list[str]) -> tuple[BertConfig, Weights, Packed]:
