@@ -13,7 +13,7 @@ from tasks.graph_files import copy_model_files
 from tasks.outliers import tame_outliers
 from tasks.progress import Advance
 from tasks.qdq import Format, insert_qdq
-from tasks.sensitivity import rank_layers
+from tasks.sensitivity import QdqProbe, rank_layers
 from tasks.settings import QdqConfig
 from tasks.squeeze import squeeze
 from tasks.table import quantize_tables
@@ -99,7 +99,10 @@ def make_qdq(graph: Graph, batches: Batches, kind: Format, advance: Advance, qdq
         labels.setdefault(linear.input, linear.label)
     seen = observe(graph, labels, batches, advance, with_histogram=True)
     ranges = {name: choose_range(found, qdq.calibration) for name, found in seen.items()}
-    damages = {} if qdq.min_cosine is None else rank_layers(graph, ranges, kind, batches, qdq.min_cosine)
+    damages = {}
+    if qdq.min_cosine is not None:
+        nodes = {linear.node: linear.label for linear in graph.linears}
+        damages = rank_layers(QdqProbe(graph, ranges, kind, batches), nodes, qdq.min_cosine)
     insert_qdq(graph, ranges, kind, skip={node for node, layer in damages.items() if layer.is_float})
     shown = tuple(
         InputRange(layer=labels[n], low=low, high=high, limit=seen[n].limit, counts=seen[n].coarse_histogram())

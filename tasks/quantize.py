@@ -73,7 +73,7 @@ def quantize(
     Raises QuantizationFailed.
     """
     disable_telemetry()
-    texts = _calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
+    texts = calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
     tokenizer = TextTokenizer.from_folder(exported.folder, max_length)
     # Shortest first: OpenVINO compiles kernels for every change of shape, half the time of quantising.
     batches = [pad_batch([ids]) for ids in sorted(tokenizer.encode(texts), key=len)] if texts else []
@@ -99,7 +99,7 @@ def quantize(
     )
 
 
-def _calibration_texts(variant: Variant, corpus: Artifact, size: int) -> list[str]:
+def calibration_texts(variant: Variant, corpus: Artifact, size: int) -> list[str]:
     """The first `size` calibration texts. Raises QuantizationFailed when there are fewer, or one is evaluated on."""
     texts = read_part(corpus, "calibration")[:size]
     if len(texts) < size:

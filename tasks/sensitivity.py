@@ -91,15 +91,14 @@ class QdqProbe(Probe[bool]):
 
 
 def rank_layers(
-    graph: Graph, ranges: Mapping[str, Range], kind: Format, batches: Batches, min_cosine: float
+    probe: Probe[bool], labels: Mapping[str, str], min_cosine: float, float_bits: int = FLOAT_BITS
 ) -> dict[str, LayerDamage]:
     """By node what quantising each layer alone does, and whether it stays in float; nothing where none has to.
 
-    As in the gate the bad end of the mean cosine's interval has to reach `min_cosine`, on calibration texts here: to
-    choose on what is judged would flatter.
+    `labels` name the layers of `probe` for people. As in the gate the bad end of the mean cosine's interval has to
+    reach `min_cosine`, on calibration texts here: to choose on what is judged would flatter.
     """
-    probe = QdqProbe(graph, ranges, kind, batches)
-    rounded = {linear.node: True for linear in graph.linears}
+    rounded = dict.fromkeys(labels, True)
 
     def is_enough(mixed: Mapping[str, bool]) -> bool:
         return mean_interval(probe.cosines(mixed)).low >= min_cosine
@@ -108,10 +107,9 @@ def rank_layers(
         return {}
     damage = measure_damage(probe, rounded)
     kept = choose_layers(rounded, dict.fromkeys(rounded, False), damage, is_enough)
-    bits = {node: FLOAT_BITS if node in kept else QDQ_BITS for node in rounded}
     return {
-        linear.node: LayerDamage(layer=linear.label, damage=damage[linear.node], bits=bits[linear.node])
-        for linear in graph.linears
+        node: LayerDamage(layer=label, damage=damage[node], bits=float_bits if node in kept else QDQ_BITS)
+        for node, label in labels.items()
     }
 
 

@@ -38,10 +38,10 @@ class Variant(BaseModel):
         return self.qdq is not None and self.runtime == "onnxruntime"
 
     def within(self, limits: GateLimits) -> "Variant":
-        """The variant that keeps its most sensitive layers in float where the gate's cosine asks for it."""
+        """The variant that keeps its most sensitive layers in float where the gate's cosine or its own asks for it."""
         if self.qdq is None:
             return self
-        qdq = self.qdq.model_copy(update={"min_cosine": limits.cosine_mean_pass})
+        qdq = self.qdq.model_copy(update={"min_cosine": max(limits.cosine_mean_pass, self.qdq.min_cosine or 0.0)})
         return self.model_copy(update={"qdq": qdq})
 
 
@@ -80,13 +80,15 @@ _BUILDS: dict[Build, Variant] = dict(
     )
 )  # fmt: skip
 
+_CUDA_COSINE = 0.997  # what FP8 has to keep, on calibration texts
 # Made of the weights, not of the exported graph, and judged where there is a GPU alone.
 CUDA_VARIANTS: dict[str, Variant] = dict(
     (
         _build("cuda-fp16", "cuda", "fp16", "f16", "float16, packed"),
         _build(
             "cuda-fp8", "cuda", "fp8", "f8",
-            "linear layers in E4M3, max calibration; the rest in float16, packed", **_CALIBRATED,
+            "linear layers in E4M3, scales by row and max calibration; the rest in float16, packed",
+            is_calibrated=True, qdq=QdqConfig(min_cosine=_CUDA_COSINE),
         ),
     )
 )  # fmt: skip
