@@ -38,7 +38,7 @@ from tasks.state import state_dir
 from tasks.steps import Step
 from tasks.teacher import Teacher, embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
-from tasks.variants import CUDA_VARIANTS, Variant
+from tasks.variants import KERNEL_VARIANTS, Variant
 
 
 class Outcome(BaseModel):
@@ -132,8 +132,8 @@ def _submit_build(
     exported: Mapping[tuple[Step, ...], Artifact],
     how: tuple[int, Artifact, int],
 ) -> Any:
-    """The future of one candidate: from the exported graph, or from the weights for the cuda engine."""
-    if variant.build not in CUDA_VARIANTS:
+    """The future of one candidate: from the exported graph, or from the weights for an engine of our own."""
+    if variant.build not in KERNEL_VARIANTS:
         return quantize.submit(variant, exported[variant.steps], *how)
     from tasks.encoder import build_encoder  # noqa: PLC0415  torch: seconds that no other variant pays
 

@@ -122,15 +122,20 @@ def list_linears(layers: int) -> list[str]:
 
 
 def read_config(path: Path) -> BertConfig:
-    """Read config.json. Raises EngineUnavailable naming the field that this engine cannot honour."""
+    """Read config.json. Raises EngineUnavailable naming the field that our kernels cannot honour."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EngineUnavailable(f"{path} cannot be read: {error}") from None
+    return parse_config(fields, path)
+
+
+def parse_config(fields: dict[str, Any], path: Path) -> BertConfig:
+    """What `path` says. Raises EngineUnavailable naming the field that our kernels cannot honour."""
     for name, allowed in _FIXED.items():
         if fields.get(name) not in allowed:
             known = ", ".join(repr(value) for value in allowed if value is not None)
-            raise EngineUnavailable(f"{path}: {name} is {fields.get(name)!r}, the cuda engine knows {known}")
+            raise EngineUnavailable(f"{path}: {name} is {fields.get(name)!r}, our kernels know {known}")
     config = BertConfig(
         vocabulary=_size(path, fields, "vocab_size"),
         positions=_size(path, fields, "max_position_embeddings"),

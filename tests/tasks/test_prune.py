@@ -188,7 +188,7 @@ def test_prune_names_a_model_type_it_does_not_know(teacher_copy: Path, corpus: A
 
 
 def test_pruned_model_is_refused_where_its_shapes_cannot_be_honoured(pruned: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineUnavailable, match="model_type is 'pruned_bert', the cuda engine knows 'bert'"):
+    with pytest.raises(EngineUnavailable, match="model_type is 'pruned_bert', our kernels know 'bert'"):
         write_encoder(load_teacher.fn(str(pruned)), tmp_path / "encoder")
 
 
