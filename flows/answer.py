@@ -25,7 +25,7 @@ from registry.gate import GateRecord
 from registry.ledger import append_once, read_ledger
 from registry.store import Store
 from tasks.errors import NotWaiting
-from tasks.notify import notify
+from tasks.production.notify import notify
 
 _FORM_TRIES, _FORM_SECONDS = 20, 0.25
 

@@ -12,10 +12,10 @@ from flows.config import PromoteConfig, load_settings, open_registry
 from registry.errors import RegistryError
 from registry.promotion import status
 from serving.telemetry import disable_telemetry
-from tasks.delivery import Proof
 from tasks.errors import TaskError
-from tasks.notify import Event, notify
-from tasks.promotion import Case, find_report, find_served, mirror_aliases, move, open_case, put_back, verify
+from tasks.production.delivery import Proof
+from tasks.production.notify import Event, notify
+from tasks.production.promotion import Case, find_report, find_served, mirror_aliases, move, open_case, put_back, verify
 
 
 class Promotion(BaseModel):

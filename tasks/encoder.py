@@ -14,8 +14,8 @@ from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import read_part
 from tasks.errors import QuantizationFailed
+from tasks.models.teacher import Teacher
 from tasks.quantize import Candidate
-from tasks.teacher import Teacher
 from tasks.variants import Variant
 
 ENCODER_NAME = "model.safetensors"

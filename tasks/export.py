@@ -15,8 +15,8 @@ from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.tokenizer import TOKENIZER_NAME, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.errors import ExportFailed
-from tasks.graph_files import gather_weights
-from tasks.teacher import Teacher, load_sentence_transformer
+from tasks.graphs.graph_files import gather_weights
+from tasks.models.teacher import Teacher, load_sentence_transformer
 
 ONNX_NAME = "model.onnx"
 # Opset 17 is the first with LayerNormalization. The TorchScript exporter is chosen over the dynamo one because
