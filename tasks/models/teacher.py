@@ -22,6 +22,9 @@ from tasks.models.weights import check_finite, count_parameters
 from tasks.progress import progress
 from tasks.state import state_dir
 
+# `model_type` of a BERT, and of one whose layers `prune` cut.
+BERT_TYPES = ("bert", "pruned_bert")
+
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _BATCH = 32
 
