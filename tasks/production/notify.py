@@ -51,6 +51,12 @@ def notify(
     return sum(not _post(webhook, event, body, sleep) for webhook in webhooks if event in webhook.events)
 
 
+def notify_refused(webhooks: Sequence[WebhookConfig], model: str, bundle: str, requested_by: str, reason: str) -> int:
+    """Post that a promotion of `bundle` was refused, as `notify` does: who asked for it, and why not."""
+    document = {"model": model, "bundle": bundle, "requested_by": requested_by, "reason": reason}
+    return notify(webhooks, "promotion.refused", document)
+
+
 def sign(secret: bytes, timestamp: int, body: bytes) -> str:
     """`t=<unix time>,v1=<hex HMAC-SHA256 of "<unix time>.<body>">`: a receiver refuses old times and other bodies."""
     mac = hmac.new(secret, f"{timestamp}.".encode() + body, hashlib.sha256)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.production.notify import SIGNATURE_HEADER, WebhookConfig, notify, sign
+from tasks.production.notify import SIGNATURE_HEADER, WebhookConfig, notify, notify_refused, sign
 from tests.servers import free_port
 from tests.webhooks import run_receiver
 
@@ -56,3 +56,10 @@ def test_notify_sends_only_the_events_asked_for() -> None:
         assert notify([webhook], "promotion.done", {}) == 0
         assert notify([webhook], "approval.waiting", {}) == 0
     assert [message["event"] for message in receiver.messages] == ["approval.waiting"]
+
+
+def test_notify_of_a_refusal_says_who_asked_for_what_and_why_not() -> None:
+    with run_receiver() as receiver:
+        assert notify_refused([WebhookConfig(url=receiver.url)], "tiny", "a" * 64, "ada", "too late") == 0
+    told = {"event": "promotion.refused", "model": "tiny", "bundle": "a" * 64, "requested_by": "ada"}
+    assert receiver.messages[0].items() >= (told | {"reason": "too late"}).items()
