@@ -13,9 +13,9 @@ from registry.manifest import SafeName, describe_validation
 from registry.settings import CONFIG_NAME, RegistrySettings
 from registry.store import Store, open_store
 from serving.engines import has_nvidia_driver
-from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
-from tasks.notify import WebhookConfig
+from tasks.production.delivery import WorkerConfig
+from tasks.production.notify import WebhookConfig
 from tasks.settings import BuildConfig, Criterion
 from tasks.variants import KERNEL_VARIANTS, VARIANTS, Recipe, Variant, list_variants
 

@@ -32,11 +32,11 @@ from serving.engines.bert import (
 from serving.engines.e4m3 import ExactE4M3, calibrate
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.built import LayerDamage
-from tasks.calibrate import Batches
+from tasks.models.teacher import Teacher
+from tasks.quantization.built import LayerDamage
+from tasks.quantization.calibrate import Batches
+from tasks.quantization.sensitivity import Probe, rank_layers
 from tasks.quantize import Candidate, calibration_texts
-from tasks.sensitivity import Probe, rank_layers
-from tasks.teacher import Teacher
 from tasks.variants import Variant
 
 ENCODER_NAME, INTEGERS_NAME = "model.safetensors", "encoder.safetensors"

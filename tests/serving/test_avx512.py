@@ -19,7 +19,7 @@ from serving.engines.bert import BertConfig, Layer, Packed, Weights, encode
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 from tasks.encoder import save_integers, write_integers
-from tasks.teacher import load_sentence_transformer, load_teacher
+from tasks.models.teacher import load_sentence_transformer, load_teacher
 from tests.serving.kernels.models import make_encoder, read_model
 from tests.serving.kernels.packs import TOKENS
 from tests.texts import make_sentences

@@ -12,7 +12,7 @@ from serving.engines.bert import BertConfig, Packed, encode, load_weights, read_
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import write_encoder
-from tasks.teacher import load_sentence_transformer, load_teacher
+from tasks.models.teacher import load_sentence_transformer, load_teacher
 from tests.texts import make_sentences
 
 

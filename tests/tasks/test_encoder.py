@@ -14,9 +14,9 @@ from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import build_encoder, keep_sensitive, write_encoder
 from tasks.errors import QuantizationFailed
+from tasks.models.teacher import load_teacher
 from tasks.quantize import Candidate
 from tasks.settings import QdqConfig
-from tasks.teacher import load_teacher
 from tasks.variants import KERNEL_VARIANTS, VARIANTS, list_variants
 from tests.forge import CALIBRATION_SIZE, Forge
 from tests.texts import make_sentences

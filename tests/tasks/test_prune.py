@@ -10,17 +10,17 @@ from pydantic import ValidationError
 from serving.errors import EngineUnavailable
 from tasks.artifacts import Artifact
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.cut import cut
 from tasks.encoder import write_encoder
 from tasks.errors import StepRejected, TeacherRejected
 from tasks.export import export_onnx
-from tasks.importance import Statistics, measure, order_all, order_removals, output_projections
-from tasks.plots import plot_pruning_profile
+from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher
 from tasks.prune import choose_removals, prune
-from tasks.reconstruct import reconstruct
+from tasks.pruning.cut import cut
+from tasks.pruning.importance import Statistics, measure, order_all, order_removals, output_projections
+from tasks.pruning.reconstruct import reconstruct
+from tasks.pruning.vocabulary import trim_vocabulary
+from tasks.reporting.plots import plot_pruning_profile
 from tasks.steps import PruneConfig, TrimConfig, read_step
-from tasks.teacher import Teacher, load_sentence_transformer, load_teacher
-from tasks.vocabulary import trim_vocabulary
 from tests.forge import write_corpus
 from tests.teachers import HIDDEN
 from tests.texts import make_sentences
