@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.engines import num_cores
+from serving.engines.avx512 import find_problem
 from tasks.measurement.hardware import cpu_flags, cpu_model, memory_gib
 from tasks.state import state_dir
 
@@ -56,6 +57,7 @@ def examine_node() -> list[Finding]:
         ),
         _instructions("fast int8", flags & _INT8_FLAGS, "int8 variants faster than fp32"),
         _instructions("fast bf16", flags & _BF16_FLAGS, "bf16-openvino; without it OpenVINO computes in fp32"),
+        _avx512_engine(),
         gpu := _gpu(),
         _cuda_engine(gpu),
         _disk(),
@@ -70,6 +72,14 @@ def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
 
 def _instructions(subject: str, found: set[str], brings: str) -> Finding:
     return Finding(subject, bool(found), " ".join(sorted(found)) or "no such instructions", brings, "another processor")
+
+
+def _avx512_engine() -> Finding:
+    brings = "8-bit integers on kernels of our own: the int8-avx512 variant"
+    problem = find_problem()
+    return Finding(
+        "AVX-512 engine", problem is None, problem or "compiled, and the processor has it", brings, "see there"
+    )
 
 
 def _gpu() -> Finding:
