@@ -4,23 +4,20 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from registry.manifest import Manifest
 from serving.autotune import Choice
-from serving.errors import ChangeRefused, ConfigInvalid, LoadFailed, ModelNotFound, NotReady, RequestError, ServingError
+from serving.errors import ChangeRefused, ConfigInvalid, LoadFailed, NotReady, RequestError, ServingError
 from serving.gpus import find_gpus
 from serving.metrics import Metrics
 from serving.models import LoadedModel, load_model
 from serving.priority import low_priority
+from serving.served import Served
 from serving.service import EmbeddingService
 from serving.settings import ModelSource, Settings
 from serving.sources import fingerprint, locate_bundle
-from serving.traffic import read_routing
 from serving.versions import ModelVersions
 from serving.watch import Watcher
-
-Phase = Literal["loading", "serving", "draining", "closed"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,20 +33,16 @@ class Change:
     retired: tuple[str, ...] = ()
 
 
-class Worker:
+class Worker(Served[EmbeddingService]):
     """Models by name. Whatever changes them needs a running event loop, one change at a time; requests never wait."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.metrics = Metrics()
+        super().__init__(settings)
+        self.metrics: Metrics = Metrics()
         self.metrics.watch_gpus(find_gpus())
-        self.models: dict[str, ModelVersions] = {}
-        self.default: str | None = None
-        self.phase: Phase = "loading"
         self._changing = asyncio.Lock()
         self._retiring: dict[EmbeddingService, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
-        self._key_header = settings.traffic.key_header.encode()
 
     async def load(self) -> None:
         """Load what is configured, then serve; a model is served as soon as it is loaded.
@@ -73,30 +66,6 @@ class Worker:
         self._add_first(model)
         if self.phase == "loading":
             self.phase = "serving"
-
-    def resolve(self, name: str | None, headers: Iterable[tuple[bytes, bytes]] = ()) -> EmbeddingService:
-        """The service that answers a request for a model, the default's for None.
-
-        `headers` (lower-case names) may ask for a version or name a key to stick to. Raises NotReady or ModelNotFound.
-        """
-        if self.phase == "closed":
-            raise NotReady("the worker is shutting down")
-        return self.find(name or self.default or "").choose(*read_routing(headers, self._key_header))
-
-    @property
-    def sole_service(self) -> EmbeddingService | None:
-        """The service that answers whatever is asked; None where there are several, or none any more."""
-        services = self.services
-        return services[0] if len(services) == 1 and self.phase != "closed" else None
-
-    def find(self, name: str) -> ModelVersions:
-        """The versions of a model. Raises ModelNotFound, or NotReady while the model may yet be loaded."""
-        model = self.models.get(name)
-        if model is not None:
-            return model
-        if self.phase == "loading":
-            raise NotReady("the worker is loading its models")
-        raise ModelNotFound(f"no such model, this worker serves {_list(self.models)}", "model")
 
     async def add_version(self, source: ModelSource) -> Change:
         """Load a bundle and serve it: a new model answers at once, a new version of one when it is given a weight.
@@ -161,11 +130,6 @@ class Worker:
         return versions.weights
 
     @property
-    def services(self) -> list[EmbeddingService]:
-        """Everything that is given requests."""
-        return [service for model in self.models.values() for service in model.services.values()]
-
-    @property
     def draining(self) -> list[EmbeddingService]:
         """Versions that are given no more requests and still answer some."""
         return list(self._retiring)
@@ -179,11 +143,6 @@ class Worker:
     def is_healthy(self) -> bool:
         """Whether every engine's thread is alive and answers in time."""
         return all(service.is_healthy() for service in self.services)
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether connections should be closed after their answer."""
-        return self.phase in ("draining", "closed")
 
     def is_model_ready(self, name: str) -> bool:
         """Whether new requests for one model are welcome: it may be served while others still load.
@@ -290,7 +249,7 @@ class Worker:
         self._show_weights(versions)
         return service
 
-    def _retire(self, versions: ModelVersions, gone: Iterable[EmbeddingService]) -> None:
+    def _retire(self, versions: ModelVersions[EmbeddingService], gone: Iterable[EmbeddingService]) -> None:
         """Let services answer what they accepted, then free them; nothing waits for that."""
         is_served = self.models.get(versions.name) is versions
         for service in gone:
@@ -310,7 +269,7 @@ class Worker:
             del self._retiring[service]
         _log.info("freed model=%s version=%s", service.model.name, service.model.manifest.version)
 
-    def _show_weights(self, versions: ModelVersions) -> None:
+    def _show_weights(self, versions: ModelVersions[EmbeddingService]) -> None:
         for version, service in versions.services.items():
             service.metrics.set_weight(versions.weights[version])
 
