@@ -233,8 +233,8 @@ class EmbeddingService:
         return backlog.seconds
 
     def standing_refusal(self) -> Overloaded | None:
-        """See `Admission.standing_refusal`: a flood is turned away before its requests are parsed."""
-        return self._admission.standing_refusal(self._clock())
+        """See `StandingRefusal`."""
+        return self._admission.standing.get(self._clock())
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
@@ -255,7 +255,7 @@ class EmbeddingService:
 
     def _deliver(self, outcome: Outcome) -> None:
         """Hand the rows of a batch to their requests."""
-        self._admission.reconsider()
+        self._admission.standing.drop()
         self._runner.prefetch()
         batch, vectors, failures = outcome.batch, outcome.vectors, outcome.failures
         oldest = batch.formed_at

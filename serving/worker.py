@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from registry.manifest import Manifest
 from serving.autotune import Choice
@@ -33,6 +34,28 @@ class Change:
     retired: tuple[str, ...] = ()
 
 
+class Audience(Protocol):
+    """Others who send requests to the worker's services: told of each change, asked before a version is freed."""
+
+    async def announce(self) -> None:
+        """Return when new requests go by what is served now."""
+        ...
+
+    async def released(self, service: EmbeddingService) -> None:
+        """Return when no request will come to `service` any more."""
+        ...
+
+
+class Nobody:
+    """No others: what the worker does is known at once."""
+
+    async def announce(self) -> None:
+        """See `Audience`."""
+
+    async def released(self, service: EmbeddingService) -> None:
+        """See `Audience`."""
+
+
 class Worker(Served[EmbeddingService]):
     """Models by name. Whatever changes them needs a running event loop, one change at a time; requests never wait."""
 
@@ -40,6 +63,7 @@ class Worker(Served[EmbeddingService]):
         super().__init__(settings)
         self.metrics: Metrics = Metrics()
         self.metrics.watch_gpus(find_gpus())
+        self.audience: Audience = Nobody()
         self._changing = asyncio.Lock()
         self._retiring: dict[EmbeddingService, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -54,6 +78,7 @@ class Worker(Served[EmbeddingService]):
             handled = await asyncio.to_thread(fingerprint, source.path)
             model = await self._open(source)
             self._add_first(model)
+            await self.audience.announce()
             watcher.follow(source, model.name, handled)
         self._apply_settings()
         if self.phase == "loading":
@@ -73,7 +98,9 @@ class Worker(Served[EmbeddingService]):
         A bundle that is served already changes nothing. Raises LoadFailed or NotReady.
         """
         async with self._changing:
-            return await self._bring(source)
+            change = await self._bring(source)
+            await self.audience.announce()
+            return change
 
     async def swap(self, source: ModelSource, expected_model: str | None = None) -> Change:
         """Load a bundle and let it answer every new request of its model; the other versions answer theirs and go.
@@ -89,6 +116,7 @@ class Worker(Served[EmbeddingService]):
                 return change
             self._retire(versions, gone)
             self.metrics.count_swap(change.model, change.version)
+            await self.audience.announce()
             retired = tuple(service.model.manifest.version for service in gone)
             _log.info("swapped model=%s version=%s retired=%s", change.model, change.version, _list(retired) or "none")
             return Change(change.model, change.version, change.digest, change.is_new, retired)
@@ -117,6 +145,7 @@ class Worker(Served[EmbeddingService]):
                         f"no other version of {name} has a weight: give one a weight", "version"
                     ) from None
             self._retire(versions, gone)
+            await self.audience.announce()
             return tuple(service.model.manifest.version for service in gone)
 
     def set_weights(self, name: str, weights: Mapping[str, float]) -> Mapping[str, float]:
@@ -264,6 +293,7 @@ class Worker(Served[EmbeddingService]):
 
     async def _finish(self, service: EmbeddingService) -> None:
         try:
+            await self.audience.released(service)
             await service.retire()
         finally:
             del self._retiring[service]

@@ -23,7 +23,7 @@ from serving.api.responses import (
     to_serving_error,
 )
 from serving.errors import BodyTooLarge, ClientGone, NotReady, UnsupportedEncoding
-from serving.request_log import Origin, RequestLog
+from serving.request_log import Origin, TextLog
 from serving.served import Served
 from serving.texts import Embedded, EmbedRequest, Service, TextModel
 from serving.tracing import TRACEPARENT, RequestTrace, Tracer, find_traceparent, parse_traceparent
@@ -40,7 +40,7 @@ _CLIENT_GONE_STATUS = 499
 class Observers:
     """Who hears of a request beside the metrics; both are off by default."""
 
-    request_log: RequestLog | None = None
+    request_log: TextLog | None = None
     tracer: Tracer | None = None
 
 
