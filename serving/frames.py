@@ -1,7 +1,7 @@
 """What the engine process and its front processes say to each other: frames on one stream. Pure.
 
 A frame is the number of bytes that follow (uint32), its kind (uint8), its subject (uint32: the number of a request, a
-service or a table) and a payload, all little-endian. Ids and vectors are arrays of int32 and float32; the rest is JSON
+service or a table) and a payload, all little-endian. Ids and vectors are arrays of uint32 and float32; the rest is JSON
 of the shapes below, perhaps with bytes behind it. Nothing is unpickled.
 """
 
@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -186,9 +187,9 @@ def frame_bytes(num_texts: int, num_values: int) -> int:
 
 def encode_embed(service: int, arrival: float, rows: Sequence[Ids]) -> bytes:
     """Payload of an EMBED frame; there is a row at least, and an id in each."""
-    lengths = np.fromiter(map(len, rows), dtype="<i4", count=len(rows))
+    lengths = np.fromiter(map(len, rows), dtype="<u4", count=len(rows))
     ids = rows[0] if len(rows) == 1 else np.concatenate(rows)
-    return b"".join((_EMBED.pack(service, arrival, len(rows)), lengths.tobytes(), ids.astype("<i4").tobytes()))
+    return b"".join((_EMBED.pack(service, arrival, len(rows)), lengths.tobytes(), ids.astype("<u4").tobytes()))
 
 
 def decode_embed(payload: Payload) -> Embed:
@@ -197,12 +198,12 @@ def decode_embed(payload: Payload) -> Embed:
     start = _EMBED.size + 4 * count
     if not math.isfinite(arrival) or count < 1 or len(payload) <= start or len(payload) % 4:
         raise StreamBroken(f"a request of {count} texts in {len(payload)} bytes")
-    ends = np.cumsum(np.frombuffer(payload, "<i4", count, _EMBED.size), dtype=np.int64).tolist()
-    ids = np.frombuffer(payload, "<i4", offset=start).astype(np.int64)
-    starts = [0, *ends[:-1]]
-    if ends[-1] != len(ids) or any(first >= end for first, end in zip(starts, ends, strict=True)) or ids.min() < 0:
+    lengths = np.frombuffer(payload, "<u4", count, _EMBED.size).tolist()
+    ids = np.frombuffer(payload, "<u4", offset=start).astype(np.int64)
+    ends = list(accumulate(lengths))
+    if ends[-1] != len(ids) or 0 in lengths:
         raise StreamBroken(f"a request of {count} texts whose lengths do not fit its {len(ids)} ids")
-    rows = [ids] if count == 1 else [ids[first:end] for first, end in zip(starts, ends, strict=True)]
+    rows = [ids] if count == 1 else [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
     return Embed(service, arrival, rows)
 
 

@@ -169,7 +169,7 @@ class Fronts:
         if self._is_closing:
             return
         _log.error("front process ended pid=%d status=%d: another is started", link.process.pid, status)
-        self._worker.metrics.count_front_restart()
+        self._worker.metrics.count_front_restart("killed" if status < 0 else "ended")
         if lived_seconds < _BACKOFF_SECONDS:
             await asyncio.sleep(_BACKOFF_SECONDS)
         if not self._is_closing:

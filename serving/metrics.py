@@ -105,7 +105,8 @@ class Metrics:
 
         self._front_restarts = Counter(
             "akidb_front_restarts_total",
-            "Front processes that ended by themselves, so that another was started.",
+            "Front processes that had to be started again: killed by a signal, or ended by themselves.",
+            ("cause",),
             registry=self.registry,
         )
         self._gpu_duty = Gauge(
@@ -157,9 +158,9 @@ class Metrics:
         self.requests.labels(model, version, str(int(status))).inc(number)
         self.errors.labels(error).inc(number)
 
-    def count_front_restart(self) -> None:
-        """Count a front process that ended by itself."""
-        self._front_restarts.inc()
+    def count_front_restart(self, cause: str) -> None:
+        """Count a front process that was killed, or ended."""
+        self._front_restarts.labels(cause).inc()
 
     def count_fallback(self, model: str, version: str, engine: str) -> None:
         """Count an engine that did not load."""

@@ -90,8 +90,8 @@ def test_answers_are_the_same_bytes_as_without_fronts(url: str, fronts: str, pat
 @pytest.mark.parametrize(
     "path",
     [
-        "/healthz", "/readyz", "/readyz?model=tiny", "/readyz?model=none", "/api/v1/models", "/api/v1/validate", "/info",
-        "/v1/models", "/v1/models/%74iny", "/v1/models/none", "/v1/embeddings", "/docs", "/openapi.json", "/",
+        "/healthz", "/readyz", "/readyz?model=tiny", "/readyz?model=none", "/api/v1/models", "/api/v1/validate",
+        "/info", "/v1/models", "/v1/models/%74iny", "/v1/models/none", "/v1/embeddings", "/docs", "/openapi.json", "/",
     ],
 )  # fmt: skip
 def test_everything_else_is_the_engine_process_s_answer(url: str, fronts: str, path: str) -> None:
