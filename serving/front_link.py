@@ -54,6 +54,10 @@ class Desk(Protocol):
         """A front has said how far it is."""
         ...
 
+    def greet(self, link: "FrontLink") -> None:
+        """The stream is there."""
+        ...
+
     def lose(self, link: "FrontLink") -> None:
         """The stream has ended."""
         ...
@@ -84,6 +88,7 @@ class FrontLink(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         """The stream is there."""
         self._transport = transport
+        self._desk.greet(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nobody waits for what it asked any more."""

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from serving.engines import num_cores
-from serving.errors import InternalError, NotReady
+from serving.errors import ConfigInvalid, InternalError, NotReady
 from serving.frames import Counts, Kind, ModelDocument, Table, encode_document, pack
 from serving.front_link import FrontLink
 from serving.request_log import RequestLog
@@ -36,14 +36,17 @@ _log = logging.getLogger(__name__)
 def share_port(listener: socket.socket, count: int) -> list[socket.socket]:
     """`count` sockets in the place of `listener`, among which the kernel shares new connections out evenly.
 
-    With one socket for all processes, one of them would get nearly every connection of a burst.
+    With one socket for all processes, one of them would get nearly every connection of a burst. Raises ConfigInvalid.
     """
     host, port = listener.getsockname()[:2]
     listener.close()
-    sockets = [
-        socket.create_server((host, port), family=listener.family, backlog=_BACKLOG, reuse_port=True)
-        for _ in range(count)
-    ]
+    try:
+        sockets = [
+            socket.create_server((host, port), family=listener.family, backlog=_BACKLOG, reuse_port=True)
+            for _ in range(count)
+        ]
+    except (OSError, ValueError) as error:  # ValueError: a system without such sockets
+        raise ConfigInvalid(f"embedding.http_processes: {host}:{port} cannot be shared: {error}") from None
     for each in sockets:
         each.setblocking(False)
     return sockets
@@ -172,20 +175,34 @@ class Fronts:
         self._worker.metrics.count_front_restart("killed" if status < 0 else "ended")
         if lived_seconds < _BACKOFF_SECONDS:
             await asyncio.sleep(_BACKOFF_SECONDS)
-        if not self._is_closing:
-            await self._spawn(link.listener)
+        while not self._is_closing and not await self._try_to_spawn(link.listener):
+            await asyncio.sleep(_BACKOFF_SECONDS)
+
+    async def _try_to_spawn(self, listener: socket.socket) -> bool:
+        try:
+            await self._spawn(listener)
+        except OSError as error:  # out of memory, processes or files
+            _log.error("front process cannot be started reason=%s", error.strerror)
+            return False
+        return True
 
     async def _spawn(self, listener: socket.socket) -> None:
+        """Raises OSError."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            files = (listener.fileno(), theirs.fileno())
-            command = [sys.executable, "-m", "serving.front", *map(str, files)]
-            nothing, environment = subprocess.DEVNULL, _environment(len(self._listeners))
-            process = subprocess.Popen(command, stdin=nothing, stdout=nothing, pass_fds=files, env=environment)
+        try:
+            process = _start(listener, theirs, len(self._listeners))
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         link = FrontLink(self, process, listener)
         await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
-        link.send(pack(Kind.SETTINGS, 0, dump_settings(self._worker.settings)))
+
+    def greet(self, link: FrontLink) -> None:
+        """Tell a front all that it has to know."""
         self._links.add(link)
+        link.send(pack(Kind.SETTINGS, 0, dump_settings(self._worker.settings)))
         self._tell(link)
 
     def _tell(self, link: FrontLink) -> None:
@@ -236,9 +253,14 @@ def _describe(service: EmbeddingService) -> bytes:
     return encode_document(document, model.tokenizer.to_json().encode())
 
 
-def _environment(num_fronts: int) -> dict[str, str]:
-    """The tokenizers of all fronts share the cores: each would start a thread for every core."""
-    return {"RAYON_NUM_THREADS": str(max(1, num_cores() // num_fronts))} | os.environ
+def _start(listener: socket.socket, stream: socket.socket, num_fronts: int) -> "subprocess.Popen[bytes]":
+    """A front process. Raises OSError."""
+    # The tokenizers of all fronts share the cores: each would start a thread for every core.
+    environment = {"RAYON_NUM_THREADS": str(max(1, num_cores() // num_fronts))} | os.environ
+    files = (listener.fileno(), stream.fileno())
+    command = [sys.executable, "-m", "serving.front", *map(str, files)]
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=nothing, stdout=nothing, pass_fds=files, env=environment)
 
 
 def _reap(process: "subprocess.Popen[bytes]") -> int:

@@ -74,7 +74,9 @@ class BatchingSettings(_Section):
 class LimitsSettings(_Section):
     """`[embedding.limits]`: what a client may send, how slowly, and how many clients there may be."""
 
-    max_connections: int = Field(default=1024, ge=1, description="open connections of a process; one more gets 503 and is closed")
+    max_connections: int = Field(
+        default=1024, ge=1, description="open connections of a process; one more gets 503 and is closed"
+    )
     max_header_bytes: int = Field(
         default=16_384, ge=1024, le=1_048_576, description="request line and headers; more get 431"
     )

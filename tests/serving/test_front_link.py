@@ -56,6 +56,9 @@ class QuietDesk:
     def note(self) -> None:
         pass
 
+    def greet(self, link: FrontLink) -> None:
+        pass
+
     def lose(self, link: FrontLink) -> None:
         self.lost.set()
 
