@@ -48,7 +48,7 @@ def value(url: str, line: str) -> float:
 def children(server: WorkerServer) -> list[psutil.Process]:
     """The front processes."""
     assert server._fronts is not None
-    return [psutil.Process(link.process.pid) for link in server._fronts._links]
+    return [psutil.Process(link.process.pid) for link in list(server._fronts._links)]
 
 
 NATIVE, OPENAI, TEI = "/api/v1/embed", "/v1/embeddings", "/embed"
@@ -261,7 +261,7 @@ def test_fronts_speak_https(bundle: Path, model: LoadedModel, tmp_path: Path) ->
 def test_front_that_does_not_take_a_change_over_is_ended(
     bundle: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.fronts._APPLY_SECONDS", 1)
+    monkeypatch.setattr("serving.fronts._APPLY_SECONDS", 5)
     settings = make_settings(bundle, http_processes=2, security={"admin_tokens": "token"})
     with serve(settings, keep_open(model)) as (url, server), httpx.Client(timeout=WAIT) as client:
         first, second = children(server)
