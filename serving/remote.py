@@ -40,7 +40,7 @@ from serving.versions import ModelVersions
 
 # A client is watched only when its request has waited this long: most are quicker.
 _WATCH_SECONDS = 0.05
-ERRORS: dict[str, type[ServingError]] = {kind.__name__: kind for kind in STATUS}
+_ERRORS: dict[str, type[ServingError]] = {kind.__name__: kind for kind in STATUS}
 
 _log = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def _check_size(num_texts: int, num_values: int) -> None:
 
 def _error_of(failure: Failure) -> ServingError:
     """Raises StreamBroken for an error nobody knows."""
-    kind = ERRORS.get(failure.error)
+    kind = _ERRORS.get(failure.error)
     if kind is None:
         raise StreamBroken("a failure of no known kind")
     if kind is Overloaded:

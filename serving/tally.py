@@ -32,15 +32,16 @@ class Tally:
 
     def take(self) -> Counts | None:
         """All since the last time; None when there is nothing."""
-        if not self._answers and not self._failures and not self._tls_reloads:
+        answers, self._answers = self._answers, defaultdict(list)
+        failures, self._failures = self._failures, Counter()
+        tls_reloads, self._tls_reloads = self._tls_reloads, []
+        if not answers and not failures and not tls_reloads:
             return None
-        counts = Counts(
-            answers=tuple((*labels, tuple(seconds)) for labels, seconds in self._answers.items()),
-            failures=tuple((*labels, number) for labels, number in self._failures.items()),
-            tls_reloads=tuple(self._tls_reloads),
+        return Counts(
+            answers=tuple((*labels, tuple(seconds)) for labels, seconds in answers.items()),
+            failures=tuple((*labels, number) for labels, number in failures.items()),
+            tls_reloads=tuple(tls_reloads),
         )
-        self.__init__()  # type: ignore[misc]
-        return counts
 
 
 class ModelTally:
