@@ -26,8 +26,9 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.rows import append_rows, make_row
 from benchmarks.torch_baseline import TorchEncoder, pad, pad_sorted
-from serving.engines.bert import AMAX_NAME, LINEARS, Packed, encode, load_weights, read_config
+from serving.engines.bert import AMAX_NAME, Packed, load_weights, read_config
 from serving.engines.cuda import CudaEngine
+from serving.engines.e4m3 import calibrate
 from serving.engines.packing import pack, packed_size
 
 _VOCABULARY = 30_522
@@ -173,7 +174,7 @@ def _case_rows(
 
 
 def _quality_rows(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cosine to sentence-transformers in float32 on real weights and text; per-tensor and per-row scales of E4M3."""
+    """Cosine to sentence-transformers in float32 on real weights and text."""
     from serving.engines.cuda_encoder import Encoder, Fp8Encoder  # noqa: PLC0415  they need a GPU to be of use
 
     texts = np.load(folder / "texts.npz", allow_pickle=False)
@@ -188,7 +189,6 @@ def _quality_rows(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     encoders = {
         "minilm-quality": Encoder(weights, config, device, tokens, count),
         "minilm-quality-fp8": Fp8Encoder(weights, config, device, tokens, count),
-        "minilm-quality-fp8-rows": Fp8Encoder(weights, config, device, tokens, count, row_scales=True),
     }
     rows = []
     for case, encoder in encoders.items():
@@ -220,11 +220,11 @@ def _write_model(name: str, scratch: Path) -> Path:
     tensors = {key: value.half() for key, value in BertModel(sizes, add_pooling_layer=False).state_dict().items()}
     save_file(tensors, path)
     config = read_config(folder / "config.json")
-    amax, lengths = torch.zeros(config.layers, LINEARS), np.array([64, 64])
+    lengths = np.array([64, 64])
     numbers = np.zeros(packed_size(128, 2), dtype=np.int32)
     pack(np.random.default_rng(0).integers(0, _VOCABULARY, (2, 64)), lengths, 128, 2, numbers)
-    encode(load_weights(path, config), config, Packed.of(torch.from_numpy(numbers), 128, 2), amax)
-    save_file(tensors | {AMAX_NAME: amax}, path)
+    batch = Packed.of(torch.from_numpy(numbers), 128, 2)
+    save_file(tensors | {AMAX_NAME: calibrate(load_weights(path, config), config, [batch])}, path)
     return path
 
 

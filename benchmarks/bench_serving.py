@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    from tasks.teacher import locate_teacher  # noqa: PLC0415  Prefect reads the environment at import
+    from tasks.models.teacher import locate_teacher  # noqa: PLC0415  Prefect reads the environment at import
 
     plan, teacher = make_plan(arguments), locate_teacher(arguments.teacher)
     bundle = (arguments.bundle or find_newest_bundle()).absolute()
@@ -151,7 +151,7 @@ def _embed_in_child(teacher: Path, texts: list[str]) -> np.ndarray:
 
 
 def _embed(teacher: Path, texts: list[str]) -> np.ndarray:
-    from tasks.teacher import open_teacher  # noqa: PLC0415
+    from tasks.models.teacher import open_teacher  # noqa: PLC0415
 
     return open_teacher(teacher)(texts, lambda _: None)
 

@@ -59,7 +59,7 @@ def main() -> int:
 
 def describe_making(judged: Any, outcome: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """What a row is made again by: the command, the MLflow run for `thorforge reproduce`, the recipe, the digests."""
-    from tasks.record import list_digests  # noqa: PLC0415  Prefect reads the environment at import
+    from tasks.reporting.record import list_digests  # noqa: PLC0415  Prefect reads the environment at import
 
     command = ["python", "-m", "benchmarks.bench_variants", "--variant", judged.name]
     command += ["--data", str(arguments.data)] if arguments.data else []
@@ -125,8 +125,8 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> list[dic
     """Every candidate on a BEIR folder: alone, and its queries on the index that the teacher embedded (`cross_`)."""
     from tasks.corpus import read_beir  # noqa: PLC0415
     from tasks.evaluate import compare_retrieval, open_candidate  # noqa: PLC0415
+    from tasks.models.teacher import open_teacher  # noqa: PLC0415
     from tasks.progress import progress  # noqa: PLC0415
-    from tasks.teacher import open_teacher  # noqa: PLC0415
 
     retrieval = read_beir(folder)
     sets = {"queries": list(retrieval.queries.values()), "documents": list(retrieval.documents.values())}

@@ -51,7 +51,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def _describe_hardware() -> str:
-    from tasks.hardware import describe_hardware  # noqa: PLC0415  it needs what the worker needs
+    from tasks.measurement.hardware import describe_hardware  # noqa: PLC0415  it needs what the worker needs
 
     return describe_hardware()
 

@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from tasks.teacher import load_sentence_transformer
+from tasks.models.teacher import load_sentence_transformer
 
 
 class Body(BaseModel):

@@ -4,9 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.docs_corpus import harvest_documents, split_pair, split_sentences
+from tasks.corpora.docs_corpus import harvest_documents, split_pair, split_sentences
+from tasks.corpora.text_files import read_records
 from tasks.errors import CorpusRejected
-from tasks.text_files import read_records
 
 SHORT_WORDS = (7, 15)
 

@@ -25,7 +25,7 @@ from registry.gate import GateRecord
 from registry.ledger import append_once, read_ledger
 from registry.store import Store
 from tasks.errors import NotWaiting
-from tasks.notify import notify
+from tasks.production.notify import notify_refused
 
 _FORM_TRIES, _FORM_SECONDS = 20, 0.25
 
@@ -100,8 +100,9 @@ def end_unanswered(settings: Settings, now: datetime) -> list[Waiting]:
             _record(store, waiting, error, waiting.requested_by)
             client.set_flow_run_state(run.id, Failed(message=f"{type(error).__name__}: {error}"))
             ended.append(waiting)
-            document = {"model": waiting.model, "bundle": waiting.bundle, "requested_by": waiting.requested_by}
-            notify(settings.promote.webhooks, "promotion.refused", {**document, "reason": str(error)})
+            notify_refused(
+                settings.promote.webhooks, waiting.model, waiting.bundle, waiting.requested_by, reason=str(error)
+            )
     return ended
 
 

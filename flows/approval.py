@@ -16,8 +16,8 @@ from registry.approval import Approval, ApprovalPolicy, approve_by_policy, check
 from registry.errors import ApprovalExpired, ApprovalMissing, ApprovalRejected, PromotionRefused
 from registry.events import Decided, Moved, Refused
 from registry.ledger import append_once, read_ledger
-from tasks.case_page import describe_case
-from tasks.promotion import Case
+from tasks.production.case_page import describe_case
+from tasks.production.promotion import Case
 
 _POLL_SECONDS = 1
 # A suspended run can be answered this much longer than the answer counts, so that one too late is on record too.

@@ -37,9 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document inst
 
 
 def _complete_variant(incomplete: str) -> list[str]:
-    from tasks.variants import CUDA_VARIANTS, VARIANTS  # noqa: PLC0415  only completion needs the names here
+    from tasks.variants import KERNEL_VARIANTS, VARIANTS  # noqa: PLC0415  only completion needs the names here
 
-    return [name for name in (*VARIANTS, *CUDA_VARIANTS) if name.startswith(incomplete)]
+    return [name for name in (*VARIANTS, *KERNEL_VARIANTS) if name.startswith(incomplete)]
 
 
 _Sts = Annotated[

@@ -13,11 +13,11 @@ from registry.manifest import SafeName, describe_validation
 from registry.settings import CONFIG_NAME, RegistrySettings
 from registry.store import Store, open_store
 from serving.engines import has_nvidia_driver
-from tasks.delivery import WorkerConfig
 from tasks.errors import TaskError
-from tasks.notify import WebhookConfig
+from tasks.production.delivery import WorkerConfig
+from tasks.production.notify import WebhookConfig
 from tasks.settings import BuildConfig, Criterion
-from tasks.variants import CUDA_VARIANTS, VARIANTS, Recipe, Variant, list_variants
+from tasks.variants import KERNEL_VARIANTS, VARIANTS, Recipe, Variant, list_variants
 
 
 class ConfigRejected(TaskError):
@@ -57,7 +57,7 @@ class OptimizeConfig(BaseModel):
         default_factory=lambda: list_variants(_has_cuda_engine()),
         min_length=1,
         description="which variants to build: "
-        + ", ".join((*VARIANTS, *CUDA_VARIANTS))
+        + ", ".join((*VARIANTS, *KERNEL_VARIANTS))
         + ", or a recipe's name; the last two need a GPU and are built by default where there is one",
     )
     recipe: tuple[Recipe, ...] = Field(
@@ -93,7 +93,7 @@ class OptimizeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _variants_are_known(self) -> Self:
-        known = [*VARIANTS, *CUDA_VARIANTS, *(recipe.name for recipe in self.recipe)]
+        known = [*VARIANTS, *KERNEL_VARIANTS, *(recipe.name for recipe in self.recipe)]
         for name in known:
             if known.count(name) > 1:
                 raise ValueError(f"a recipe is called {name!r}, as another variant is")
@@ -104,7 +104,7 @@ class OptimizeConfig(BaseModel):
 
     def recipes(self) -> list[Variant]:
         """The variants to build."""
-        known = VARIANTS | CUDA_VARIANTS | {recipe.name: recipe.variant() for recipe in self.recipe}
+        known = VARIANTS | KERNEL_VARIANTS | {recipe.name: recipe.variant() for recipe in self.recipe}
         return [known[name] for name in self.variants]
 
 

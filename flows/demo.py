@@ -127,7 +127,7 @@ def serve(bundle: Path) -> Iterator[tuple[str, float]]:
 
 
 def _cosine_vs_teacher(folder: Path, vector: list[float]) -> float:
-    from tasks.teacher import open_teacher  # noqa: PLC0415  torch comes last: the worker's start is timed before
+    from tasks.models.teacher import open_teacher  # noqa: PLC0415  torch comes last: the worker's start is timed before
 
     expected = open_teacher(folder)([_SENTENCE], lambda steps: None)[0]
     own = np.array(vector)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.engines import num_cores
-from tasks.hardware import cpu_flags, cpu_model, memory_gib
+from tasks.measurement.hardware import cpu_flags, cpu_model, memory_gib
 from tasks.state import state_dir
 
 _ENGINES = (

@@ -6,12 +6,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from registry.gate import Measurement
+from tasks.corpora.text_files import read_sts
 from tasks.corpus import read_beir
 from tasks.evaluate import rank_scores, relevant_columns, spearman_interval
+from tasks.measurement.statistics import mean_interval
 from tasks.progress import progress
 from tasks.sources import Source, open_source
-from tasks.statistics import mean_interval
-from tasks.text_files import read_sts
 
 
 class Score(BaseModel):

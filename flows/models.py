@@ -5,11 +5,11 @@ from typing import Any
 
 from tasks.artifacts import Artifact
 from tasks.distill import check_depth, distill, read_depth
+from tasks.models.teacher import Teacher, load_teacher
 from tasks.prune import prune, require_known
+from tasks.pruning.vocabulary import trim_vocabulary
 from tasks.steps import DistillConfig, PruneConfig, Step
-from tasks.teacher import Teacher, load_teacher
 from tasks.variants import Variant
-from tasks.vocabulary import trim_vocabulary
 
 Steps = tuple[Step, ...]
 _TASKS: dict[str, Callable[[Teacher, Teacher, Any, Artifact], Artifact]] = {

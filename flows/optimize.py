@@ -23,22 +23,22 @@ from serving.telemetry import disable_telemetry
 from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.delivery import cache_folder
 from tasks.evaluate import evaluate, score_champion
 from tasks.export import export_onnx
-from tasks.hardware import describe_hardware
-from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps
+from tasks.measurement.hardware import describe_hardware
+from tasks.models.teacher import Teacher, embed_teacher, load_teacher
+from tasks.production.delivery import cache_folder
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish, record_verdicts
-from tasks.quantization_plots import plot_quantization
 from tasks.quantize import quantize
-from tasks.record import RECORD_NAME, make_record
 from tasks.report import report
+from tasks.reporting.plots import plot_latency_cdf, plot_pareto, plot_steps
+from tasks.reporting.quantization_plots import plot_quantization
+from tasks.reporting.record import RECORD_NAME, make_record
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
 from tasks.steps import Step
-from tasks.teacher import Teacher, embed_teacher, load_teacher
 from tasks.tracking import Tracker, track_run
-from tasks.variants import CUDA_VARIANTS, Variant
+from tasks.variants import KERNEL_VARIANTS, Variant
 
 
 class Outcome(BaseModel):
@@ -132,8 +132,8 @@ def _submit_build(
     exported: Mapping[tuple[Step, ...], Artifact],
     how: tuple[int, Artifact, int],
 ) -> Any:
-    """The future of one candidate: from the exported graph, or from the weights for the cuda engine."""
-    if variant.build not in CUDA_VARIANTS:
+    """The future of one candidate: from the exported graph, or from the weights for an engine of our own."""
+    if variant.build not in KERNEL_VARIANTS:
         return quantize.submit(variant, exported[variant.steps], *how)
     from tasks.encoder import build_encoder  # noqa: PLC0415  torch: seconds that no other variant pays
 

@@ -16,8 +16,8 @@ from serving.engines.bert import CONFIG_NAME, BertConfig, Packed, encode, load_w
 from serving.engines.cuda_node import examine_node, find_problem
 from tasks.encoder import ENCODER_NAME, write_encoder
 from tasks.errors import ProfileInvalid
-from tasks.profile import Ceilings, Profile, count_work, read_spans, summarise
-from tasks.teacher import load_teacher
+from tasks.measurement.profile import Ceilings, Profile, count_work, read_spans, summarise
+from tasks.models.teacher import load_teacher
 
 _WARM_UP, _RUNS = 3, 5
 _GPU_SIZE, _CPU_SIZE = 8192, 1024  # of the square matrices whose product is the ceiling

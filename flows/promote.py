@@ -12,10 +12,10 @@ from flows.config import PromoteConfig, load_settings, open_registry
 from registry.errors import RegistryError
 from registry.promotion import status
 from serving.telemetry import disable_telemetry
-from tasks.delivery import Proof
 from tasks.errors import TaskError
-from tasks.notify import Event, notify
-from tasks.promotion import Case, find_report, find_served, mirror_aliases, move, open_case, put_back, verify
+from tasks.production.delivery import Proof
+from tasks.production.notify import Event, notify, notify_refused
+from tasks.production.promotion import Case, find_report, find_served, mirror_aliases, move, open_case, put_back, verify
 
 
 class Promotion(BaseModel):
@@ -72,11 +72,7 @@ def refusals_told(rules: PromoteConfig, model: str, digest: str, requested_by: s
         yield
     except (RegistryError, TaskError) as error:
         reason = f"{type(error).__name__}: {error}"
-        notify(
-            rules.webhooks,
-            "promotion.refused",
-            {"model": model, "bundle": digest, "requested_by": requested_by, "reason": reason},
-        )
+        notify_refused(rules.webhooks, model, digest, requested_by, reason)
         raise
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import Settings, open_registry
-from tasks.promotion import mirror_aliases, wanted_aliases
+from tasks.production.promotion import mirror_aliases, wanted_aliases
 from tasks.tracking import ModelAliases
 
 

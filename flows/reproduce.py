@@ -8,7 +8,7 @@ from rich.table import Table
 
 from flows.config import OptimizeConfig
 from flows.run import run_optimize
-from tasks.record import RECORD_NAME, RunRecord, make_record
+from tasks.reporting.record import RECORD_NAME, RunRecord, make_record
 from tasks.state import state_dir
 from tasks.tracking import default_tracking_uri, read_document
 

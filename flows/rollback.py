@@ -8,9 +8,9 @@ from flows.config import Settings, open_registry
 from registry import promotion
 from registry.errors import RegistryError, RollbackRefused
 from registry.ledger import as_move
-from tasks.delivery import Proof, prove
 from tasks.errors import TaskError
-from tasks.notify import notify
+from tasks.production.delivery import Proof, prove
+from tasks.production.notify import notify
 
 ALIASES_LEFT = "MLflow's aliases are left to thorforge reconcile"
 

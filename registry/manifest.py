@@ -34,7 +34,7 @@ SIGNATURE_NAME = "manifest.sig"
 """The one file of a bundle that no manifest lists: an Ed25519 signature over `manifest.json`, in base64."""
 _CHUNK_BYTES = 1 << 20
 
-Runtime = Literal["onnxruntime", "openvino", "tensorrt", "cuda"]
+Runtime = Literal["avx512", "onnxruntime", "openvino", "tensorrt", "cuda"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
 Pooling = Literal["mean", "cls", "lasttoken"]
 Compatibility = Literal["drop-in", "reindex"]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 from registry.manifest import EngineEntry
 from serving.engines import GPU_RUNTIMES, Engine
@@ -21,14 +22,16 @@ from serving.tokenizer import Ids, pad_batch
 
 _BATCH_SIZE = 8
 # Each setup runs single texts, then batches, for this long at least, and so many times.
-_SINGLE_SECONDS, _BATCH_SECONDS = 0.06, 0.02
+_SINGLE_SECONDS, _BATCH_SECONDS = 0.1, 0.02
 _MIN_RUNS = 3
-# A lone text finds cores that have been idle for about this long: one thread then takes 2.0 ms for what takes it 1.4
-# in a row, two threads 1.3 and 1.1.
+# A lone text finds cores that have been idle for about this long.
 _PAUSE_SECONDS = 0.001
 _MAX_INSTANCES = 4
 # A second engine for lone small batches has to be this much faster there to be worth its memory.
 _SWITCH_GAIN = 1.1
+# Threads of a run wait for one another, and so for a core that the event loop has: what was 6 % faster on its own, two
+# threads on two cores, served 31 % less than two runs of one.
+_CROWDED = 1.25
 
 _log = logging.getLogger(__name__)
 
@@ -57,10 +60,15 @@ class Measured:
     def __str__(self) -> str:
         return f"{self.setup}={self.single_seconds * 1000:.2f}ms,{1 / self.batched_seconds:.0f}/s"
 
-    @property
-    def score(self) -> float:
+    def serving_seconds(self, num_cores: int) -> float:
+        """Seconds per text of batches with the event loop at work too."""
+        setup = self.setup
+        is_crowded = setup.num_threads > 1 and setup.num_threads * setup.num_instances >= num_cores
+        return self.batched_seconds * (_CROWDED if is_crowded else 1)
+
+    def score(self, num_cores: int) -> float:
         """Latency and throughput count alike; less is better."""
-        return self.single_seconds * self.batched_seconds
+        return self.single_seconds * self.serving_seconds(num_cores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +93,14 @@ def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances:
     """Setups that come into question, the plainest first; 0 leaves a number open.
 
     Threads wait for one another, spinning, so one run on all cores waits for the event loop and keeps it from a core:
-    two of two cores took a lone request 2.2 to 2.7 ms where one takes 1.9. A single run leaves a core to the loop.
+    a single run leaves a core to the loop. Of two cores it may have both, where handing it a text and back says so:
+    depending on the machine's state 2.2 to 2.7 ms for a lone request with two threads, and 1.9 or 3.4 with one.
     """
     if num_instances or num_threads:
         runs = [(num_threads or max(1, num_cores // num_instances), num_instances or 1)]
     else:
-        runs = [(max(1, num_cores - 1), 1), *((num_cores // n, n) for n in (2, _MAX_INSTANCES) if n <= num_cores)]
+        lone = (1, 2) if num_cores == 2 else (max(1, num_cores - 1),)
+        runs = [*((n, 1) for n in lone), *((num_cores // n, n) for n in (2, _MAX_INSTANCES) if n <= num_cores)]
     return [
         Setup(entry.runtime, *run)
         for entry in entries
@@ -98,13 +108,13 @@ def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances:
     ]
 
 
-def choose(measured: Sequence[Measured]) -> Choice:
+def choose(measured: Sequence[Measured], num_cores: int) -> Choice:
     """The best setup; or the one with the highest throughput and another for lone texts, where that is clearly faster.
 
     An engine that compiles shapes is no such other: it would have to meet all of them a second time.
     """
-    best = min(measured, key=lambda m: m.score)
-    large = min(measured, key=lambda m: m.batched_seconds)
+    best = min(measured, key=lambda m: m.score(num_cores))
+    large = min(measured, key=lambda m: m.serving_seconds(num_cores))
     small = min((m for m in measured if m is large or not m.compiles_shapes), key=lambda m: m.single_seconds)
     if small.single_seconds * _SWITCH_GAIN <= large.single_seconds:
         return Choice(large.setup, small.setup)
@@ -112,39 +122,46 @@ def choose(measured: Sequence[Measured]) -> Choice:
 
 
 def measure(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measured:
-    """Run the text of median length alone, with pauses, and batches from the shorter and the longer half.
+    """Hand over the text of median length alone, with pauses, and batches from the shorter and the longer half.
 
     All once uncounted.
     """
     ordered = sorted(rows, key=len)
-    single = [pad_batch([ordered[len(ordered) // 2]])]
+    single = pad_batch([ordered[len(ordered) // 2]])
     batches = [pad_batch(ordered[start : start + _BATCH_SIZE]) for start in (len(rows) // 4, 3 * len(rows) // 4)]
-    _repeat(engine, single, num_runs=1)
-    single_seconds, _ = _repeat(engine, single, _MIN_RUNS, _SINGLE_SECONDS, _PAUSE_SECONDS)
     with ThreadPoolExecutor(setup.num_instances) as pool:
+        pool.submit(engine.embed, *single).result()
+        single_seconds = _time_single(engine, single, pool)
         list(pool.map(lambda _: _repeat(engine, batches, num_runs=2), range(setup.num_instances)))
         started = time.perf_counter()
-        runs = list(pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _BATCH_SECONDS), range(setup.num_instances)))
+        texts = list(
+            pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _BATCH_SECONDS), range(setup.num_instances))
+        )
         seconds = time.perf_counter() - started
-    return Measured(setup, single_seconds, seconds / sum(texts for _, texts in runs), engine.compiles_shapes)
+    return Measured(setup, single_seconds, seconds / sum(texts), engine.compiles_shapes)
 
 
-def _repeat(
-    engine: Engine, batches: Sequence[tuple[Ids, Ids]], num_runs: int, seconds: float = 0.0, pause_seconds: float = 0.0
-) -> tuple[float, int]:
-    """Go round `batches`, `num_runs` times at least and for the time; returns the fastest run and the texts of all."""
-    fastest, texts, end = float("inf"), 0, time.perf_counter() + seconds
-    runs = 0
+def _time_single(engine: Engine, single: tuple[Ids, Ids], pool: ThreadPoolExecutor) -> float:
+    """Median seconds until a text handed to an idle thread is back, as a lone request's is."""
+    times: list[float] = []
+    end = time.perf_counter() + _SINGLE_SECONDS
+    while len(times) < _MIN_RUNS or time.perf_counter() < end:
+        time.sleep(_PAUSE_SECONDS)
+        started = time.perf_counter()
+        pool.submit(engine.embed, *single).result()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def _repeat(engine: Engine, batches: Sequence[tuple[Ids, Ids]], num_runs: int, seconds: float = 0.0) -> int:
+    """Go round `batches`, `num_runs` times at least and for the time; returns the texts of all runs."""
+    texts, runs, end = 0, 0, time.perf_counter() + seconds
     while runs < num_runs or time.perf_counter() < end:
         input_ids, mask = batches[runs % len(batches)]
-        if pause_seconds:
-            time.sleep(pause_seconds)
-        started = time.perf_counter()
         engine.embed(input_ids, mask)
-        fastest = min(fastest, time.perf_counter() - started)
         texts += len(input_ids)
         runs += 1
-    return fastest, texts
+    return texts
 
 
 def record_path(bundle: Path) -> Path:

@@ -139,7 +139,7 @@ class Opener:
                 _log.warning("the engine chosen before does not load reason=%s", error)
         with TemporaryDirectory() as cache:  # not kept: what lies beside a bundle has no digest
             measured, engine, setup = self._measure(setups, rows, Path(cache))
-        choice = choose(measured)
+        choice = choose(measured, num_cores())
         if choice != Choice(setup, setup):
             engine.close()
             engine = self.open_choice(choice)
@@ -196,8 +196,9 @@ class Opener:
                 failed[setup.runtime] = error
                 self._report_fallback(setup.runtime, error)
                 continue
-            if best is None or measured[-1].score < best[0]:
-                best, dropped = (measured[-1].score, engine, setup), best
+            score = measured[-1].score(num_cores())
+            if best is None or score < best[0]:
+                best, dropped = (score, engine, setup), best
             else:
                 dropped = (0.0, engine, setup)
             if dropped is not None:

@@ -34,7 +34,7 @@ def check_secret(secret: str, place: str) -> str:
 
 
 Weight = Annotated[float, Field(ge=0, le=1e9)]
-EngineName = Literal["auto", "cuda", "tensorrt", "onnxruntime-cuda", "onnxruntime", "openvino"]
+EngineName = Literal["auto", "cuda", "tensorrt", "onnxruntime-cuda", "avx512", "onnxruntime", "openvino"]
 NumThreads = Annotated[int, Field(ge=0, le=1024)]
 NumInstances = Annotated[int, Field(ge=0, le=64)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_secrets), AfterValidator(_check_secrets)]

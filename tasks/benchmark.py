@@ -21,10 +21,10 @@ from serving.shapes import ShapeGrid
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
 from tasks.corpus import evaluation_sets
+from tasks.measurement.statistics import Values, statistic_interval
+from tasks.models.teacher import Teacher, load_sentence_transformer
 from tasks.progress import progress
 from tasks.quantize import Candidate
-from tasks.statistics import Values, statistic_interval
-from tasks.teacher import Teacher, load_sentence_transformer
 
 TORCH = "fp32-torch"
 CHAMPION = "champion"
@@ -226,7 +226,14 @@ def _time_calls(run: Run, batches: list[Batch]) -> list[float]:
 
 
 def _peak_memory_mb(folder: Path, entry: EngineEntry, max_length: int) -> float:
-    command = [sys.executable, "-m", "tasks.footprint", str(folder), entry.model_dump_json(), str(max_length)]
+    command = [
+        sys.executable,
+        "-m",
+        "tasks.measurement.footprint",
+        str(folder),
+        entry.model_dump_json(),
+        str(max_length),
+    ]
     # The checkout, not the working folder, is where `tasks` lies.
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_mb"])

@@ -10,9 +10,9 @@ from typing import Literal
 from prefect import task
 
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.docs_corpus import cut_passage, fingerprint_documents, harvest_documents, split_pair, split_sentences
+from tasks.corpora.docs_corpus import cut_passage, fingerprint_documents, harvest_documents, split_pair, split_sentences
+from tasks.corpora.text_files import RatedPairs, Record, read_jsonl, read_qrels, read_records, read_sts
 from tasks.errors import CorpusRejected
-from tasks.text_files import RatedPairs, Record, read_jsonl, read_qrels, read_records, read_sts
 
 Part = Literal["calibration", "distillation", "evaluation"]
 # Shares of the documents in percent. Evaluation gets most of those with a query, because their number sets the width

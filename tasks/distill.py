@@ -11,11 +11,11 @@ from prefect import task
 
 from serving.tokenizer import Ids
 from tasks.artifacts import CACHED, Artifact, draft
+from tasks.distillation.teach import num_held_out, require_same_tokenizer, teach, training_rows
 from tasks.errors import StepRejected
+from tasks.models.teacher import Teacher, load_sentence_transformer
 from tasks.progress import progress
 from tasks.steps import DistillConfig, copy_model, describe_step, transformer_folder, write_step
-from tasks.teach import num_held_out, require_same_tokenizer, teach, training_rows
-from tasks.teacher import Teacher, load_sentence_transformer
 
 # Beyond this many choices of layers, each of which takes about a second to measure, they are dropped one at a time,
 # the least missed first.
@@ -71,7 +71,7 @@ def choose_layers(
 
     The choice matters: of MiniLM's six, the layers 0, 2, 5 start out at another level than 3, 4, 5.
     """
-    from tasks.training import embed_rows  # noqa: PLC0415  a cached run need not load torch
+    from tasks.distillation.training import embed_rows  # noqa: PLC0415  a cached run need not load torch
 
     holder, name = find_layers(student)
     layers = list(getattr(holder, name))

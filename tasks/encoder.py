@@ -1,51 +1,75 @@
-"""The cuda engine's files from a teacher: float16 weights, configuration, and calibration for E4M3."""
+"""The files of our own engines from a model: float16 weights for cuda, with what E4M3 needs, and int8 for avx512."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from prefect import task
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from registry.manifest import EngineEntry, hash_file
-from serving.engines.bert import AMAX_NAME, CONFIG_NAME, LINEARS, Packed, encode, load_weights, read_config
-from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer
+from serving.engines.avx512 import SMOOTHED, check_sizes
+from serving.engines.bert import (
+    AMAX_NAME,
+    CONFIG_NAME,
+    E4M3_NAME,
+    E4M3_VERSION,
+    BertConfig,
+    Packed,
+    Weights,
+    encode,
+    list_linears,
+    load_weights,
+    parse_config,
+    read_config,
+)
+from serving.engines.e4m3 import ExactE4M3, calibrate
+from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.corpus import read_part
-from tasks.errors import QuantizationFailed
-from tasks.quantize import Candidate
-from tasks.teacher import Teacher
+from tasks.models.teacher import Teacher
+from tasks.quantization.built import LayerDamage
+from tasks.quantization.calibrate import Batches
+from tasks.quantization.sensitivity import Probe, rank_layers
+from tasks.quantize import Candidate, calibration_texts
 from tasks.variants import Variant
 
-ENCODER_NAME = "model.safetensors"
+ENCODER_NAME, INTEGERS_NAME = "model.safetensors", "encoder.safetensors"
+_SMOOTHING, _LEAST = 0.6, 1e-5
+_FLOAT_BITS = 16  # of the layers that are not rounded
 
 
 @task(task_run_name="encoder-{variant.name}", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibration_size: int) -> Candidate:
-    """A variant of the cuda engine from the teacher's weights. Raises QuantizationFailed and EngineUnavailable."""
-    texts = read_part(corpus, "calibration")[:calibration_size] if variant.is_calibrated else []
-    if variant.is_calibrated and len(texts) < calibration_size:
-        raise QuantizationFailed(
-            f"{variant.name} asks for {calibration_size} calibration texts, the corpus has {len(texts)}: "
-            "set calibration_size lower or give a larger corpus"
-        )
-    tokenizer = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length)
+    """A variant of the cuda or the avx512 engine from the weights. Raises QuantizationFailed and EngineUnavailable."""
+    texts = calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
+    rows = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length).encode(texts) if texts else []
     with draft(variant.name) as work:
         (work.folder / TOKENIZER_NAME).write_bytes(teacher.tokenizer.read_bytes())
-        path = write_encoder(teacher, work.folder, tokenizer.encode(texts) if texts else ())
+        if variant.runtime == "avx512":
+            path = write_integers(teacher, work.folder, rows)
+        else:
+            path = write_encoder(teacher, work.folder, rows)
+        limit = variant.qdq.min_cosine if variant.qdq else None
+        damages = () if limit is None else keep_sensitive(path, rows, limit)
         entry = hash_file(path)
         disk_bytes = sum(file.stat().st_size for file in work.folder.iterdir())
     return Candidate(
         variant=variant,
         artifact=work.artifact,
         engine=EngineEntry(
-            runtime="cuda", file=ENCODER_NAME, sha256=entry.sha256, size=entry.size, compute=variant.compute
+            runtime=variant.runtime, file=path.name, sha256=entry.sha256, size=entry.size, compute=variant.compute
         ),
         max_seq_length=teacher.max_seq_length,
         calibration_size=len(texts),
         calibration_digest=corpus.digest if texts else None,
         disk_bytes=disk_bytes,
+        damages=damages,
     )
 
 
@@ -57,20 +81,116 @@ def write_encoder(teacher: Teacher, folder: Path, calibration: Sequence[Ids] = (
     """
     source = teacher.tokenizer.parent
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-    fields |= {"pooling": teacher.pooling, "normalize": teacher.normalize}
     folder.mkdir(parents=True, exist_ok=True)
     config_path = folder / CONFIG_NAME
-    config_path.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _write_fields(config_path, fields | {"pooling": teacher.pooling, "normalize": teacher.normalize})
     config = read_config(config_path)
     weights = load_weights(source / ENCODER_NAME, config)
     tensors = {
         name: value.half() for name, value in load_file(source / ENCODER_NAME).items() if value.is_floating_point()
     }
     if len(calibration):
-        amax = torch.zeros(config.layers, LINEARS)
-        for row in calibration:
-            encode(weights, config, Packed.of_rows([row]), amax)
-        tensors[AMAX_NAME] = amax
+        tensors[AMAX_NAME] = calibrate(weights, config, (Packed.of_rows([row]) for row in calibration))
     path = folder / ENCODER_NAME
     save_file(tensors, path)
     return path
+
+
+def write_integers(teacher: Teacher, folder: Path, calibration: Sequence[Ids]) -> Path:
+    """Write `encoder.safetensors` into `folder`, as `serving.engines.avx512` describes it; returns its path.
+
+    `calibration` texts (token ids) say which channels of the inputs reach far. Raises EngineUnavailable for an
+    architecture or a weight that our kernels cannot honour.
+    """
+    source = teacher.tokenizer.parent
+    fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = parse_config(fields | {"pooling": teacher.pooling, "normalize": teacher.normalize}, source / CONFIG_NAME)
+    check_sizes(source / CONFIG_NAME, config.hidden, config.intermediate, config.heads)
+    path = folder / INTEGERS_NAME
+    save_integers(load_weights(source / ENCODER_NAME, config), config, calibration, path)
+    return path
+
+
+def save_integers(weights: Weights, config: BertConfig, calibration: Sequence[Ids], path: Path) -> None:
+    """Round every weight to int8, rows by their own largest value, and write the avx512 engine's file."""
+    reach = measure_reach(weights, config, calibration)
+    tensors = {"positions": weights.positions, "norm": torch.stack((weights.norm_weight, weights.norm_bias))}
+    tensors |= _round("words", weights.words)
+    for number, layer in enumerate(weights.layers):
+        name = f"layers.{number}."
+        for linear, part in enumerate(("qkv", "out", "up", "down")):
+            weight = getattr(layer, f"{part}_weight")
+            if part in SMOOTHED:
+                factor = choose_factor(weight, reach[number, linear])
+                weight, tensors[f"{name}{part}.factor"] = weight / factor, factor
+            tensors |= _round(f"{name}{part}", weight)
+            tensors[f"{name}{part}.bias"] = getattr(layer, f"{part}_bias")
+        tensors[f"{name}norm1"] = torch.stack((layer.out_norm_weight, layer.out_norm_bias))
+        tensors[f"{name}norm2"] = torch.stack((layer.down_norm_weight, layer.down_norm_bias))
+    options = {"heads": config.heads, "eps": config.eps, "pooling": config.pooling, "normalize": config.normalize}
+    # One key: the library writes several in an order of chance, and the file has a digest.
+    save_file(tensors, path, {"config": json.dumps(options)})
+
+
+def measure_reach(weights: Weights, config: BertConfig, rows: Sequence[Ids]) -> dict[tuple[int, int], Tensor]:
+    """The largest magnitude of every input channel, by layer and linear layer, over texts (token ids)."""
+    reach: dict[tuple[int, int], Tensor] = {}
+
+    def see(layer: int, linear: int, x: Tensor) -> Tensor:
+        largest = x.abs().amax(dim=0)
+        reach[layer, linear] = torch.maximum(reach.get((layer, linear), largest), largest)
+        return x
+
+    for row in rows:
+        encode(weights, config, Packed.of_rows([row]), see)
+    return reach
+
+
+def choose_factor(weight: Tensor, reach: Tensor) -> Tensor:
+    """What inputs of `weight` [out, in] are multiplied by [in], so that few channels no longer span the eight bits.
+
+    SmoothQuant (arXiv 2211.10438), with the mean kept; its exponent is measured in docs/log.md.
+    """
+    spread = reach.clamp_min(_LEAST) ** _SMOOTHING / weight.abs().amax(dim=0).clamp_min(_LEAST) ** (1 - _SMOOTHING)
+    return spread.mean() / spread
+
+
+def _round(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """`weight` [out, in] as int8, with the scale of each row [out]."""
+    scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return {name: (weight / scale[:, None]).round().to(torch.int8), f"{name}.scale": scale}
+
+
+def keep_sensitive(path: Path, calibration: Sequence[Ids], min_cosine: float) -> tuple[LayerDamage, ...]:
+    """Choose the linear layers that `f8` leaves in float16 for `min_cosine`, and write them into `config.json`.
+
+    `path` is what `write_encoder` wrote with the same `calibration`. Returns every layer's damage and bits; nothing
+    where all layers can be E4M3.
+    """
+    config_path = path.with_name(CONFIG_NAME)
+    config = read_config(config_path)
+    probe = EncoderProbe(load_weights(path, config), config, [pad_batch([row]) for row in calibration])
+    names = list_linears(config.layers)
+    damages = rank_layers(probe, dict(zip(names, names, strict=True)), min_cosine, _FLOAT_BITS)
+    kept = [name for name, layer in damages.items() if layer.is_float]
+    fields = json.loads(config_path.read_text(encoding="utf-8"))
+    _write_fields(config_path, fields | {E4M3_NAME: {"schema_version": E4M3_VERSION, "float16": kept}})
+    return tuple(damages.values())
+
+
+class EncoderProbe(Probe[bool]):
+    """Linear layers of the cuda engine in E4M3, on its arithmetic in plain PyTorch."""
+
+    def __init__(self, weights: Weights, config: BertConfig, batches: Batches) -> None:
+        """Embed `batches`, which hold no padding, with no layer rounded."""
+        self._weights, self._config = weights, config
+        super().__init__(batches)
+
+    def _run(self, rounded: Mapping[str, bool]) -> Callable[[dict[str, Any]], NDArray[np.float32]]:
+        kept = frozenset(name for name in list_linears(self._config.layers) if not rounded.get(name))
+        encoder = ExactE4M3(self._weights, replace(self._config, float16=kept))
+        return lambda feeds: np.asarray(encoder.encode(Packed.of_rows(feeds["input_ids"])).numpy())
+
+
+def _write_fields(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n", encoding="utf-8")

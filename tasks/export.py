@@ -15,15 +15,13 @@ from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.tokenizer import TOKENIZER_NAME, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.errors import ExportFailed
-from tasks.graph_files import gather_weights
-from tasks.teacher import Teacher, load_sentence_transformer
+from tasks.graphs.graph_files import gather_weights
+from tasks.models.teacher import BERT_TYPES, Teacher, load_sentence_transformer
 
 ONNX_NAME = "model.onnx"
 # Opset 17 is the first with LayerNormalization. The TorchScript exporter is chosen over the dynamo one because
 # onnxruntime fuses its attention: batch 32 × 32 tokens in 62 ms against 77 to 79 ms on 2 cores (docs/log.md).
 _OPSET = 17
-# These take a float mask [B, 1, 1, T] as it is; others build theirs of 60 nodes, 5 % of a lone text's time.
-_TAKE_ANY_MASK = ("bert", "pruned_bert")
 _MASKED = -1e4  # its exponential is 0, and it fits float16, in which infinity times 0 would be NaN
 _PARITY_LIMIT = 1e-5
 _PROBES = ("a", "The quick brown fox jumps over the lazy dog.", "naïve café 你好 🙂 שלום", "word " * 400)
@@ -72,7 +70,8 @@ def _export(model: Any, teacher: Teacher, path: Path) -> None:
 
         def forward(self, input_ids: Any, attention_mask: Any) -> Any:
             mask = attention_mask
-            if self.encoder.config.model_type in _TAKE_ANY_MASK:
+            # BERTs take a float mask [B, 1, 1, T] as it is; others build theirs of 60 nodes, 5 % of a lone text's time.
+            if self.encoder.config.model_type in BERT_TYPES:
                 mask = (1 - attention_mask[:, None, None, :].to(torch.float32)) * _MASKED
             hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
             pooled = _pool(hidden, attention_mask, teacher.pooling)

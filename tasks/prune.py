@@ -11,19 +11,18 @@ from prefect import task
 
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import read_part
+from tasks.distillation.teach import require_same_tokenizer, teach, training_rows
 from tasks.errors import StepRejected
+from tasks.models.teacher import BERT_TYPES, Teacher, load_sentence_transformer
+from tasks.models.weights import write_weights
 from tasks.progress import progress
+from tasks.pruning.vocabulary import count_pieces, seen_texts
 from tasks.steps import PruneConfig, copy_model, describe_step, transformer_folder, write_step
-from tasks.teach import require_same_tokenizer, teach, training_rows
-from tasks.teacher import Teacher, load_sentence_transformer
-from tasks.vocabulary import count_pieces, seen_texts
-from tasks.weights import write_weights
 
 if TYPE_CHECKING:
-    from tasks.importance import Removals
+    from tasks.pruning.importance import Removals
 
 WIDTH_MULTIPLE = 32  # a width that is no multiple of it is no faster than the next one that is
-_MODEL_TYPES = ("bert", "pruned_bert")
 
 
 @task(task_run_name="prune-{config.ratio}", cache_policy=CACHED, persist_result=True, result_serializer="json")
@@ -32,9 +31,9 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
 
     Raises StepRejected before anything is measured, TrainingFailed.
     """
-    from tasks.cut import cut  # noqa: PLC0415  a cached run need not load torch
-    from tasks.importance import measure, order_all  # noqa: PLC0415
-    from tasks.reconstruct import reconstruct  # noqa: PLC0415
+    from tasks.pruning.cut import cut  # noqa: PLC0415  a cached run need not load torch
+    from tasks.pruning.importance import measure, order_all  # noqa: PLC0415
+    from tasks.pruning.reconstruct import reconstruct  # noqa: PLC0415
 
     require_known(start)
     require_same_tokenizer(start, teacher)
@@ -59,8 +58,8 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
 def require_known(start: Teacher) -> None:
     """Raises StepRejected for a type of model whose layers pruning cannot cut."""
     kind = json.loads((start.tokenizer.parent / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in _MODEL_TYPES:
-        raise StepRejected(f"{start.name} is of type {kind!r}: pruning knows {' and '.join(_MODEL_TYPES)}")
+    if kind not in BERT_TYPES:
+        raise StepRejected(f"{start.name} is of type {kind!r}: pruning knows {' and '.join(BERT_TYPES)}")
 
 
 def _calibration_texts(corpus: Artifact, config: PruneConfig) -> list[str]:

@@ -10,12 +10,13 @@ from registry.manifest import EngineEntry, Quantization, hash_file
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import TOKENIZER_NAME, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.built import Built, InputRange, LayerDamage
-from tasks.calibrate import Batches
 from tasks.corpus import evaluation_sets, read_part
 from tasks.errors import QuantizationFailed
 from tasks.export import ONNX_NAME
-from tasks.onnx_builds import (
+from tasks.progress import Advance, progress
+from tasks.quantization.built import Built, InputRange, LayerDamage
+from tasks.quantization.calibrate import Batches
+from tasks.quantization.onnx_builds import (
     keep_fp32,
     quantize_dynamic,
     quantize_fp8,
@@ -23,10 +24,9 @@ from tasks.onnx_builds import (
     squeeze_for_caution,
     squeeze_for_gate,
 )
-from tasks.openvino_builds import convert_openvino, quantize_openvino
-from tasks.progress import Advance, progress
+from tasks.quantization.openvino_builds import convert_openvino, quantize_openvino
+from tasks.quantization.tensorrt_graphs import write_fp8, write_fp16, write_int8
 from tasks.settings import QdqConfig
-from tasks.tensorrt_graphs import write_fp8, write_fp16, write_int8
 from tasks.variants import Build, Variant
 
 
@@ -73,7 +73,7 @@ def quantize(
     Raises QuantizationFailed.
     """
     disable_telemetry()
-    texts = _calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
+    texts = calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
     tokenizer = TextTokenizer.from_folder(exported.folder, max_length)
     # Shortest first: OpenVINO compiles kernels for every change of shape, half the time of quantising.
     batches = [pad_batch([ids]) for ids in sorted(tokenizer.encode(texts), key=len)] if texts else []
@@ -99,7 +99,7 @@ def quantize(
     )
 
 
-def _calibration_texts(variant: Variant, corpus: Artifact, size: int) -> list[str]:
+def calibration_texts(variant: Variant, corpus: Artifact, size: int) -> list[str]:
     """The first `size` calibration texts. Raises QuantizationFailed when there are fewer, or one is evaluated on."""
     texts = read_part(corpus, "calibration")[:size]
     if len(texts) < size:

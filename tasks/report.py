@@ -9,9 +9,9 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from tasks.benchmark import TORCH
-from tasks.plots import plot_latency_cdf, plot_pareto, plot_steps, to_svg
 from tasks.publish import Published
-from tasks.quantization_plots import plot_quantization
+from tasks.reporting.plots import plot_latency_cdf, plot_pareto, plot_steps, to_svg
+from tasks.reporting.quantization_plots import plot_quantization
 from tasks.select import Judged, Study
 
 _STYLE = """

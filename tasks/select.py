@@ -13,10 +13,10 @@ from tasks.artifacts import Artifact
 from tasks.benchmark import CHAMPION, Speed, SpeedReport
 from tasks.build import EngineBuild
 from tasks.evaluate import Quality
+from tasks.models.teacher import Teacher
 from tasks.quantize import Candidate
 from tasks.settings import Criterion
 from tasks.steps import Step
-from tasks.teacher import Teacher
 
 _BEST: dict[Criterion, str] = {
     "throughput": "highest throughput at batch 32",

@@ -30,7 +30,7 @@ class BuildConfig(BaseModel):
 
 
 class QdqConfig(BaseModel):
-    """How a graph is quantised explicitly."""
+    """How the linear layers of a model are quantised, inputs and weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -15,8 +15,8 @@ from serving.engines import Embeddings
 from serving.settings import check_secret
 from tasks.errors import SourceUnreachable
 from tasks.evaluate import Encode, open_encoder
+from tasks.models.teacher import locate_teacher, open_teacher
 from tasks.progress import Advance
-from tasks.teacher import locate_teacher, open_teacher
 
 _REQUEST_TEXTS = 128
 _TIMEOUT_SECONDS = 300.0

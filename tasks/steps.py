@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.weights import count_parameters
+from tasks.models.weights import count_parameters
 
 if TYPE_CHECKING:  # what imports this for the recipes' names alone need not pay for Prefect
     from tasks.artifacts import Artifact
-    from tasks.teacher import Teacher
+    from tasks.models.teacher import Teacher
 
 STEP_NAME = "step.json"
 _COPIED = ("*.json", "*.txt", "*.model")

@@ -11,7 +11,7 @@ from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
 Build = Literal[
     "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino",
-    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt", "cuda-fp16", "cuda-fp8",
+    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt", "cuda-fp16", "cuda-fp8", "int8-avx512",
 ]  # fmt: skip
 
 Compute = Literal["f32", "bf16", "f16", "f8"]
@@ -38,10 +38,10 @@ class Variant(BaseModel):
         return self.qdq is not None and self.runtime == "onnxruntime"
 
     def within(self, limits: GateLimits) -> "Variant":
-        """The variant that keeps its most sensitive layers in float where the gate's cosine asks for it."""
+        """The variant that keeps its most sensitive layers in float where the gate's cosine or its own asks for it."""
         if self.qdq is None:
             return self
-        qdq = self.qdq.model_copy(update={"min_cosine": limits.cosine_mean_pass})
+        qdq = self.qdq.model_copy(update={"min_cosine": max(limits.cosine_mean_pass, self.qdq.min_cosine or 0.0)})
         return self.model_copy(update={"qdq": qdq})
 
 
@@ -80,13 +80,19 @@ _BUILDS: dict[Build, Variant] = dict(
     )
 )  # fmt: skip
 
-# Made of the weights, not of the exported graph, and judged where there is a GPU alone.
-CUDA_VARIANTS: dict[str, Variant] = dict(
+_CUDA_COSINE = 0.997  # what FP8 has to keep, on calibration texts
+# Made of the weights, not of the exported graph; those of cuda are judged where there is a GPU alone.
+KERNEL_VARIANTS: dict[str, Variant] = dict(
     (
         _build("cuda-fp16", "cuda", "fp16", "f16", "float16, packed"),
         _build(
             "cuda-fp8", "cuda", "fp8", "f8",
-            "linear layers in E4M3, max calibration; the rest in float16, packed", **_CALIBRATED,
+            "linear layers in E4M3, scales by row and max calibration; the rest in float16, packed",
+            is_calibrated=True, qdq=QdqConfig(min_cosine=_CUDA_COSINE),
+        ),
+        _build(
+            "int8-avx512", "avx512", "int8", "f32",
+            "weights by output channel, inputs by token as they come; SmoothQuant, packed", **_CALIBRATED,
         ),
     )
 )  # fmt: skip
@@ -118,7 +124,7 @@ class Recipe(BaseModel):
 
     def variant(self) -> Variant:
         """The variant that `optimize` makes."""
-        plain = CUDA_VARIANTS.get(self.build) or _BUILDS[self.build]
+        plain = KERNEL_VARIANTS.get(self.build) or _BUILDS[self.build]
         changes: dict[str, Any] = {"name": self.name, "steps": self.steps}
         if self.calibration is not None:
             changes["qdq"] = QdqConfig(calibration=self.calibration)
@@ -146,4 +152,4 @@ _DEFAULT: tuple[Build, ...] = ("fp32-onnx", "int8-dynamic", "int8-static", "int8
 
 def list_variants(has_gpu: bool) -> tuple[str, ...]:
     """What is built unless something else is asked for."""
-    return (*_DEFAULT, *(CUDA_VARIANTS if has_gpu else ()))
+    return (*_DEFAULT, *(name for name, each in KERNEL_VARIANTS.items() if has_gpu and each.runtime == "cuda"))

@@ -46,9 +46,9 @@ def build_forge(root: Path, teacher_folder: Path) -> Forge:
     from tasks.corpus import build_corpus, corpus_fingerprint
     from tasks.evaluate import evaluate
     from tasks.export import export_onnx
+    from tasks.models.teacher import embed_teacher, load_teacher
     from tasks.quantize import quantize
     from tasks.select import Study, select
-    from tasks.teacher import embed_teacher, load_teacher
     from tasks.variants import VARIANTS
 
     uri = str(write_corpus(root / "corpus.jsonl"))

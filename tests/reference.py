@@ -14,8 +14,8 @@ from registry.settings import RegistrySettings, variable_of
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
-from tasks.delivery import WorkerConfig
-from tasks.notify import WebhookConfig
+from tasks.production.delivery import WorkerConfig
+from tasks.production.notify import WebhookConfig
 from tasks.settings import BuildConfig
 from tasks.steps import DistillConfig
 from tasks.variants import Recipe

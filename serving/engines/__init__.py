@@ -90,14 +90,22 @@ def open_engine(
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
         return OpenVinoEngine(folder / entry.file, entry.compute, num_threads, num_instances, cache)
+    if entry.runtime == "avx512":
+        from serving.engines.avx512 import Avx512Engine  # noqa: PLC0415  a runtime loads only when chosen
+
+        return Avx512Engine(folder / entry.file, num_threads, num_instances)
+    return _open_gpu_engine(folder / entry.file, entry, max_tokens, on_rebuild)
+
+
+def _open_gpu_engine(path: Path, entry: "EngineEntry", max_tokens: int, on_rebuild: Callable[[], object]) -> Engine:
     if entry.runtime == "cuda":
         from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return CudaEngine(folder / entry.file, entry.compute, max_tokens)
+        return CudaEngine(path, entry.compute, max_tokens)
     if entry.runtime == "tensorrt":
         from serving.engines.tensorrt import TensorRtEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return TensorRtEngine(folder / entry.file, on_rebuild=on_rebuild)
+        return TensorRtEngine(path, on_rebuild=on_rebuild)
     raise EngineUnavailable(
-        f"this worker has no engine {entry.runtime!r}: it has onnxruntime, openvino, tensorrt and cuda"
+        f"this worker has no engine {entry.runtime!r}: it has avx512, onnxruntime, openvino, tensorrt and cuda"
     )

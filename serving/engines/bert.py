@@ -1,7 +1,7 @@
 """BERT-family encoders from safetensors and config.json: configuration, weights and the plain-PyTorch forward pass."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from serving.tokenizer import Ids, pad_batch
 
 CONFIG_NAME = "config.json"
 AMAX_NAME = "activation_amax"  # [layers, 4]: largest input of the query, output, up and down projections
-LINEARS = 4
+# Linear layers of a layer in the order they run, queries, keys and values as one: the columns of `activation_amax`.
+LINEARS = ("attention/self", "attention/output/dense", "intermediate/dense", "output/dense")
+E4M3_NAME, E4M3_VERSION = "e4m3", 1  # of config.json: which linear layers E4M3 leaves in float16
 # What the forward pass is: a config that says otherwise is another architecture.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("bert",),
@@ -33,7 +35,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class BertConfig:
-    """Sizes of the encoder, and how its tokens become one vector."""
+    """Sizes of the encoder, how its tokens become one vector, and what E4M3 leaves alone."""
 
     vocabulary: int
     positions: int
@@ -44,6 +46,8 @@ class BertConfig:
     eps: float
     pooling: str
     normalize: bool
+    float16: frozenset[str] = frozenset()
+    """Linear layers that stay in float16 where the others are E4M3, by the names of `list_linears`."""
 
     @property
     def limits(self) -> Limits:
@@ -107,16 +111,31 @@ class Packed:
         return cls.of(torch.from_numpy(numbers), tokens, len(rows))
 
 
+def name_linear(layer: int, linear: int) -> str:
+    """How files and reports call a layer's linear layer, such as `layer.0/attention/self`."""
+    return f"layer.{layer}/{LINEARS[linear]}"
+
+
+def list_linears(layers: int) -> list[str]:
+    """The names of all linear layers, in the order they run."""
+    return [name_linear(layer, linear) for layer in range(layers) for linear in range(len(LINEARS))]
+
+
 def read_config(path: Path) -> BertConfig:
-    """Read config.json. Raises EngineUnavailable naming the field that this engine cannot honour."""
+    """Read config.json. Raises EngineUnavailable naming the field that our kernels cannot honour."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EngineUnavailable(f"{path} cannot be read: {error}") from None
+    return parse_config(fields, path)
+
+
+def parse_config(fields: dict[str, Any], path: Path) -> BertConfig:
+    """What `path` says. Raises EngineUnavailable naming the field that our kernels cannot honour."""
     for name, allowed in _FIXED.items():
         if fields.get(name) not in allowed:
             known = ", ".join(repr(value) for value in allowed if value is not None)
-            raise EngineUnavailable(f"{path}: {name} is {fields.get(name)!r}, the cuda engine knows {known}")
+            raise EngineUnavailable(f"{path}: {name} is {fields.get(name)!r}, our kernels know {known}")
     config = BertConfig(
         vocabulary=_size(path, fields, "vocab_size"),
         positions=_size(path, fields, "max_position_embeddings"),
@@ -127,6 +146,7 @@ def read_config(path: Path) -> BertConfig:
         eps=float(fields.get("layer_norm_eps", 1e-12)),
         pooling=fields["pooling"],
         normalize=fields["normalize"],
+        float16=_read_float16(path, fields),
     )
     if config.hidden % config.heads:
         raise EngineUnavailable(f"{path}: hidden_size {config.hidden} is no multiple of {config.heads} heads")
@@ -138,6 +158,28 @@ def _size(path: Path, fields: dict[str, Any], name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise EngineUnavailable(f"{path}: {name} is {value!r}, it must be a positive integer")
     return value
+
+
+def _read_float16(path: Path, fields: dict[str, Any]) -> frozenset[str]:
+    """The layers that the file keeps in float16; files from before there was a choice say nothing and keep none."""
+    section = fields.get(E4M3_NAME, {"schema_version": E4M3_VERSION, "float16": []})
+    if not isinstance(section, dict):
+        raise EngineUnavailable(f"{path}: {E4M3_NAME} is {type(section).__name__}, it must be an object")
+    if section.get("schema_version") != E4M3_VERSION:
+        version = section.get("schema_version")
+        raise EngineUnavailable(f"{path}: {E4M3_NAME} has schema_version {version!r}, this engine reads {E4M3_VERSION}")
+    if section.keys() != {"schema_version", "float16"}:
+        raise EngineUnavailable(f"{path}: {E4M3_NAME} holds {sorted(section)}, it must hold float16, schema_version")
+    names, known = section["float16"], list_linears(_size(path, fields, "num_hidden_layers"))
+    if not isinstance(names, list):
+        raise EngineUnavailable(f"{path}: {E4M3_NAME}.float16 is {names!r}, it must be a list of names")
+    for name in names:
+        if name not in known:
+            raise EngineUnavailable(
+                f"{path}: {E4M3_NAME}.float16 names {name!r}, which is no linear layer of this model: they go from "
+                f"{known[0]} to {known[-1]}"
+            )
+    return frozenset(names)
 
 
 def load_weights(path: Path, config: BertConfig, dtype: torch.dtype = torch.float32) -> Weights:
@@ -165,7 +207,7 @@ class _Reader:
         amax = None
         if AMAX_NAME in self._names:
             amax = self._file.get_tensor(AMAX_NAME).float()
-            self._check(AMAX_NAME, amax, (config.layers, LINEARS))
+            self._check(AMAX_NAME, amax, (config.layers, len(LINEARS)))
         return Weights(
             words=self._tensor("embeddings.word_embeddings.weight", config.vocabulary, hidden).to(self._dtype),
             positions=(positions + types[0]).to(self._dtype),
@@ -210,24 +252,25 @@ class _Reader:
             raise EngineUnavailable(f"{self._path}: {name} is {tuple(tensor.shape)}, config.json says {shape}")
 
 
-def encode(weights: Weights, config: BertConfig, batch: Packed, amax: Tensor | None = None) -> Tensor:
+# Of a layer, one of its linear layers and that one's input [T, K]: what the linear layer computes with instead.
+See = Callable[[int, int, Tensor], Tensor]
+
+
+def encode(weights: Weights, config: BertConfig, batch: Packed, see: See = lambda layer, linear, x: x) -> Tensor:
     """Plain PyTorch, in the dtype of the weights: float32 [B, H]. The oracle of the kernels.
 
-    `amax` (float32 [layers, 4]) is raised to the largest input that each linear layer sees: calibration for E4M3.
+    `see` is given the numbers of every linear layer with its input, and gives what it computes with.
     """
     x = reference.embed_norm(
         batch.ids, batch.starts, weights.words, weights.positions, weights.norm_weight, weights.norm_bias, config.eps
     )
     for number, layer in enumerate(weights.layers):
-        qkv = reference.linear(x, layer.qkv_weight, layer.qkv_bias)
-        context = reference.attention(qkv, batch.starts, batch.ends, config.heads)
+        qkv = reference.linear(see(number, 0, x), layer.qkv_weight, layer.qkv_bias)
+        context = see(number, 1, reference.attention(qkv, batch.starts, batch.ends, config.heads))
         product = reference.linear(context, layer.out_weight, torch.zeros_like(layer.out_bias))
         middle = reference.add_norm(product, x, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps)
-        inner = reference.linear(middle, layer.up_weight, layer.up_bias, gelu=True)
+        inner = see(number, 3, reference.linear(see(number, 2, middle), layer.up_weight, layer.up_bias, gelu=True))
         product = reference.linear(inner, layer.down_weight, torch.zeros_like(layer.down_bias))
-        if amax is not None:
-            seen = torch.stack([each.abs().amax().float() for each in (x, context, middle, inner)])
-            amax[number] = torch.maximum(amax[number], seen)
         x = reference.add_norm(
             product, middle, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps
         )

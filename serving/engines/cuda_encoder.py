@@ -1,13 +1,15 @@
 """The encoder's forward pass on the kernels, in float16 or E4M3, inside a workspace that is allocated once."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serving.engines.bert import BertConfig, Layer, Packed, Weights
+from serving.engines.bert import BertConfig, Layer, Packed, Weights, name_linear
 from serving.engines.cuda_folded import FoldedLayers
+from serving.engines.e4m3 import MATRICES, choose_input_scale, quantize_weight
 from serving.kernels.add_norm import add_norm
 from serving.kernels.attention import attention
 from serving.kernels.compiled import CompileFailed
@@ -19,10 +21,8 @@ from serving.kernels.pool import pool
 
 _HALF = torch.float16
 _E4M3 = torch.float8_e4m3fn
-_E4M3_MAX = 448.0
 _log = logging.getLogger(__name__)
 _MAX_FOLDED = 512  # of the hidden size: at 768 the GEMMs lose as much as the layer norms took
-_MARGIN = 2.0  # between the largest input calibration saw and the largest E4M3 can hold: its precision is the same
 
 
 class Encoder:
@@ -39,9 +39,9 @@ class Encoder:
         self._norm = weights.norm_weight.to(device, _HALF), weights.norm_bias.to(device, _HALF)
         self._layers = [_move_vectors(layer, device) for layer in weights.layers]
         self._hidden = torch.zeros(max_tokens * config.hidden, dtype=_HALF, device=device)
-        self._wide = torch.zeros(max_tokens * self._wide_bytes(config), dtype=torch.uint8, device=device)
-        self._out = torch.zeros(max_rows, config.hidden, dtype=torch.float32, device=device)
         self._load_matrices(weights, device)
+        self._wide = torch.zeros(max_tokens * self._wide_bytes(), dtype=torch.uint8, device=device)
+        self._out = torch.zeros(max_rows, config.hidden, dtype=torch.float32, device=device)
         self._few = self._make_few()
         self._folded = self._make_folded(weights)
 
@@ -63,9 +63,8 @@ class Encoder:
         return out
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
-        names = ("qkv_weight", "out_weight", "up_weight", "down_weight")
         self._stacks = [
-            torch.stack([getattr(each, name).half() for each in weights.layers]).to(device) for name in names
+            torch.stack([getattr(each, name).half() for each in weights.layers]).to(device) for name in MATRICES
         ]
         self._matrices = list(zip(*self._stacks, strict=True))
 
@@ -101,9 +100,9 @@ class Encoder:
         _, output, _, down = self._stacks
         return FoldedLayers(weights, self.config, output, down, self.max_tokens)
 
-    @staticmethod
-    def _wide_bytes(config: BertConfig) -> int:
-        return 2 * max(4 * config.hidden, config.intermediate)
+    def _wide_bytes(self) -> int:
+        """Of a token's part of the wide area."""
+        return 2 * max(4 * self.config.hidden, self.config.intermediate)
 
     def _embed(self, batch: Packed, x: Tensor) -> None:
         embed_norm(batch.ids, batch.starts, self._words, self._positions, *self._norm, self.config.eps, x)
@@ -130,35 +129,31 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class _Linear:
-    """An E4M3 weight [N, K] and float32 [1] scales: its own, and that of its input with the inverse."""
+    """A weight [N, K]: float16, or E4M3 with float32 [1] scales: its own, and that of its input with the inverse."""
 
     weight: Tensor
-    weight_scale: Tensor
-    x_scale: Tensor
-    x_factor: Tensor
+    weight_scale: Tensor | None = None
+    x_scale: Tensor | None = None
+    x_factor: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its input has to be."""
+        return self.weight.dtype
 
 
 class Fp8Encoder(Encoder):
-    """The linear layers in E4M3, everything between them in float16 and float32.
+    """The linear layers in E4M3 but those of `config.float16`; everything between them in float16 and float32.
 
-    Whoever produces an input of a linear layer quantises it in the same pass. The inputs of the query and up
-    projections take a scale a row when `row_scales`, else a calibrated one; context and intermediate, whose rows no
-    one program sees whole, always take the calibrated one.
+    Whoever produces an input of an E4M3 layer quantises it in the same pass. The inputs of the query and up
+    projections take a scale a row; context and intermediate, whose rows no one program sees whole, a calibrated one.
     """
 
-    def __init__(
-        self,
-        weights: Weights,
-        config: BertConfig,
-        device: torch.device,
-        max_tokens: int,
-        max_rows: int,
-        row_scales: bool = False,
-    ):
+    def __init__(self, weights: Weights, config: BertConfig, device: torch.device, max_tokens: int, max_rows: int):
         """Raises torch.OutOfMemoryError. Every layer must have been calibrated."""
         super().__init__(weights, config, device, max_tokens, max_rows)
         self._narrow = torch.zeros(max_tokens * config.hidden, dtype=_E4M3, device=device)
-        self._row_scales = torch.zeros(max_tokens, dtype=torch.float32, device=device) if row_scales else None
+        self._row_scales = torch.zeros(max_tokens, dtype=torch.float32, device=device)
 
     def _make_few(self) -> None:
         return None
@@ -167,40 +162,40 @@ class Fp8Encoder(Encoder):
         return None
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
-        self._linears = [_quantize_layer(layer, device) for layer in weights.layers]
+        self._linears = [
+            _load_linears(number, layer, self.config.float16, device) for number, layer in enumerate(weights.layers)
+        ]
 
-    @staticmethod
-    def _wide_bytes(config: BertConfig) -> int:
-        return max(7 * config.hidden, config.intermediate)
+    def _wide_bytes(self) -> int:
+        attending = max((6 + output.dtype.itemsize) * self.config.hidden for _, output, _, _ in self._linears)
+        return max(attending, *(down.dtype.itemsize * self.config.intermediate for *_, down in self._linears))
 
     def _embed(self, batch: Packed, x: Tensor) -> None:
-        narrow, scales = self._target(0, 0, x)
-        embed_norm(
-            batch.ids, batch.starts, self._words, self._positions, *self._norm, self.config.eps, x, narrow, scales
-        )
+        operand = self._operand(self._linears[0][0], x)
+        embed_norm(batch.ids, batch.starts, self._words, self._positions, *self._norm, self.config.eps, x, *operand)
 
-    def _target(self, number: int, linear_number: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the quantised x goes, and its scales, for one of a layer's linears."""
-        narrow = self._narrow[: x.numel()].view(x.shape)
-        if self._row_scales is not None:
-            return narrow, self._row_scales[: len(x)]
-        return narrow, self._linears[min(number, self.config.layers - 1)][linear_number].x_scale
+    def _operand(self, reader: _Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `reader` takes of the states x, and its scales: quantised ones a row, or x itself and none."""
+        if reader.dtype == _HALF:
+            return x, None
+        return self._narrow[: x.numel()].view(x.shape), self._row_scales[: len(x)]
 
     def _run_layer(self, number: int, batch: Packed, x: Tensor, is_long: bool) -> None:
         config, layer, tokens = self.config, self._layers[number], len(x)
         query, output, up, down = self._linears[number]
+        follower = self._linears[number + 1][0] if number + 1 < config.layers else None
         qkv = self._carve(0, tokens, 3 * config.hidden, _HALF)
-        context = self._carve(tokens * 6 * config.hidden, tokens, config.hidden, _E4M3)
-        inner = self._carve(0, tokens, config.intermediate, _E4M3)
-        narrow, scales = self._target(number, 0, x)
+        context = self._carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
+        inner = self._carve(0, tokens, config.intermediate, down.dtype)
+        narrow, scales = self._operand(query, x)
         linear(narrow, query.weight, layer.qkv_bias, qkv, False, scales, query.weight_scale)
         attention(qkv, batch.starts, batch.ends, config.heads, context, output.x_factor, is_long)
         add_product(context, output.weight, x, output.x_scale, output.weight_scale)
-        narrow, scales = self._target(number, 2, x)
+        narrow, scales = self._operand(up, x)
         add_norm(x, None, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps, x, narrow, scales)
         linear(narrow, up.weight, layer.up_bias, inner, True, scales, up.weight_scale, down.x_factor)
         add_product(inner, down.weight, x, down.x_scale, down.weight_scale)
-        narrow, scales = self._target(number + 1, 0, x)
+        narrow, scales = self._operand(follower, x) if follower else (x, None)
         add_norm(x, None, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps, x, narrow, scales)
 
 
@@ -212,18 +207,20 @@ def _move_vectors(layer: Layer, device: torch.device) -> Layer:
     return Layer(**moved, **{name: empty for name in Layer.__slots__ if name not in moved})
 
 
-def _quantize_layer(layer: Layer, device: torch.device) -> tuple[_Linear, ...]:
-    assert layer.amax is not None
-    matrices = (layer.qkv_weight, layer.out_weight, layer.up_weight, layer.down_weight)
-    return tuple(_quantize(weight, amax, device) for weight, amax in zip(matrices, layer.amax, strict=True))
+def _load_linears(number: int, layer: Layer, float16: Collection[str], device: torch.device) -> list[_Linear]:
+    """A layer's linear layers in the form their kernels take."""
+    assert layer.amax is not None, "calibrated"
+    linears = []
+    for linear_number, matrix in enumerate(MATRICES):
+        weight = getattr(layer, matrix)
+        if name_linear(number, linear_number) in float16:
+            linears.append(_Linear(weight.to(device, _HALF)))
+        else:
+            linears.append(_quantize(weight, layer.amax[linear_number], device))
+    return linears
 
 
 def _quantize(weight: Tensor, amax: Tensor, device: torch.device) -> _Linear:
-    weight_scale = (weight.float().abs().amax() / _E4M3_MAX).clamp(min=1e-12).reshape(1)
-    x_scale = (amax * _MARGIN / _E4M3_MAX).clamp(min=1e-12).reshape(1)
-    return _Linear(
-        weight=(weight.float() / weight_scale).to(_E4M3).to(device),
-        weight_scale=weight_scale.to(device),
-        x_scale=x_scale.to(device),
-        x_factor=(1.0 / x_scale).to(device),
-    )
+    values, weight_scale = quantize_weight(weight)
+    x_scale = choose_input_scale(amax)
+    return _Linear(values.to(device), weight_scale.to(device), x_scale.to(device), (1.0 / x_scale).to(device))

@@ -22,22 +22,12 @@ def normalize_rows(x, weight, shift, columns, hidden, eps):
 
 @triton.jit
 def store_rows(normed, out, quantized, scales, rows, place, inside, num_tokens, QUANTIZE: tl.constexpr):
-    """Write the rows, and once more in E4M3: by a scale a row, which is written too, or divided by the given one."""
+    """Write the rows, and once more in E4M3 by a scale a row, which is written too."""
     tl.store(out + place, normed.to(out.dtype.element_ty), inside)
-    if QUANTIZE == "rows":
+    if QUANTIZE:
         scale = tl.maximum(tl.max(tl.where(inside, tl.abs(normed), 0.0), axis=1) / E4M3_MAX, 1e-12)
         tl.store(scales + rows, scale, rows < num_tokens)
         tl.store(quantized + place, (normed / scale[:, None]).to(quantized.dtype.element_ty), inside)
-    elif QUANTIZE == "tensor":
-        scaled = tl.clamp(normed / tl.load(scales), -E4M3_MAX, E4M3_MAX)
-        tl.store(quantized + place, scaled.to(quantized.dtype.element_ty), inside)
-
-
-def choose_quantization(quantized: Tensor | None, scales: Tensor | None) -> str:
-    """How `store_rows` quantises: not at all, by rows (scales [T]) or by one scale for all (scales [1])."""
-    if quantized is None or scales is None:
-        return "none"
-    return "tensor" if scales.numel() == 1 else "rows"
 
 
 @triton.jit
@@ -70,12 +60,12 @@ def add_norm(
 ) -> None:
     """See `reference.add_norm`: x, residual, out [T, H], where `out` may be `x` or `residual`; the others [H].
 
-    `quantized` (E4M3 [T, H]) takes the result as well: by rows when `scales` is [T], by that one scale when it is [1].
+    With `scales` (float32 [T], written here) `quantized` (E4M3 [T, H]) takes the result divided by its row's scale.
     """
     num_tokens, hidden = x.shape
     columns = triton.next_power_of_2(hidden)
     _add_norm_kernel[(triton.cdiv(num_tokens, _ROWS),)](
         x, x if residual is None else residual, bias, weight, shift, out, quantized, scales, num_tokens, hidden, eps,
-        RESIDUAL=residual is not None, QUANTIZE=choose_quantization(quantized, scales),
+        RESIDUAL=residual is not None, QUANTIZE=scales is not None,
         ROWS=_ROWS, COLUMNS=columns, num_warps=2,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serving.kernels.add_norm import choose_quantization, normalize_rows, store_rows
+from serving.kernels.add_norm import normalize_rows, store_rows
 
 _ROWS = 2
 
@@ -46,6 +46,6 @@ def embed_norm(
     num_tokens, hidden = out.shape
     _embed_norm_kernel[(triton.cdiv(num_tokens, _ROWS),)](
         ids, starts, words, positions, weight, bias, out, quantized, scales, num_tokens, hidden, eps,
-        QUANTIZE=choose_quantization(quantized, scales), ROWS=_ROWS, COLUMNS=triton.next_power_of_2(hidden),
+        QUANTIZE=scales is not None, ROWS=_ROWS, COLUMNS=triton.next_power_of_2(hidden),
         num_warps=2,
     )  # fmt: skip

@@ -49,9 +49,7 @@ def _linear_kernel(
         acc = tl.zeros([BM, BN], tl.float32)
         for k in range(0, depth, BK):
             acc = tl.dot(x.load([top, k]), weight.load([left, k]).T, acc)
-        if SCALES == "tensor":
-            acc *= tl.load(x_scales) * tl.load(weight_scale)
-        elif SCALES == "rows":
+        if SCALES:
             rows = top + tl.arange(0, BM)
             acc *= (tl.load(x_scales + rows, rows < num_rows, other=0.0) * tl.load(weight_scale))[:, None]
         columns = left + tl.arange(0, BN)
@@ -69,7 +67,7 @@ def linear(
 ) -> None:  # fmt: skip
     """x @ weight.T + bias, with GELU when `gelu`: x [T, K], weight [N, K], bias [N], out [T, N].
 
-    E4M3 operands bring `x_scales` (float32, [T] or [1]) and `weight_scale` ([1]), which multiply the product; with
+    E4M3 operands bring `x_scales` (float32 [T]) and `weight_scale` ([1]), which multiply the product; with
     `out_factor` ([1]) `out` is E4M3 and takes the result times it. K and N are multiples of 128.
     """
     device = _read_device(x.device.index) if x.is_cuda else None
@@ -120,12 +118,12 @@ def _launch(x, weight, bias, out, gelu, x_scales, weight_scale, out_factor, devi
         device.multi_processor_count * (2 if few else 1) if device else 2,
         triton.cdiv(num_rows, rows_tile) * triton.cdiv(columns, columns_tile),
     )
-    scales = "none" if x_scales is None else "tensor" if x_scales.numel() == 1 else "rows"
     _linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [rows_tile, step]), TensorDescriptor.from_tensor(weight, [columns_tile, step]),
         TensorDescriptor.from_tensor(out, [rows_tile, columns_tile]), bias, x_scales, weight_scale, out_factor,
-        num_rows, columns, depth, BM=rows_tile, BN=columns_tile, BK=step, PROGRAMS=programs, GELU=gelu, SCALES=scales,
-        QUANTIZE=out_factor is not None, FAST=x.is_cuda, num_warps=4 if few else 8, num_stages=4 if few else 3,
+        num_rows, columns, depth, BM=rows_tile, BN=columns_tile, BK=step, PROGRAMS=programs, GELU=gelu,
+        SCALES=x_scales is not None, QUANTIZE=out_factor is not None, FAST=x.is_cuda,
+        num_warps=4 if few else 8, num_stages=4 if few else 3,
     )  # fmt: skip
 
 

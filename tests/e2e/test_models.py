@@ -40,7 +40,7 @@ def make_model(folder: Path, shape: Shape) -> Path:
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from tasks.teacher import locate_teacher
+    from tasks.models.teacher import locate_teacher
 
     torch.manual_seed(0)
     sizes = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads}
@@ -60,8 +60,8 @@ def test_graphs_of_a_known_model_equal_sentence_transformers(name: str, tmp_path
     from serving.tokenizer import TextTokenizer, pad_batch
     from tasks.corpus import build_corpus, corpus_fingerprint
     from tasks.export import export_onnx
+    from tasks.models.teacher import load_sentence_transformer, load_teacher
     from tasks.quantize import quantize
-    from tasks.teacher import load_sentence_transformer, load_teacher
     from tasks.variants import VARIANTS
     from tests.forge import write_corpus
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tasks.corpus import build_corpus, corpus_fingerprint
+from tasks.distillation.teach import run_distributed
+from tasks.models.teacher import load_teacher
 from tasks.steps import Training
-from tasks.teach import run_distributed
-from tasks.teacher import load_teacher
 from tests.forge import write_corpus
 from tests.tasks.test_distill import STEPS, make_job
 from tests.teachers import make_teacher
@@ -24,9 +24,9 @@ DISTIL = """
 import json, sys
 from tasks.corpus import build_corpus, corpus_fingerprint
 from tasks.distill import distill
+from tasks.distillation.training import TeachingLoss
+from tasks.models.teacher import load_teacher
 from tasks.steps import DistillConfig, read_step
-from tasks.teacher import load_teacher
-from tasks.training import TeachingLoss
 
 forward, steps = TeachingLoss.forward, []
 TeachingLoss.forward = lambda self, *inputs: steps.append(1) or forward(self, *inputs)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tasks.teacher import load_sentence_transformer, locate_teacher
+from tasks.models.teacher import load_sentence_transformer, locate_teacher
 from tests.e2e.conftest import NAME, ROOT
 from tests.worker import RunningWorker, run_worker
 

@@ -19,7 +19,7 @@ from registry.gate import GateLimits
 from registry.ledger import append_once, read_ledger
 from registry.store import FolderStore
 from tasks.errors import NotWaiting
-from tasks.promotion import Case, move, open_case
+from tasks.production.promotion import Case, move, open_case
 from tests.published import publish_bundle
 
 # The tables of Prefect's server use what SQLAlchemy 2.1 deprecates.

@@ -27,8 +27,8 @@ from registry.moves import move_channel
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
 from tasks.errors import CorpusRejected, StepRejected, TrackingFailed
-from tasks.record import RunRecord
-from tasks.teacher import open_teacher
+from tasks.models.teacher import open_teacher
+from tasks.reporting.record import RunRecord
 from tasks.variants import Recipe
 from tests.disks import mounted_disk
 from tests.forge import write_corpus, write_sts

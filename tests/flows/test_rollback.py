@@ -16,8 +16,8 @@ from registry.events import Refused
 from registry.ledger import read_ledger
 from registry.moves import move_channel
 from registry.store import FolderStore
-from tasks.delivery import WorkerConfig
-from tasks.notify import WebhookConfig
+from tasks.production.delivery import WorkerConfig
+from tasks.production.notify import WebhookConfig
 from tests.published import publish_bundle
 from tests.servers import free_port
 from tests.webhooks import run_receiver

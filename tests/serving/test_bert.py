@@ -12,7 +12,7 @@ from serving.engines.bert import BertConfig, Packed, encode, load_weights, read_
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import write_encoder
-from tasks.teacher import load_sentence_transformer, load_teacher
+from tasks.models.teacher import load_sentence_transformer, load_teacher
 from tests.texts import make_sentences
 
 
@@ -26,6 +26,10 @@ def change_config(path: Path, **changes: Any) -> Path:
     config = path.with_name("config.json")
     config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     return config
+
+
+def keep(*names: Any) -> dict[str, Any]:
+    return {"e4m3": {"schema_version": 1, "float16": list(names)}}
 
 
 def embed_both(uri: str, folder: Path, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -59,19 +63,35 @@ def test_write_encoder_calibrates_every_linear_layer(tiny_teacher: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "roberta"}, "model_type is 'roberta', the cuda engine knows 'bert'"),
+        ({"model_type": "roberta"}, "model_type is 'roberta', our kernels know 'bert'"),
         ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder is True"),
         ({"pooling": "max"}, "pooling is 'max'"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide', it must be a positive integer"),
         ({"num_attention_heads": 5}, "no multiple of 5 heads"),
+        (keep("layer.2/attention/self"), r"names 'layer\.2/attention/self', which is no linear layer of this model"),
+        (keep("layer.0/output/dense", "pooler"), r"names 'pooler'.* from layer\.0/attention/self to layer\.1/output"),
+        (keep(3), r"float16 names 3, which is no linear layer"),
+        ({"e4m3": {"schema_version": 1, "float16": "all"}}, "float16 is 'all', it must be a list"),
+        ({"e4m3": {"schema_version": 2, "float16": []}}, "schema_version 2, this engine reads 1"),
+        (
+            {"e4m3": {"schema_version": 1, "float16": [], "int4": []}},
+            "holds .*'int4'.* it must hold float16, schema_version",
+        ),
+        ({"e4m3": ["layer.0/output/dense"]}, "e4m3 is list, it must be an object"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_read_config_names_the_field_it_cannot_honour(encoder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineUnavailable, match=message):
         read_config(change_config(encoder, **changes))
+
+
+def test_read_config_knows_the_layers_that_stay_in_float16(encoder: Path) -> None:
+    assert read_config(encoder.with_name("config.json")).float16 == frozenset()  # as files from before say nothing
+    kept = "layer.1/output/dense", "layer.0/attention/self"
+    assert read_config(change_config(encoder, **keep(*kept))).float16 == frozenset(kept)
 
 
 def test_read_config_refuses_what_is_no_json(encoder: Path) -> None:

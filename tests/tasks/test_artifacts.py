@@ -24,7 +24,7 @@ from registry.gate import Measurement
 from tasks.artifacts import CACHED, CODE_AND_LIBRARIES, Artifact, draft, library_versions
 from tasks.errors import ArtifactChanged, ArtifactMissing
 from tasks.evaluate import Quality
-from tasks.openvino_builds import save_ir
+from tasks.quantization.openvino_builds import save_ir
 from tasks.state import state_dir
 from tests.bundles import make_graph
 from tests.disks import mounted_disk

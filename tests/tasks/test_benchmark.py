@@ -25,7 +25,7 @@ from tasks.benchmark import (
     benchmark,
     sample_calls,
 )
-from tasks.footprint import measure_footprint
+from tasks.measurement.footprint import measure_footprint
 from tasks.publish import Origin, assemble_bundle
 from tests.forge import Forge
 

@@ -12,10 +12,10 @@ from serving.engines.tensorrt import import_tensorrt
 from serving.engines.tensorrt_plan import build_plan
 from serving.errors import EngineUnavailable
 from tasks.build import build_engine, choose_build, describe_tensorrt, list_recipes, with_engine
-from tasks.calibrate import observe
-from tasks.graph import Graph
-from tasks.half import convert_to_fp16
-from tasks.qdq import Format, insert_qdq
+from tasks.graphs.graph import Graph
+from tasks.graphs.half import convert_to_fp16
+from tasks.graphs.qdq import Format, insert_qdq
+from tasks.quantization.calibrate import observe
 from tasks.settings import BuildConfig
 from tests.forge import Forge
 from tests.texts import make_sentences
@@ -51,7 +51,7 @@ def make_graphs(exported: Path, folder: Path, texts: list[str]) -> dict[Precisio
 @pytest.fixture(scope="module")
 def minilm_graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Path]:
     from tasks.export import export_onnx
-    from tasks.teacher import load_teacher
+    from tasks.models.teacher import load_teacher
 
     root = tmp_path_factory.mktemp("minilm")
     with pytest.MonkeyPatch.context() as patch:

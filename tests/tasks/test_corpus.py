@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.artifacts import Artifact
+from tasks.corpora.text_files import read_sts
 from tasks.corpus import (
     Part,
     build_corpus,
@@ -21,7 +22,6 @@ from tasks.corpus import (
     read_retrieval,
 )
 from tasks.errors import CorpusRejected
-from tasks.text_files import read_sts
 from tests.forge import write_corpus, write_sts
 from tests.texts import make_pairs, make_sentences
 

@@ -13,11 +13,11 @@ from registry.manifest import hash_file
 from tasks.artifacts import Artifact
 from tasks.corpus import build_corpus, corpus_fingerprint
 from tasks.distill import choose_layers, distill, find_layers, read_depth
+from tasks.distillation.teach import join_neighbours, num_held_out, training_rows
+from tasks.distillation.training import Job, prepare, run_job
 from tasks.errors import StepRejected, TrainingFailed
+from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher
 from tasks.steps import DistillConfig, Training, read_step
-from tasks.teach import join_neighbours, num_held_out, training_rows
-from tasks.teacher import Teacher, load_sentence_transformer, load_teacher
-from tasks.training import Job, prepare, run_job
 from tests.forge import write_corpus
 from tests.teachers import make_teacher
 

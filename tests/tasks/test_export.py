@@ -9,7 +9,7 @@ from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.errors import ExportFailed
 from tasks.export import ONNX_NAME, export_onnx
-from tasks.teacher import Teacher, load_sentence_transformer, load_teacher
+from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher
 from tests.forge import Forge
 
 TEXTS = (

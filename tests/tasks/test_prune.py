@@ -10,17 +10,17 @@ from pydantic import ValidationError
 from serving.errors import EngineUnavailable
 from tasks.artifacts import Artifact
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.cut import cut
 from tasks.encoder import write_encoder
 from tasks.errors import StepRejected, TeacherRejected
 from tasks.export import export_onnx
-from tasks.importance import Statistics, measure, order_all, order_removals, output_projections
-from tasks.plots import plot_pruning_profile
+from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher
 from tasks.prune import choose_removals, prune
-from tasks.reconstruct import reconstruct
+from tasks.pruning.cut import cut
+from tasks.pruning.importance import Statistics, measure, order_all, order_removals, output_projections
+from tasks.pruning.reconstruct import reconstruct
+from tasks.pruning.vocabulary import trim_vocabulary
+from tasks.reporting.plots import plot_pruning_profile
 from tasks.steps import PruneConfig, TrimConfig, read_step
-from tasks.teacher import Teacher, load_sentence_transformer, load_teacher
-from tasks.vocabulary import trim_vocabulary
 from tests.forge import write_corpus
 from tests.teachers import HIDDEN
 from tests.texts import make_sentences
@@ -188,7 +188,7 @@ def test_prune_names_a_model_type_it_does_not_know(teacher_copy: Path, corpus: A
 
 
 def test_pruned_model_is_refused_where_its_shapes_cannot_be_honoured(pruned: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineUnavailable, match="model_type is 'pruned_bert', the cuda engine knows 'bert'"):
+    with pytest.raises(EngineUnavailable, match="model_type is 'pruned_bert', our kernels know 'bert'"):
         write_encoder(load_teacher.fn(str(pruned)), tmp_path / "encoder")
 
 

@@ -10,9 +10,9 @@ from prefect import flow
 from prefect.artifacts import Artifact
 
 from registry.gate import GateLimits, Measurement
-from tasks.plots import plot_latency_cdf, plot_pareto, to_svg
 from tasks.publish import Published
 from tasks.report import render_html, report, result_rows
+from tasks.reporting.plots import plot_latency_cdf, plot_pareto, to_svg
 from tasks.select import Study, select
 from tests.forge import Forge
 

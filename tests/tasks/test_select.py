@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from registry.gate import GateLimits, Measurement
 from tasks.benchmark import CHAMPION, NUM_BATCHES, TORCH, Speed, SpeedReport
 from tasks.evaluate import Quality
+from tasks.models.teacher import Teacher
 from tasks.quantize import Candidate
 from tasks.select import choose, judge_compatibility, pareto_front, select
-from tasks.teacher import Teacher
 from tests.forge import Forge
 
 NAMES = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")

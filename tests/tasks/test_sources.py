@@ -12,7 +12,7 @@ import pytest
 
 from registry.errors import DigestMismatch
 from tasks.errors import SourceUnreachable, TeacherRejected
-from tasks.hardware import cpu_flags, describe_hardware, memory_gib, num_cores
+from tasks.measurement.hardware import cpu_flags, describe_hardware, memory_gib, num_cores
 from tasks.sources import open_source
 from tests.bundles import make_bundle
 from tests.certificates import write_pair

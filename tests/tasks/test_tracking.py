@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tasks.errors import TrackingFailed
-from tasks.plots import plot_pareto
 from tasks.publish import Published
+from tasks.reporting.plots import plot_pareto
 from tasks.select import choose
 from tasks.tracking import ModelAliases, Tracker, candidate_metrics, default_tracking_uri, track_run
 from tests.forge import Forge

@@ -1,12 +1,15 @@
 """The whole forward pass on the kernels against the plain one in float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from serving.engines.bert import BertConfig, Packed, Weights, encode
+from serving.engines.bert import LINEARS, BertConfig, Packed, Weights, encode, list_linears, name_linear
 from serving.engines.cuda_encoder import Encoder, Fp8Encoder
-from tests.serving.kernels.models import make_encoder, read_model
+from serving.engines.e4m3 import ExactE4M3
+from tests.serving.kernels.models import make_encoder, poison, read_model
 from tests.serving.kernels.packs import make_packed
 
 LENGTHS = [5, 1, 90, 33]
@@ -19,6 +22,13 @@ def to_cpu(batch: Packed) -> Packed:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertConfig, Weights]:
     return read_model(make_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+def find_cosine(config: BertConfig, weights: Weights, batch: Packed) -> float:
+    """The smallest cosine of the FP8 encoder's vectors with the oracle's."""
+    encoder = Fp8Encoder(weights, config, batch.ids.device, max_tokens=160, max_rows=8)
+    oracle = encode(weights, config, to_cpu(batch))
+    return float(cosine_similarity(encoder.run(batch).cpu(), oracle).min())
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [32], [3, 7, 1, 20], [64], [65]], ids=str)
@@ -43,16 +53,44 @@ def test_encoder_gives_a_text_the_same_vector_in_any_batch(
         torch.testing.assert_close(encoder.run(single)[0], together[row], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("row_scales", [False, True])
-def test_fp8_encoder_stays_close_to_the_oracle(
-    row_scales: bool, model: tuple[BertConfig, Weights], device: torch.device
+def test_fp8_encoder_stays_close_to_the_oracle(model: tuple[BertConfig, Weights], device: torch.device) -> None:
+    config, weights = model
+    batch = make_packed(LENGTHS, device)
+    # Random weights, and the interpreter cuts to E4M3 where the GPU rounds; the gate stands on real weights.
+    assert find_cosine(config, weights, batch) > 0.95
+
+
+@pytest.mark.parametrize("linear", range(len(LINEARS)), ids=LINEARS)
+def test_fp8_encoder_leaves_layers_in_float16(
+    linear: int, model: tuple[BertConfig, Weights], device: torch.device
 ) -> None:
     config, weights = model
-    encoder = Fp8Encoder(weights, config, device, 160, 8, row_scales=row_scales)
     batch = make_packed(LENGTHS, device)
-    vectors, oracle = encoder.run(batch).cpu(), encode(weights, config, to_cpu(batch))
-    # Random weights, and the interpreter cuts to E4M3 where the GPU rounds; the gate stands on real weights.
-    assert float(cosine_similarity(vectors, oracle).min()) > 0.95
+    kept = frozenset(name_linear(layer, linear) for layer in range(config.layers))
+    others = frozenset(list_linears(config.layers)) - kept
+    cosines = [find_cosine(replace(config, float16=names), weights, batch) for names in (frozenset(), kept, others)]
+    assert len({round(cosine, 6) for cosine in cosines}) == 3
+    assert cosines[2] > cosines[0]
+    assert min(cosines) > 0.95
+
+
+@pytest.mark.parametrize("linear", [1, 3], ids=[LINEARS[1], LINEARS[3]])
+def test_fp8_encoder_reads_no_calibration_of_a_layer_in_float16(
+    linear: int, model: tuple[BertConfig, Weights], device: torch.device
+) -> None:
+    config, weights = model
+    batch = make_packed(LENGTHS, device)
+    kept = frozenset(name_linear(layer, linear) for layer in range(config.layers))
+    poisoned = replace(weights, layers=tuple(poison(layer, linear) for layer in weights.layers))
+    assert find_cosine(replace(config, float16=kept), poisoned, batch) > 0.95
+
+
+def test_fp8_encoder_with_every_layer_in_float16_is_the_float16_encoder(
+    model: tuple[BertConfig, Weights], device: torch.device
+) -> None:
+    config, weights = model
+    everything = replace(config, float16=frozenset(list_linears(config.layers)))
+    assert find_cosine(everything, weights, make_packed(LENGTHS, device)) > 0.9999
 
 
 @pytest.mark.gpu
@@ -64,3 +102,18 @@ def test_encoder_equals_the_oracle_on_many_tokens(is_long: bool, model: tuple[Be
     batch = make_packed([128, 1, 77] * 12, torch.device("cuda"))
     vectors, oracle = encoder.run(batch, is_long).cpu(), encode(weights, config, to_cpu(batch))
     assert float(cosine_similarity(vectors, oracle).min()) > 0.9999
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="few tokens take other kernels")
+@pytest.mark.parametrize("linear", [None, *range(len(LINEARS))], ids=["all in E4M3", *LINEARS])
+def test_fp8_encoder_leaves_layers_in_float16_on_many_tokens(
+    linear: int | None, model: tuple[BertConfig, Weights]
+) -> None:
+    config, weights = model
+    kept = frozenset(name_linear(layer, linear) for layer in range(config.layers) if linear is not None)
+    batch = make_packed([128, 1, 77] * 12, torch.device("cuda"))
+    config = replace(config, float16=kept)
+    encoder = Fp8Encoder(weights, config, torch.device("cuda"), max_tokens=4096, max_rows=64)
+    exact = ExactE4M3(weights, config).encode(to_cpu(batch))
+    assert float(cosine_similarity(encoder.run(batch, True).cpu(), exact).min()) > 0.99

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from serving.engines.e4m3 import quantize_weight
 from serving.kernels import reference
 from serving.kernels.add_norm import add_norm
 from serving.kernels.attention import attention
@@ -74,10 +75,9 @@ def test_linear_equals_reference(rows: int, gelu: bool, device: torch.device) ->
     assert_as_exact_as(out, plain, reference.linear(*as_float(x, weight, bias), gelu=gelu))
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
-def test_linear_takes_and_gives_e4m3(by_rows: bool, device: torch.device) -> None:
+def test_linear_takes_and_gives_e4m3(device: torch.device) -> None:
     x, weight, bias = draw(70, 64, device=device), draw(192, 64, device=device, scale=0.2), draw(192, device=device)
-    x_scales = x.float().abs().amax(1) / 448 if by_rows else x.float().abs().amax().reshape(1) / 448
+    x_scales = x.float().abs().amax(1) / 448
     narrow = (x.float() / x_scales.reshape(-1, 1)).to(torch.float8_e4m3fn)
     weight_scale = torch.tensor([0.01], device=device)
     small = (weight.float() / weight_scale).to(torch.float8_e4m3fn)
@@ -87,6 +87,23 @@ def test_linear_takes_and_gives_e4m3(by_rows: bool, device: torch.device) -> Non
         narrow.float() * x_scales.reshape(-1, 1), small.float() * weight_scale, bias.float(), gelu=True
     )
     assert relative_error(out.float() / factor, oracle) < ONE_STEP
+
+
+@pytest.mark.parametrize("is_narrow", [False, True], ids=["f16-f8", "f8-f16"])
+def test_linear_goes_from_one_type_to_the_other(is_narrow: bool, device: torch.device) -> None:
+    x, weight, bias = draw(70, 64, device=device), draw(192, 64, device=device, scale=0.2), draw(192, device=device)
+    oracle = reference.linear(*as_float(x, weight, bias), gelu=True)
+    if is_narrow:
+        values, scales = reference.quantize_rows(x)
+        small, weight_scale = quantize_weight(weight)
+        out = poisoned(70, 192, device=device)
+        linear(values, small, bias, out, True, scales[:, 0].contiguous(), weight_scale)
+        assert relative_error(out, oracle) < ONE_STEP
+    else:
+        factor = torch.tensor([20.0], device=device)
+        narrow = torch.zeros(70, 192, dtype=torch.float8_e4m3fn, device=device)
+        linear(x, weight, bias, narrow, True, out_factor=factor)
+        assert relative_error(narrow.float() / factor, oracle) < ONE_STEP
 
 
 def test_add_product_adds_in_place(device: torch.device) -> None:
@@ -110,18 +127,14 @@ def test_add_norm_equals_reference(rows: int, with_residual: bool, hidden: int, 
     assert_as_exact_as(out, plain, oracle)
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
-def test_add_norm_quantises_what_it_writes(by_rows: bool, device: torch.device) -> None:
+def test_add_norm_quantises_what_it_writes(device: torch.device) -> None:
     x, (bias, weight, shift) = draw(5, 96, device=device), (draw(96, device=device) for _ in range(3))
     out, narrow = poisoned(5, 96, device=device), torch.zeros(5, 96, dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.full((5,), float("nan"), device=device) if by_rows else torch.tensor([0.05], device=device)
+    scales = torch.full((5,), float("nan"), device=device)
     add_norm(x, None, bias, weight, shift, EPS, out, narrow, scales)
-    if by_rows:
-        values, expected = reference.quantize_rows(out)
-        assert relative_error(scales, expected[:, 0]) < 1e-2
-        assert relative_error(narrow.float() * scales[:, None], values.float() * expected) < ONE_STEP
-    else:
-        assert relative_error(narrow.float(), reference.quantize_tensor(out, scales).float()) < ONE_STEP
+    values, expected = reference.quantize_rows(out)
+    assert relative_error(scales, expected[:, 0]) < 1e-2
+    assert relative_error(narrow.float() * scales[:, None], values.float() * expected) < ONE_STEP
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])

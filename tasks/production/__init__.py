@@ -1,0 +1,1 @@
+"""A published bundle's way into production and back: judged, delivered, proved, and told of."""
