@@ -10,7 +10,7 @@ from prometheus_client import disable_created_metrics
 from serving.access import warn_if_open
 from serving.config import describe_settings, load_settings
 from serving.errors import ServingError
-from serving.server import WorkerServer, base_url, bind
+from serving.server import WorkerServer, base_url, bind, configure_logging
 from serving.worker import Worker
 
 _log = logging.getLogger("serving")
@@ -23,10 +23,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """
     try:
         settings = load_settings(argv, environ)
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-        )
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        configure_logging(settings)
         _log.info("settings %s", describe_settings(settings))
         warn_if_open(settings)
         listener = bind(settings)

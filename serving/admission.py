@@ -32,14 +32,35 @@ class Backlog:
     seconds: float
 
 
+class StandingRefusal:
+    """A refusal that the next requests get as well, unseen: a flood is turned away before it is parsed."""
+
+    def __init__(self) -> None:
+        self._refusal: Overloaded | None = None
+        self._until = 0.0
+
+    def hold(self, refusal: Overloaded, now: float) -> None:
+        """Let `refusal` stand."""
+        self._refusal, self._until = refusal, now + _STANDING_SECONDS
+
+    def drop(self) -> None:
+        """A run has ended: the next request is looked at anew."""
+        self._refusal = None
+
+    def get(self, now: float) -> Overloaded | None:
+        """Why the next request is refused, whatever it asks; None: look at it."""
+        if self._refusal is None or now >= self._until:
+            return None
+        return Overloaded(str(self._refusal), self._refusal.retry_after_seconds)
+
+
 class Admission:
     """One rule for requests of one text and of many: whether the first text would be answered in time."""
 
     def __init__(self, objective_seconds: float) -> None:
         self._objective_seconds = objective_seconds
         self._tail = Quantile(0.95, start=1.25, low=0.5, high=4.0)
-        self._refusal: Overloaded | None = None
-        self._refused_until = 0.0
+        self.standing = StandingRefusal()
 
     @property
     def max_wait_seconds(self) -> float:
@@ -64,18 +85,8 @@ class Admission:
             retry_after_seconds=seconds,
         )
         if not backlog.is_full:  # that one kind of request fills its queue says nothing about the other
-            self._refusal, self._refused_until = refusal, now + _STANDING_SECONDS
+            self.standing.hold(refusal, now)
         raise refusal
-
-    def standing_refusal(self, now: float) -> Overloaded | None:
-        """Why the next request is refused, whatever it asks, where one just was for its wait; None: look at it."""
-        if self._refusal is None or now >= self._refused_until:
-            return None
-        return Overloaded(str(self._refusal), self._refusal.retry_after_seconds)
-
-    def reconsider(self) -> None:
-        """A run has ended: the next request is looked at anew."""
-        self._refusal = None
 
     @staticmethod
     def check_size(num_tokens: int, engine_seconds: float, timeout_seconds: float) -> None:

@@ -1,5 +1,8 @@
 """The ASGI application: routes, and the edge where every exception becomes an error object."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -10,6 +13,7 @@ from serving.api.responses import CLOSE, error_code, openai_error, send_error, t
 from serving.api.system import system_routes
 from serving.api.tei import EMBED_PATH, INFO_PATH, tei_error
 from serving.errors import STATUS, ClientGone
+from serving.served import Served
 from serving.worker import Worker
 
 
@@ -18,20 +22,31 @@ def create_app(worker: Worker, observers: Observers | None = None) -> ASGIApp:
 
     Raises ConfigInvalid for key files that cannot be used.
     """
-    return _Application(worker, observers or Observers())
+    hot = _endpoints(worker, observers or Observers())
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in hot.items()]
+    router = Router([*routes, *system_routes(worker), *admin_routes(worker)], redirect_slashes=False)
+    return _Application(worker, hot, router)
+
+
+def create_front_app(worker: Served[Any], observers: Observers, forward: ASGIApp) -> ASGIApp:
+    """The application of a front process: embeds through `worker`, hands every other request to `forward`.
+
+    Raises ConfigInvalid as `create_app` does.
+    """
+    return _Application(worker, _endpoints(worker, observers), forward)
+
+
+def _endpoints(worker: Served[Any], observers: Observers) -> dict[str, ASGIApp]:
+    """The hot paths."""
+    return {dialect.path: EmbeddingsEndpoint(worker, dialect, observers) for dialect in DIALECTS}
 
 
 class _Application:
-    """Dispatches the hot paths itself, which saves the 10 µs a router takes, and leaves the rest to the router."""
+    """Dispatches the hot paths itself, which saves the 10 µs a router takes, and leaves the rest to another."""
 
-    def __init__(self, worker: Worker, observers: Observers) -> None:
-        self._worker = worker
+    def __init__(self, worker: Served[Any], hot: Mapping[str, ASGIApp], rest: ASGIApp) -> None:
+        self._worker, self._hot, self._rest = worker, hot, rest
         self._access = Access(worker.settings.security)
-        self._hot: dict[str, ASGIApp] = {
-            dialect.path: EmbeddingsEndpoint(worker, dialect, observers) for dialect in DIALECTS
-        }
-        hot_routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._hot.items()]
-        self._router = Router([*hot_routes, *system_routes(worker), *admin_routes(worker)], redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,7 +66,7 @@ class _Application:
             return
         scope["app"] = self  # makes the router raise 404 and 405 instead of answering them itself
         try:
-            await self._router(scope, receive, send)
+            await self._rest(scope, receive, send)
         except ClientGone:
             return
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object

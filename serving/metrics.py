@@ -1,7 +1,7 @@
 """Prometheus metrics: names, buckets and labels in one place; children are bound once, off the hot path."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -103,6 +103,12 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._front_restarts = Counter(
+            "akidb_front_restarts_total",
+            "Front processes that had to be started again: killed by a signal, or ended by themselves.",
+            ("cause",),
+            registry=self.registry,
+        )
         self._gpu_duty = Gauge(
             "nvidia_gpu_duty_cycle",
             "Percent of the last sampling period in which a kernel ran on the GPU.",
@@ -145,8 +151,16 @@ class Metrics:
 
     def count_refusal(self, status: int, error: str) -> None:
         """Count an embedding request that failed before its model was known."""
-        self.requests.labels(NO_MODEL, NO_MODEL, str(status)).inc()
-        self.errors.labels(error).inc()
+        self.count_failures(NO_MODEL, NO_MODEL, status, error)
+
+    def count_failures(self, model: str, version: str, status: int, error: str, number: int = 1) -> None:
+        """Count requests that failed; `error` is the error's code."""
+        self.requests.labels(model, version, str(int(status))).inc(number)
+        self.errors.labels(error).inc(number)
+
+    def count_front_restart(self, cause: str) -> None:
+        """Count a front process that was killed, or ended."""
+        self._front_restarts.labels(cause).inc()
 
     def count_fallback(self, model: str, version: str, engine: str) -> None:
         """Count an engine that did not load."""
@@ -214,13 +228,17 @@ class ModelMetrics:
 
     def count_answer(self, seconds: float) -> None:
         """Count a request that was answered with vectors."""
-        self._ok.inc()
-        self._latency.observe(seconds)
+        self.count_answers((seconds,))
+
+    def count_answers(self, seconds: Collection[float]) -> None:
+        """Count requests that were answered with vectors, by what each took."""
+        self._ok.inc(len(seconds))
+        for each in seconds:
+            self._latency.observe(each)
 
     def count_failure(self, status: int, error: str) -> None:
         """Count a request that failed; `error` is the error's code."""
-        self._metrics.requests.labels(*self._labels, str(status)).inc()
-        self._metrics.errors.labels(error).inc()
+        self._metrics.count_failures(*self._labels, status, error)
 
     def count_batch(self, reason: str, size: int, num_tokens: int, padded_tokens: int, wait_seconds: float) -> None:
         """Count a batch handed to the engine."""

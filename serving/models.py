@@ -76,6 +76,11 @@ class LoadedModel:
     open_spare: OpenEngine | None  # opens another engine of the bundle
 
     @property
+    def runtime(self) -> str:
+        """The engine's runtime and its version."""
+        return self.engine.runtime
+
+    @property
     def has_custom_kernels(self) -> bool:
         """Whether its engine computes on kernels of our own."""
         return self.choice.large.runtime == "cuda"

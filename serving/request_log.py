@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import orjson
@@ -60,6 +60,25 @@ class _Entry:
     vector: NDArray[np.float32] | None
 
 
+class TextLog(Protocol):
+    """Takes what was answered."""
+
+    def offer(self, origin: Origin, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        """Sample each text of an answered request; row k of `vectors` [N, D] belongs to text k."""
+        ...
+
+
+class Sampler:
+    """Chooses texts by chance."""
+
+    def __init__(self, ratio: float, sample: Callable[[], float] = random.random) -> None:
+        self._ratio, self._sample = ratio, sample
+
+    def pick(self, count: int) -> list[int]:
+        """The places, of `count`, of the texts chosen."""
+        return [place for place in range(count) if self._sample() < self._ratio]
+
+
 class RequestLog:
     """Samples answered texts and writes them; `offer` is called on the event loop and never waits."""
 
@@ -71,7 +90,8 @@ class RequestLog:
         sample: Callable[[], float] = random.random,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._settings, self._count, self._sample, self._clock = settings, count, sample, clock
+        self._settings, self._count, self._clock = settings, count, clock
+        self._sampler = Sampler(settings.sample_ratio, sample)
         self._queue: queue.Queue[_Entry | None] = queue.Queue(_QUEUE_TEXTS)
         self._writer = _Writer(folder, settings)
         self._key = secrets.token_bytes(_HASH_BYTES)  # a hash of a short text without a key is easily guessed
@@ -90,10 +110,14 @@ class RequestLog:
 
     def offer(self, origin: Origin, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
         """Sample each text of an answered request; row k of `vectors` [N, D] belongs to text k."""
-        ratio, keeps_text = self._settings.sample_ratio, self._settings.text != "none"
+        rows = self._sampler.pick(len(texts))
+        if rows:
+            self.keep(origin, [texts[row] for row in rows], vectors[rows])
+
+    def keep(self, origin: Origin, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        """Write these texts, which were sampled."""
+        keeps_text = self._settings.text != "none"
         for row, text in enumerate(texts):
-            if self._sample() >= ratio:
-                continue
             vector = vectors[row].copy() if self._settings.embedding else None  # a view would keep all rows alive
             kept = text[:_MAX_TEXT_CHARS] if keeps_text else None
             try:

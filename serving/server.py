@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from serving.api.embeddings import Observers
 from serving.app import create_app
 from serving.connection import Connection
 from serving.errors import ConfigInvalid, InternalError, ServingError
+from serving.fronts import Fronts
 from serving.request_log import open_request_log
 from serving.settings import Settings
 from serving.tls import TlsListener, open_certificate
@@ -32,6 +35,14 @@ _TICKS_PER_PATROL = 5
 _DRAIN_PATROL_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Lines of this process and its libraries on stderr."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -60,23 +71,17 @@ def base_url(listener: socket.socket, is_tls: bool = False) -> str:
     return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-class WorkerServer(uvicorn.Server):
-    """Serves while the model still loads; on a signal turns unready, goes on for a grace time, drains and ends.
+class HttpServer(uvicorn.Server):
+    """Serves an application over HTTP or HTTPS, each client within limits of size and time."""
 
-    `failure` is why the server ended on its own: the model did not load.
-    """
-
-    def __init__(self, worker: Worker, on_ready: Callable[[], None] = lambda: None) -> None:
-        settings = worker.settings
-        self._certificate = open_certificate(settings.tls, worker.metrics.count_tls_reload, time.monotonic)
-        self._observers = Observers(
-            request_log=open_request_log(settings.request_log, worker.metrics.count_logged),
-            tracer=open_tracer(settings.tracing),
-        )
+    def __init__(self, app: ASGIApp, settings: Settings, count_tls_reload: Callable[[str], None]) -> None:
+        """Raises ConfigInvalid for a certificate that cannot be used."""
+        self.settings = settings
+        self._certificate = open_certificate(settings.tls, count_tls_reload, time.monotonic)
         protocol: Any = partial(Connection, limits=settings.limits)
         super().__init__(
             uvicorn.Config(
-                create_app(worker, self._observers),
+                app,
                 interface="asgi3",
                 http=protocol,
                 ws="none",
@@ -90,40 +95,19 @@ class WorkerServer(uvicorn.Server):
                 timeout_graceful_shutdown=max(1, int(settings.drain_seconds - settings.drain_grace_seconds)),
             )
         )
-        self.worker = worker
-        self.failure: ServingError | None = None
-        self._on_ready = on_ready
-        self._loading: asyncio.Task[None] | None = None
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port, then load the model."""
-        assert sockets, "`bind` makes the socket"
-        await super().startup([])
-        for listener in sockets:
-            self.servers.append(await self._listen(listener))  # type: ignore[arg-type]  # it is closed and waited for
-        self._loading = asyncio.create_task(self._load())
+    async def listen(self, listener: socket.socket) -> None:
+        """Accept connections."""
+        self.servers.append(await self._open(listener))  # type: ignore[arg-type]  # it is closed and waited for
 
-    async def _listen(self, listener: socket.socket) -> asyncio.Server | TlsListener:
+    async def _open(self, listener: socket.socket) -> asyncio.Server | TlsListener:
         state = {"server_state": self.server_state, "app_state": self.lifespan.state}
         protocol: Any = self.config.http_protocol_class
         connect = partial(protocol, config=self.config, **state)
         if self._certificate is None:
             return await asyncio.get_running_loop().create_server(connect, sock=listener, backlog=_BACKLOG)
-        limits, connections = self.worker.settings.limits, self.server_state.connections
-        return TlsListener(listener, self._certificate, connect, connections.__len__, limits)
-
-    async def _load(self) -> None:
-        try:
-            await self.worker.load()
-        except ServingError as error:
-            self.failure = error
-        except Exception as error:  # the edge of start-up: a defect ends the process, it does not leave it unready
-            _log.exception("the model cannot be loaded")
-            self.failure = InternalError(f"the model cannot be loaded: {type(error).__name__}")
-        if self.failure is not None:
-            self.should_exit = True
-            return
-        self._on_ready()
+        connections = self.server_state.connections
+        return TlsListener(listener, self._certificate, connect, connections.__len__, self.settings.limits)
 
     async def on_tick(self, counter: int) -> bool:
         """Close the connections of clients that are too slow; look for a new certificate."""
@@ -144,6 +128,62 @@ class WorkerServer(uvicorn.Server):
             await asyncio.sleep(_DRAIN_PATROL_SECONDS)
             self._enforce_limits()
 
+    async def finish(self, sockets: list[socket.socket] | None) -> None:
+        """Accept no more, answer what was accepted, and wait for that."""
+        patrol = asyncio.create_task(self._patrol_drain())  # the clock has stopped, slow clients have not
+        await super().shutdown(sockets)
+        patrol.cancel()
+        await asyncio.gather(*self.server_state.tasks, return_exceptions=True)  # those it cancelled still answer
+        _log.info("drained requests=%d", self.server_state.total_requests)
+
+
+class WorkerServer(HttpServer):
+    """Serves while the model still loads; on a signal turns unready, goes on for a grace time, drains and ends.
+
+    With `http_processes` front processes speak HTTP in its place. `failure` is why the server ended on its own: the
+    model did not load, or no front did.
+    """
+
+    def __init__(self, worker: Worker, on_ready: Callable[[], None] = lambda: None) -> None:
+        settings = worker.settings
+        self._log = open_request_log(settings.request_log, worker.metrics.count_logged)
+        self._tracer = open_tracer(settings.tracing)
+        app = create_app(worker, Observers(self._log, self._tracer))
+        super().__init__(app, settings, worker.metrics.count_tls_reload)
+        self.worker = worker
+        self.failure: ServingError | None = None
+        self._fronts = Fronts(worker, app, self._log) if settings.http_processes else None
+        self._on_ready = on_ready
+        self._loading: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port, then load the model."""
+        assert sockets, "`bind` makes the socket"
+        await super().startup([])
+        for listener in sockets:
+            if self._fronts is None:
+                await self.listen(listener)
+            else:
+                self.worker.audience = self._fronts
+                await self._fronts.start(listener)
+        self._loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> None:
+        try:
+            await self.worker.load()
+            if self._fronts is not None:
+                await self._fronts.announce()
+                self._fronts.check_started()
+        except ServingError as error:
+            self.failure = error
+        except Exception as error:  # the edge of start-up: a defect ends the process, it does not leave it unready
+            _log.exception("the model cannot be loaded")
+            self.failure = InternalError(f"the model cannot be loaded: {type(error).__name__}")
+        if self.failure is not None:
+            self.should_exit = True
+            return
+        self._on_ready()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Turn unready the moment the signal arrives; a second Ctrl-C ends at once."""
         self.worker.begin_drain()
@@ -152,21 +192,20 @@ class WorkerServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer new requests for the grace time, then refuse them, wait for those accepted and free the engine."""
         self.worker.begin_drain()
-        if self.failure is None and not self.force_exit:
-            _log.info("draining grace_seconds=%g", self.worker.settings.drain_grace_seconds)
-            await asyncio.sleep(self.worker.settings.drain_grace_seconds)
+        settings, is_quick = self.settings, self.failure is not None or self.force_exit
+        if not is_quick:
+            _log.info("draining grace_seconds=%g", settings.drain_grace_seconds)
+            await asyncio.gather(self.worker.audience.announce(), asyncio.sleep(settings.drain_grace_seconds))
         self.worker.refuse()
-        patrol = asyncio.create_task(self._patrol_drain())  # the clock has stopped, slow clients have not
-        await super().shutdown(sockets)
-        patrol.cancel()
-        await asyncio.gather(*self.server_state.tasks, return_exceptions=True)  # those it cancelled still answer
+        if self._fronts is not None:
+            await self._fronts.drain(0 if self.force_exit else settings.drain_seconds - settings.drain_grace_seconds)
+        await self.finish(sockets)
         if self._loading is not None:
             self._loading.cancel()
         self.worker.close()
-        for observer in (self._observers.request_log, self._observers.tracer):
+        for observer in (self._log, self._tracer):
             if observer is not None:
                 observer.close()
-        _log.info("drained requests=%d", self.server_state.total_requests)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -4,11 +4,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +13,17 @@ from numpy.typing import NDArray
 from serving.admission import Admission
 from serving.batcher import Batcher, Limits
 from serving.containment import GuardedEngine
-from serving.errors import ClientGone, DeadlineExceeded, EngineFailed, InvalidRequest, NotReady, Overloaded
+from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
 from serving.latency_model import LatencyModel
 from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
 from serving.request_queue import Request, RequestQueue
 from serving.runner import EngineRunner, Outcome
 from serving.settings import BatchingSettings, Settings
+from serving.texts import Accepted, Embedded, EmbedRequest, Receive, TextSide, watch_client
 from serving.tokenizer import Ids
 from serving.vector_cache import VectorCache
 
-# Tokenising this much takes under 1 ms; more goes to a thread, so that the loop stays free.
-_INLINE_CHARS = 4096
-_INLINE_TEXTS = 16
 # Requests are looked at this often for a missed deadline or a client that hung up.
 _PATROL_SECONDS = 0.05
 _STOP_SECONDS = 1.0
@@ -36,41 +31,7 @@ _STOP_SECONDS = 1.0
 _RUN_SHARE = 0.125
 _VALIDATION_WEIGHT = 0.04  # of the reference texts, against 1 of a client's request of many texts
 
-Receive = Callable[[], Awaitable[Any]]
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EmbedRequest:
-    """What every dialect asks for. `param` is the field the texts came in, for error messages.
-
-    `truncate_left` drops the beginning of a text that is too long; `normalize` is None where the model decides.
-    `use_custom_kernels` is None where any engine will do.
-    """
-
-    texts: list[str]
-    is_single: bool
-    param: str
-    model: str | None = None
-    dimensions: int | None = None
-    as_base64: bool = False
-    truncate: bool = True
-    truncate_left: bool = False
-    normalize: bool | None = None
-    prompt: str | None = None
-    use_custom_kernels: bool | None = None
-
-
-@dataclass(slots=True)
-class Embedded:
-    """Vectors in the order of the texts, float32 [N, D], contiguous, the tokens they took and where the time went."""
-
-    vectors: NDArray[np.float32]
-    num_tokens: int
-    tokenize_seconds: float
-    queue_seconds: float
-    engine_seconds: float
 
 
 @dataclass(slots=True, eq=False)
@@ -114,10 +75,8 @@ class EmbeddingService:
             clock=clock,
         )
         self._cache = VectorCache(settings.cache_bytes)
-        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
-        self._num_tokenising = 0
-        self._num_accepted = 0  # requests not answered yet, from the moment they come in
-        self._answered = asyncio.Event()
+        self._texts = TextSide(model)
+        self._accepted = Accepted()  # from the moment they come in
         self._is_freed = False
         self._waiting: dict[Request, _Waiting] = {}  # in order of arrival, so in order of deadline
         self._patrol_timer: asyncio.TimerHandle | None = None
@@ -135,9 +94,7 @@ class EmbeddingService:
 
     async def retire(self) -> None:
         """Return once every request it was given is answered and the engine is freed; the loop goes on meanwhile."""
-        while self._num_accepted:
-            self._answered.clear()
-            await self._answered.wait()
+        await self._accepted.wait()
         if self._patrol_timer is not None:
             self._patrol_timer.cancel()
         await self._loop.run_in_executor(None, self._free)
@@ -146,7 +103,7 @@ class EmbeddingService:
         if self._is_freed:
             return
         self._is_freed = True
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        self._texts.close()
         if self._runner.stop(_STOP_SECONDS):
             self._engine.close()
 
@@ -157,17 +114,7 @@ class EmbeddingService:
     @property
     def num_accepted(self) -> int:
         """Requests that are not answered yet."""
-        return self._num_accepted
-
-    @contextmanager
-    def _accepted(self) -> Iterator[None]:
-        self._num_accepted += 1
-        try:
-            yield
-        finally:
-            self._num_accepted -= 1
-            if not self._num_accepted:
-                self._answered.set()
+        return self._accepted.count
 
     async def embed(self, request: EmbedRequest, receive: Receive | None = None) -> Embedded:
         """Vectors of the request's texts; `receive` tells of a client that hangs up.
@@ -175,29 +122,37 @@ class EmbeddingService:
         Raises Overloaded, RequestTooLarge, InputTooLong, InvalidRequest, EngineFailed, DeadlineExceeded, NotReady or
         ClientGone.
         """
-        dimension = self.model.manifest.dimension
-        if request.dimensions is not None and not 1 <= request.dimensions <= dimension:
-            raise InvalidRequest(f"dimensions is {request.dimensions}, limits 1 and {dimension}", "dimensions")
-        is_normal = self.model.manifest.normalize
-        if request.normalize is False and is_normal:
-            raise InvalidRequest("normalize must be true: this model's engine normalises its vectors", "normalize")
-        if request.use_custom_kernels not in (None, self.model.has_custom_kernels):
-            wanted = str(request.use_custom_kernels).lower()
-            raise InvalidRequest(
-                f"use_custom_kernels is {wanted}, but {self.model.name} is served by {self.model.engine.runtime}",
-                "use_custom_kernels",
-            )
+        self._texts.check(request)
+        arrival = self._clock()
+        predicted_seconds = self._enter(len(request.texts))
+        with self._accepted:
+            rows, has_waited = await self._texts.tokenise(request)
+            if has_waited:
+                self._admit(len(rows))  # others may have filled the queue meanwhile
+            embedded = await self._embed_accepted(rows, arrival, receive, predicted_seconds)
+        return self._texts.finish(request, embedded)
+
+    async def embed_rows(self, rows: Sequence[Ids], arrival: float) -> Embedded:
+        """Vectors of texts that a front process tokenised for a request that came to it at `arrival`.
+
+        Cancelled when its client hangs up. Raises as `embed` does.
+        """
+        predicted_seconds = self._enter(len(rows))
+        with self._accepted:
+            return await self._embed_accepted(rows, arrival, None, predicted_seconds)
+
+    def _enter(self, num_texts: int) -> float:
+        """As `_admit`, unless there is no engine. Raises NotReady or Overloaded."""
         if not self._runner.can_answer(self._timeout_seconds):
             raise NotReady("the engine does not answer and cannot be opened anew: the worker needs a restart")
-        arrival = self._clock()
-        predicted_seconds = self._admit(len(request.texts))
-        with self._accepted():
-            rows = await self._tokenise(request)
-            embedded = await self.embed_ids(rows, arrival, receive, use_cache=True)
+        return self._admit(num_texts)
+
+    async def _embed_accepted(
+        self, rows: Sequence[Ids], arrival: float, receive: Receive | None, predicted_seconds: float
+    ) -> Embedded:
+        embedded = await self.embed_ids(rows, arrival, receive, use_cache=True)
         if len(rows) == 1:
             self._admission.observe(predicted_seconds, self._clock() - arrival)
-        if (request.dimensions or dimension) < dimension or (request.normalize and not is_normal):
-            embedded.vectors = shorten(embedded.vectors, request.dimensions or dimension)
         return embedded
 
     async def embed_ids(
@@ -273,54 +228,24 @@ class EmbeddingService:
     def _admit(self, num_texts: int) -> float:
         """Seconds until the first text of a request that arrives now is predicted to be answered. Raises Overloaded."""
         is_bulk = num_texts > 1
-        backlog = self._runner.backlog(is_bulk, self._num_tokenising if is_bulk else 0)
+        backlog = self._runner.backlog(is_bulk, self._texts.num_tokenising if is_bulk else 0)
         self._admission.check(backlog, self._clock())
         return backlog.seconds
 
     def standing_refusal(self) -> Overloaded | None:
-        """See `Admission.standing_refusal`: a flood is turned away before its requests are parsed."""
-        return self._admission.standing_refusal(self._clock())
+        """See `StandingRefusal`."""
+        return self._admission.standing.get(self._clock())
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""
         golden = self.model.golden
         self._admit(len(golden.rows))
-        with self._accepted():
+        with self._accepted:
             embedded = await self.embed_ids(golden.rows, self._clock(), weight=_VALIDATION_WEIGHT)
         live = embedded.vectors.astype(np.float64)
         scale = np.linalg.norm(live, axis=1) * np.linalg.norm(golden.embeddings.astype(np.float64), axis=1)
         cosines: NDArray[np.float64] = (live * golden.embeddings).sum(axis=1) / np.maximum(scale, np.finfo(float).tiny)
         return cosines
-
-    async def _tokenise(self, request: EmbedRequest) -> list[Ids]:
-        """Ids of the texts, inline when that is quick, else in a thread so that the loop stays free."""
-        texts = request.texts
-        if request.prompt is not None:
-            prefix = self._prompt(request.prompt)
-            texts = [prefix + text for text in texts]
-        tokenizer = self.model.tokenizer
-        if len(texts) <= _INLINE_TEXTS and sum(map(len, texts)) <= _INLINE_CHARS:
-            return tokenizer.encode(texts, request.truncate, request.param, request.truncate_left)
-        self._num_tokenising += len(texts)
-        try:
-            rows = await self._loop.run_in_executor(
-                self._tokenizer_thread,
-                tokenizer.encode,
-                texts,
-                request.truncate,
-                request.param,
-                request.truncate_left,
-            )
-        finally:
-            self._num_tokenising -= len(texts)
-        self._admit(len(texts))  # others may have filled the queue meanwhile
-        return rows
-
-    def _prompt(self, name: str) -> str:
-        prompts = self.model.manifest.prompts
-        if name not in prompts:
-            raise InvalidRequest(f"the model has no such prompt, it has {sorted(prompts)}", "prompt")
-        return prompts[name]
 
     def _deliver_threadsafe(self, outcome: Outcome) -> None:
         try:
@@ -330,7 +255,7 @@ class EmbeddingService:
 
     def _deliver(self, outcome: Outcome) -> None:
         """Hand the rows of a batch to their requests."""
-        self._admission.reconsider()
+        self._admission.standing.drop()
         self._runner.prefetch()
         batch, vectors, failures = outcome.batch, outcome.vectors, outcome.failures
         oldest = batch.formed_at
@@ -367,7 +292,7 @@ class EmbeddingService:
             elif age < _PATROL_SECONDS:
                 break  # those behind it are younger still
             elif waiting.watcher is None and waiting.receive is not None:
-                waiting.watcher = self._loop.create_task(_watch(waiting.receive, waiting.request))
+                waiting.watcher = self._loop.create_task(watch_client(waiting.receive, waiting.request.fail))
         if self._waiting or self._runner.is_busy:  # a run that hangs may have no client left
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
 
@@ -379,18 +304,3 @@ def _batch_limits(settings: BatchingSettings) -> Limits:
         settings.max_wait_time_ms / 1000,
         max_run_seconds=_RUN_SHARE * settings.latency_objective_ms / 1000 if settings.adaptive else math.inf,
     )
-
-
-async def _watch(receive: Receive, request: Request) -> None:
-    """Give the request up when its client hangs up."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    request.fail(ClientGone())
-
-
-def shorten(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
-    """The first `dimensions` values of each vector, scaled to unit length again."""
-    cut = np.ascontiguousarray(vectors[:, :dimensions])
-    norms = np.linalg.norm(cut, axis=1, keepdims=True)
-    shortened: NDArray[np.float32] = cut / np.maximum(norms, np.finfo(np.float32).tiny)
-    return shortened

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from registry.manifest import SafeName
@@ -73,7 +74,9 @@ class BatchingSettings(_Section):
 class LimitsSettings(_Section):
     """`[embedding.limits]`: what a client may send, how slowly, and how many clients there may be."""
 
-    max_connections: int = Field(default=1024, ge=1, description="open connections; one more gets 503 and is closed")
+    max_connections: int = Field(
+        default=1024, ge=1, description="open connections of a process; one more gets 503 and is closed"
+    )
     max_header_bytes: int = Field(
         default=16_384, ge=1024, le=1_048_576, description="request line and headers; more get 431"
     )
@@ -211,6 +214,12 @@ class Settings(_Section):
     )
     request_timeout_seconds: float = Field(default=30, gt=0, description="a request older than this gets 504")
     cache_bytes: int = Field(default=0, ge=0, description="memory for vectors of texts seen before, per model; 0: none")
+    http_processes: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="processes for HTTP and tokenising beside the one that runs the engine; 0: it does that itself",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe line to log"
     )
@@ -223,3 +232,12 @@ class Settings(_Section):
     custom_kernels: CustomKernelsSettings = CustomKernelsSettings()
     traffic: TrafficSettings = TrafficSettings()
     security: SecuritySettings = SecuritySettings()
+
+
+def dump_settings(settings: Settings) -> bytes:
+    """Settings as JSON, of which `Settings.model_validate_json` makes the same; secrets are in the clear."""
+    return orjson.dumps(settings.model_dump(), default=_show)
+
+
+def _show(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)

@@ -35,10 +35,19 @@ class TextTokenizer:
         if not path.is_file():
             raise BundleRejected(f"{folder} holds no {TOKENIZER_NAME}")
         try:
-            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"), max_length)
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleRejected(f"{path} cannot be read as a tokenizer: {error}") from None
-        return cls(tokenizer, max_length)
+
+    @classmethod
+    def from_json(cls, text: str, max_length: int) -> "TextTokenizer":
+        """Load what `tokenizer.json` holds. Raises Exception, as tokenizers does, when it cannot be read."""
+        return cls(Tokenizer.from_str(text), max_length)
+
+    def to_json(self) -> str:
+        """What `from_json` makes the same tokenizer of."""
+        text: str = self._tokenizer.to_str()
+        return text
 
     @property
     def vocabulary_size(self) -> int:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import ConfigInvalid
-from serving.models import LoadedModel
-from serving.service import Embedded, EmbedRequest
 from serving.settings import TracingSettings
+from serving.texts import Embedded, EmbedRequest, TextModel
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -106,7 +105,7 @@ class RequestTrace:
         context = self._span.get_span_context()
         return b"00-%032x-%016x-%02x" % (context.trace_id, context.span_id, context.trace_flags)
 
-    def add_answer(self, request: EmbedRequest, model: LoadedModel, embedded: Embedded) -> None:
+    def add_answer(self, request: EmbedRequest, model: TextModel, embedded: Embedded) -> None:
         """Say what was embedded, by numbers only; called as soon as the vectors are there."""
         if not self._span.is_recording():
             return

@@ -4,23 +4,21 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 from registry.manifest import Manifest
 from serving.autotune import Choice
-from serving.errors import ChangeRefused, ConfigInvalid, LoadFailed, ModelNotFound, NotReady, RequestError, ServingError
+from serving.errors import ChangeRefused, ConfigInvalid, LoadFailed, NotReady, RequestError, ServingError
 from serving.gpus import find_gpus
 from serving.metrics import Metrics
 from serving.models import LoadedModel, load_model
 from serving.priority import low_priority
+from serving.served import Served
 from serving.service import EmbeddingService
 from serving.settings import ModelSource, Settings
 from serving.sources import fingerprint, locate_bundle
-from serving.traffic import read_routing
 from serving.versions import ModelVersions
 from serving.watch import Watcher
-
-Phase = Literal["loading", "serving", "draining", "closed"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,20 +34,39 @@ class Change:
     retired: tuple[str, ...] = ()
 
 
-class Worker:
+class Audience(Protocol):
+    """Others who send requests to the worker's services: told of each change, asked before a version is freed."""
+
+    async def announce(self) -> None:
+        """Return when new requests go by what is served now."""
+        ...
+
+    async def released(self, service: EmbeddingService) -> None:
+        """Return when no request will come to `service` any more."""
+        ...
+
+
+class Nobody:
+    """No others: what the worker does is known at once."""
+
+    async def announce(self) -> None:
+        """See `Audience`."""
+
+    async def released(self, service: EmbeddingService) -> None:
+        """See `Audience`."""
+
+
+class Worker(Served[EmbeddingService]):
     """Models by name. Whatever changes them needs a running event loop, one change at a time; requests never wait."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.metrics = Metrics()
+        super().__init__(settings)
+        self.metrics: Metrics = Metrics()
         self.metrics.watch_gpus(find_gpus())
-        self.models: dict[str, ModelVersions] = {}
-        self.default: str | None = None
-        self.phase: Phase = "loading"
+        self.audience: Audience = Nobody()
         self._changing = asyncio.Lock()
         self._retiring: dict[EmbeddingService, asyncio.Task[None]] = {}
         self._watching: asyncio.Task[None] | None = None
-        self._key_header = settings.traffic.key_header.encode()
 
     async def load(self) -> None:
         """Load what is configured, then serve; a model is served as soon as it is loaded.
@@ -61,6 +78,7 @@ class Worker:
             handled = await asyncio.to_thread(fingerprint, source.path)
             model = await self._open(source)
             self._add_first(model)
+            await self.audience.announce()
             watcher.follow(source, model.name, handled)
         self._apply_settings()
         if self.phase == "loading":
@@ -74,37 +92,15 @@ class Worker:
         if self.phase == "loading":
             self.phase = "serving"
 
-    def resolve(self, name: str | None, headers: Iterable[tuple[bytes, bytes]] = ()) -> EmbeddingService:
-        """The service that answers a request for a model, the default's for None.
-
-        `headers` (lower-case names) may ask for a version or name a key to stick to. Raises NotReady or ModelNotFound.
-        """
-        if self.phase == "closed":
-            raise NotReady("the worker is shutting down")
-        return self.find(name or self.default or "").choose(*read_routing(headers, self._key_header))
-
-    @property
-    def sole_service(self) -> EmbeddingService | None:
-        """The service that answers whatever is asked; None where there are several, or none any more."""
-        services = self.services
-        return services[0] if len(services) == 1 and self.phase != "closed" else None
-
-    def find(self, name: str) -> ModelVersions:
-        """The versions of a model. Raises ModelNotFound, or NotReady while the model may yet be loaded."""
-        model = self.models.get(name)
-        if model is not None:
-            return model
-        if self.phase == "loading":
-            raise NotReady("the worker is loading its models")
-        raise ModelNotFound(f"no such model, this worker serves {_list(self.models)}", "model")
-
     async def add_version(self, source: ModelSource) -> Change:
         """Load a bundle and serve it: a new model answers at once, a new version of one when it is given a weight.
 
         A bundle that is served already changes nothing. Raises LoadFailed or NotReady.
         """
         async with self._changing:
-            return await self._bring(source)
+            change = await self._bring(source)
+            await self.audience.announce()
+            return change
 
     async def swap(self, source: ModelSource, expected_model: str | None = None) -> Change:
         """Load a bundle and let it answer every new request of its model; the other versions answer theirs and go.
@@ -120,6 +116,7 @@ class Worker:
                 return change
             self._retire(versions, gone)
             self.metrics.count_swap(change.model, change.version)
+            await self.audience.announce()
             retired = tuple(service.model.manifest.version for service in gone)
             _log.info("swapped model=%s version=%s retired=%s", change.model, change.version, _list(retired) or "none")
             return Change(change.model, change.version, change.digest, change.is_new, retired)
@@ -148,6 +145,7 @@ class Worker:
                         f"no other version of {name} has a weight: give one a weight", "version"
                     ) from None
             self._retire(versions, gone)
+            await self.audience.announce()
             return tuple(service.model.manifest.version for service in gone)
 
     def set_weights(self, name: str, weights: Mapping[str, float]) -> Mapping[str, float]:
@@ -159,11 +157,6 @@ class Worker:
         versions.set_weights(weights)
         self._show_weights(versions)
         return versions.weights
-
-    @property
-    def services(self) -> list[EmbeddingService]:
-        """Everything that is given requests."""
-        return [service for model in self.models.values() for service in model.services.values()]
 
     @property
     def draining(self) -> list[EmbeddingService]:
@@ -179,11 +172,6 @@ class Worker:
     def is_healthy(self) -> bool:
         """Whether every engine's thread is alive and answers in time."""
         return all(service.is_healthy() for service in self.services)
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether connections should be closed after their answer."""
-        return self.phase in ("draining", "closed")
 
     def is_model_ready(self, name: str) -> bool:
         """Whether new requests for one model are welcome: it may be served while others still load.
@@ -290,7 +278,7 @@ class Worker:
         self._show_weights(versions)
         return service
 
-    def _retire(self, versions: ModelVersions, gone: Iterable[EmbeddingService]) -> None:
+    def _retire(self, versions: ModelVersions[EmbeddingService], gone: Iterable[EmbeddingService]) -> None:
         """Let services answer what they accepted, then free them; nothing waits for that."""
         is_served = self.models.get(versions.name) is versions
         for service in gone:
@@ -305,12 +293,13 @@ class Worker:
 
     async def _finish(self, service: EmbeddingService) -> None:
         try:
+            await self.audience.released(service)
             await service.retire()
         finally:
             del self._retiring[service]
         _log.info("freed model=%s version=%s", service.model.name, service.model.manifest.version)
 
-    def _show_weights(self, versions: ModelVersions) -> None:
+    def _show_weights(self, versions: ModelVersions[EmbeddingService]) -> None:
         for version, service in versions.services.items():
             service.metrics.set_weight(versions.weights[version])
 

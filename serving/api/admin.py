@@ -21,7 +21,7 @@ from serving.settings import ModelSource
 from serving.sources import find_bundle
 from serving.worker import Change, Worker
 
-_MAX_BODY_BYTES = 65_536
+MAX_BODY_BYTES = 65_536
 
 
 Body = TypeVar("Body", bound=AdminRequest)
@@ -69,6 +69,7 @@ class AdminEndpoints:
         """Set the weights of a model's versions."""
         asked = await _read(request, TrafficRequest)
         weights = self._worker.set_weights(asked.model, asked.weights)
+        await self._worker.audience.announce()
         return _json({"model": asked.model, "weights": dict(weights)})
 
     def _find_source(self, asked: BundleRequest) -> ModelSource:
@@ -85,7 +86,7 @@ def configured_name(source: ModelSource) -> str:
 
 
 async def _read(request: Request, kind: type[Body]) -> Body:
-    data = await read_body(request.scope, request.receive, _MAX_BODY_BYTES)
+    data = await read_body(request.scope, request.receive, MAX_BODY_BYTES)
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from starlette.types import Message, Receive, Scope, Send
@@ -22,16 +23,15 @@ from serving.api.responses import (
     to_serving_error,
 )
 from serving.errors import BodyTooLarge, ClientGone, NotReady, UnsupportedEncoding
-from serving.models import LoadedModel
-from serving.request_log import Origin, RequestLog
-from serving.service import Embedded, EmbeddingService, EmbedRequest
+from serving.request_log import Origin, TextLog
+from serving.served import Served
+from serving.texts import Embedded, EmbedRequest, Service, TextModel
 from serving.tracing import TRACEPARENT, RequestTrace, Tracer, find_traceparent, parse_traceparent
 from serving.traffic import VERSION_HEADER
-from serving.worker import Worker
 
 Parse = Callable[[bytes, TextLimits], EmbedRequest]
 # The answer's pieces; the last argument is when the request began, on `time.perf_counter`.
-Render = Callable[[EmbedRequest, LoadedModel, Embedded, float], Awaitable[list[bytes]]]
+Render = Callable[[EmbedRequest, TextModel, Embedded, float], Awaitable[list[bytes]]]
 
 _CLIENT_GONE_STATUS = 499
 
@@ -40,7 +40,7 @@ _CLIENT_GONE_STATUS = 499
 class Observers:
     """Who hears of a request beside the metrics; both are off by default."""
 
-    request_log: RequestLog | None = None
+    request_log: TextLog | None = None
     tracer: Tracer | None = None
 
 
@@ -57,7 +57,7 @@ class Dialect:
 class EmbeddingsEndpoint:
     """A plain ASGI endpoint: body in, vectors out, nothing between that a request can do without."""
 
-    def __init__(self, worker: Worker, dialect: Dialect, observers: Observers) -> None:
+    def __init__(self, worker: Served[Any], dialect: Dialect, observers: Observers) -> None:
         self._worker, self._dialect, self._observers = worker, dialect, observers
         limits = worker.settings.limits
         self._max_body_bytes = limits.max_body_bytes
@@ -66,7 +66,7 @@ class EmbeddingsEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         started = time.perf_counter()
-        service: EmbeddingService | None = None
+        service: Service | None = None
         headers, trace = self._begin_trace(scope)
         if self._worker.is_leaving:
             headers.append(CLOSE)
@@ -113,9 +113,7 @@ class EmbeddingsEndpoint:
             return [(TRACEPARENT, trace.traceparent)], trace
         return ([] if value is None or parent is None else [(TRACEPARENT, value)]), None
 
-    def _count_failure(
-        self, service: EmbeddingService | None, trace: RequestTrace | None, status: int, code: str
-    ) -> None:
+    def _count_failure(self, service: Service | None, trace: RequestTrace | None, status: int, code: str) -> None:
         if service is None:
             self._worker.metrics.count_refusal(status, code)
         else:
@@ -123,9 +121,7 @@ class EmbeddingsEndpoint:
         if trace is not None:
             trace.end(status, code)
 
-    def _observe(
-        self, request: EmbedRequest, model: LoadedModel, embedded: Embedded, trace: RequestTrace | None
-    ) -> None:
+    def _observe(self, request: EmbedRequest, model: TextModel, embedded: Embedded, trace: RequestTrace | None) -> None:
         if trace is not None:
             trace.end(200)
         if self._observers.request_log is not None:
@@ -180,7 +176,7 @@ def _too_large(size: int, limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body has {size} bytes or more, limit {limit}")
 
 
-async def render_native(request: EmbedRequest, model: LoadedModel, embedded: Embedded, started: float) -> list[bytes]:
+async def render_native(request: EmbedRequest, model: TextModel, embedded: Embedded, started: float) -> list[bytes]:
     """The answer of `POST /api/v1/embed`."""
     vectors = embedded.vectors
     if request.is_single:
@@ -197,7 +193,7 @@ async def render_native(request: EmbedRequest, model: LoadedModel, embedded: Emb
     return _join([*pieces, b"," + orjson.dumps(tail)[1:]])
 
 
-async def render_openai(request: EmbedRequest, model: LoadedModel, embedded: Embedded, started: float) -> list[bytes]:
+async def render_openai(request: EmbedRequest, model: TextModel, embedded: Embedded, started: float) -> list[bytes]:
     """The answer of `POST /v1/embeddings`."""
 
     def wrap(index: int, row: bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from serving.errors import InputTooLong, InvalidRequest
-from serving.service import EmbedRequest
+from serving.texts import EmbedRequest
 
 Fields = Mapping[str, dict[str, Any]]
 

@@ -153,7 +153,7 @@ def describe_version(
     }
 
 
-def _openai_model(versions: ModelVersions) -> dict[str, Any]:
+def _openai_model(versions: ModelVersions[EmbeddingService]) -> dict[str, Any]:
     created = int(versions.main.model.manifest.created_at.timestamp())
     listed = [
         {"version": version, "weight": versions.weights[version], "state": "serving"} for version in versions.services

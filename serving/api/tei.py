@@ -15,8 +15,8 @@ from serving.errors import (
     ServingError,
 )
 from serving.models import LoadedModel
-from serving.service import Embedded, EmbedRequest
 from serving.settings import Settings
+from serving.texts import Embedded, EmbedRequest, TextModel
 
 EMBED_PATH, INFO_PATH = "/embed", "/info"
 ERROR_TYPES = ("Unhealthy", "Backend", "Overloaded", "Validation")
@@ -37,7 +37,7 @@ def tei_error(error: ServingError) -> tuple[int, dict[str, Any]]:
     return status, {"error": str(error), "error_type": kind}
 
 
-async def render_tei(request: EmbedRequest, model: LoadedModel, embedded: Embedded, started: float) -> list[bytes]:
+async def render_tei(request: EmbedRequest, model: TextModel, embedded: Embedded, started: float) -> list[bytes]:
     """The answer of `POST /embed`: a list of vectors, even for one text."""
     return [b"[", *await render_vectors(embedded.vectors, as_base64=False), b"]"]
 

@@ -80,13 +80,14 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def serve(settings: Settings, prepared: LoadedModel) -> Iterator[tuple[str, WorkerServer]]:
     """A real server in a thread; yields its base URL and itself once it is ready."""
     listener = bind(settings)
+    url = base_url(listener, is_tls=settings.tls.certificate is not None)
     ready = threading.Event()
     server = WorkerServer(PreparedWorker(settings, prepared), ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
-        assert ready.wait(10)
-        yield base_url(listener, is_tls=settings.tls.certificate is not None), server
+        assert ready.wait(30)
+        yield url, server
     finally:
         server.should_exit = True
         thread.join(20)

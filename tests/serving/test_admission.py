@@ -27,24 +27,24 @@ def test_admission_refuses_at_a_full_queue_whatever_the_wait() -> None:
 
 def test_refusal_for_the_wait_stands_until_a_run_ends_or_two_milliseconds_are_over() -> None:
     admission = Admission(objective_seconds=0.5)
-    assert admission.standing_refusal(now=10.0) is None
+    assert admission.standing.get(now=10.0) is None
     with pytest.raises(Overloaded) as raised:
         admission.check(backlog(3.0), now=10.0)
-    standing = admission.standing_refusal(now=10.0019)
+    standing = admission.standing.get(now=10.0019)
     assert standing is not None
     assert (str(standing), standing.retry_after_seconds) == (str(raised.value), 3)
-    assert admission.standing_refusal(now=10.0021) is None
+    assert admission.standing.get(now=10.0021) is None
     with pytest.raises(Overloaded):
         admission.check(backlog(3.0), now=11.0)
-    admission.reconsider()
-    assert admission.standing_refusal(now=11.0) is None
+    admission.standing.drop()
+    assert admission.standing.get(now=11.0) is None
 
 
 def test_full_queue_of_one_kind_of_request_turns_nobody_else_away() -> None:
     admission = Admission(objective_seconds=0.5)
     with pytest.raises(Overloaded, match="the queue is full"):
         admission.check(backlog(3.0, is_full=True), now=10.0)
-    assert admission.standing_refusal(now=10.0) is None
+    assert admission.standing.get(now=10.0) is None
 
 
 @pytest.mark.parametrize(("wait", "retry_after"), [(0.9, 1), (1.5, 2), (9.0, 9)])

@@ -68,7 +68,7 @@ def test_flood_is_turned_away_before_its_requests_are_parsed(bundle: Path, model
         version = model.manifest.version
         line = f'akidb_embed_requests_total{{model="tiny",model_version="{version}",status="429"}} 1.0'
         assert metric(url, line)
-        service._admission.reconsider()
+        service._admission.standing.drop()
         assert httpx.post(f"{url}/api/v1/embed", content=b"not JSON").status_code == 400
 
 

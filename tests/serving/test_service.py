@@ -20,7 +20,8 @@ from serving.errors import (
 from serving.latency_model import Run
 from serving.metrics import Metrics
 from serving.models import LoadedModel
-from serving.service import EmbeddingService, EmbedRequest, shorten
+from serving.service import EmbeddingService
+from serving.texts import EmbedRequest, shorten
 from tests.bundles import WORDS
 from tests.serving.conftest import keep_open, make_settings, with_engine
 from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, raise_on

@@ -98,14 +98,16 @@ def collect() -> Iterator[Collector]:
         thread.join()
 
 
-def spans_of(bundle: Path, *requests: dict[str, Any], **tracing: Any) -> tuple[list[Any], list[httpx.Response], bytes]:
+def spans_of(
+    bundle: Path, *requests: dict[str, Any], http_processes: int = 0, **tracing: Any
+) -> tuple[list[Any], list[httpx.Response], bytes]:
     """Spans a collector got from a worker that answered `requests` to its native API."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is not installed")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     with collect() as collector:
         endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-        settings = make_settings(bundle, tracing={"endpoint": endpoint, **tracing})
+        settings = make_settings(bundle, http_processes=http_processes, tracing={"endpoint": endpoint, **tracing})
         with serve(settings, load_model(ModelSource(path=bundle))) as (url, _):
             answers = [httpx.post(f"{url}/api/v1/embed", **request) for request in requests]
     batches = [ExportTraceServiceRequest.FromString(body) for body in collector.bodies]
@@ -113,9 +115,10 @@ def spans_of(bundle: Path, *requests: dict[str, Any], **tracing: Any) -> tuple[l
     return [span for scope in scopes for span in scope.spans], answers, b"".join(collector.bodies)
 
 
-def test_collector_gets_a_request_with_its_phases(bundle: Path) -> None:
+@pytest.mark.parametrize("http_processes", [0, 2])
+def test_collector_gets_a_request_with_its_phases(bundle: Path, http_processes: int) -> None:
     request = {"json": {"texts": ["red cat", "dog"]}, "headers": {"traceparent": SAMPLED}}
-    spans, (answer,), sent = spans_of(bundle, request)
+    spans, (answer,), sent = spans_of(bundle, request, http_processes=http_processes)
     named = {span.name: span for span in spans}
     assert named.keys() == {"POST /api/v1/embed", "tokenize", "queue", "engine"}
     root = named.pop("POST /api/v1/embed")

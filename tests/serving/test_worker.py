@@ -15,8 +15,9 @@ from serving.app import create_app
 from serving.autotune import Choice
 from serving.errors import ChangeRefused, ConfigInvalid, InvalidRequest, LoadFailed, ModelNotFound, NotReady
 from serving.models import LoadedModel, load_model
-from serving.service import EmbeddingService, EmbedRequest
+from serving.service import EmbeddingService
 from serving.settings import ModelSource
+from serving.texts import EmbedRequest
 from serving.worker import Worker
 from tests.serving.conftest import make_settings, with_engine
 from tests.serving.engines import HeldEngine
