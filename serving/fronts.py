@@ -79,7 +79,8 @@ class Fronts:
         """Start a front for each share of the port of `listener`."""
         self._listeners = share_port(listener, self._worker.settings.http_processes)
         for each in self._listeners:
-            await self._spawn(each)
+            if not self._is_closing:
+                await self._spawn(each)
 
     def check_started(self) -> None:
         """Raises InternalError unless every front serves."""
@@ -190,14 +191,13 @@ class Fronts:
         """Raises OSError."""
         ours, theirs = socket.socketpair()
         try:
-            process = _start(listener, theirs, len(self._listeners))
-        except OSError:
+            link = FrontLink(self, _start(listener, theirs, len(self._listeners)), listener)
+            await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
+        except BaseException:  # cancelled, too: without its stream a front ends by itself
             ours.close()
             raise
         finally:
             theirs.close()
-        link = FrontLink(self, process, listener)
-        await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
 
     def greet(self, link: FrontLink) -> None:
         """Tell a front all that it has to know."""
