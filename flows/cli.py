@@ -204,7 +204,7 @@ def profile(
     Without a GPU the plain-PyTorch twin of the kernels is profiled on the CPU.
     """
     make_state_folder()
-    from flows.profile import as_table, profile_source  # noqa: PLC0415  --help and completion stay fast
+    from flows.profiling import as_table, profile_source  # noqa: PLC0415  --help and completion stay fast
     from tasks.state import state_dir  # noqa: PLC0415
 
     profiled = profile_source(source, batch, trace or state_dir() / "profile.json", compute)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
@@ -122,3 +123,8 @@ def test_contract_lock_pins_every_requirement() -> None:
     pinned = {normal(line.partition("==")[0]) for line in lines}
     assert len(pinned) == len(lines)
     assert names - pinned == set()
+
+
+def test_no_module_of_flows_hides_one_of_the_standard_library() -> None:
+    # Prefect's workers load a deployment's flow as a file, with its folder before everything else on the path.
+    assert not {path.stem for path in sources("flows")} & sys.stdlib_module_names - {"__init__"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.profile import as_table, profile_source
+from flows.profiling import as_table, profile_source
 from serving.engines.bert import BertConfig
 from tasks.errors import ProfileInvalid
 from tasks.measurement.profile import Ceilings, Span, Work, count_work, read_spans, summarise
