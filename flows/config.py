@@ -58,7 +58,8 @@ class OptimizeConfig(BaseModel):
         min_length=1,
         description="which variants to build: "
         + ", ".join((*VARIANTS, *KERNEL_VARIANTS))
-        + ", or a recipe's name; the last two need a GPU and are built by default where there is one",
+        + ", or a recipe's name; those of cuda need a GPU and are built by default where there is one, and "
+        + "int8-avx512 needs AVX-512 VNNI",
     )
     recipe: tuple[Recipe, ...] = Field(
         default=(), description="variants of your own: [[optimize.recipe]] with name, build and steps"

@@ -78,7 +78,11 @@ def _avx512_engine() -> Finding:
     brings = "8-bit integers on kernels of our own: the int8-avx512 variant"
     problem = find_problem()
     return Finding(
-        "AVX-512 engine", problem is None, problem or "compiled, and the processor has it", brings, "see there"
+        "AVX-512 engine",
+        problem is None,
+        problem or "compiled, and the processor has it",
+        brings,
+        "what it says, or another variant",
     )
 
 

@@ -158,16 +158,18 @@ static void score(const float *const *q, const float *keys, int d, int pad, floa
     }
 }
 
+INLINE __mmask16 first_lanes(int n) { return n >= LANES ? 0xffff : n > 0 ? (__mmask16)((1u << n) - 1) : 0; }
+
 /* Turn a row of scores into weights, zero behind `len`; returns one over their sum. */
 static float softmax(float *p, int len, int pad) {
     __m512 top = splat(-INFINITY), sum = _mm512_setzero_ps();
     for (int j = 0; j < pad; j += LANES) {
-        __mmask16 live = len - j >= LANES ? 0xffff : len > j ? (__mmask16)((1u << (len - j)) - 1) : 0;
+        __mmask16 live = first_lanes(len - j);
         top = _mm512_mask_max_ps(top, live, top, _mm512_loadu_ps(p + j));
     }
     top = splat(_mm512_reduce_max_ps(top));
     for (int j = 0; j < pad; j += LANES) {
-        __mmask16 live = len - j >= LANES ? 0xffff : len > j ? (__mmask16)((1u << (len - j)) - 1) : 0;
+        __mmask16 live = first_lanes(len - j);
         __m512 e = _mm512_maskz_mov_ps(live, exponential(_mm512_sub_ps(_mm512_loadu_ps(p + j), top)));
         sum = _mm512_add_ps(sum, e);
         _mm512_storeu_ps(p + j, e);
