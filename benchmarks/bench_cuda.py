@@ -24,7 +24,7 @@ import triton
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
-from benchmarks.rows import append_rows, make_row
+from benchmarks.rows import append_rows, make_row, print_rows
 from benchmarks.torch_baseline import TorchEncoder, pad, pad_sorted
 from serving.engines.bert import AMAX_NAME, Packed, load_weights, read_config
 from serving.engines.cuda import CudaEngine
@@ -73,6 +73,7 @@ def main() -> int:
             rows += _quality_rows(arguments.minilm, about)
     _print_table(rows)
     append_rows("cuda", rows, arguments.out)
+    print_rows(rows)
     return 0
 
 

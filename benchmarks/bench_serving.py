@@ -95,10 +95,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(render_table(rows))
-    if arguments.no_rows:
-        print_rows(rows)
-    else:
+    if not arguments.no_rows:
         append_rows("serving", rows)
+    print_rows(rows)
     return 0
 
 

@@ -10,10 +10,12 @@ import argparse
 import gzip
 import shlex
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import append_rows, make_row
+from benchmarks.rows import append_rows, make_row, print_rows
 from flows.environment import make_state_folder, prepare_environment
 from tasks.state import state_dir
 
@@ -48,13 +50,23 @@ def main() -> int:
     rows = [row for judged in outcome.study.judged for row in quality_rows(judged, common)]
     if not arguments.quality_only:
         rows += [row for judged in outcome.study.judged for row in speed_rows(judged, outcome.study.speeds, common)]
-    if arguments.data:
-        rows += retrieval_rows(outcome.study, arguments.data / "retrieval" / "scifact", common)
     made_of = {judged.name: describe_making(judged, outcome, arguments) for judged in outcome.study.judged}
-    for row in rows:
-        row["config"] = row["config"] | made_of[row["case"]]
-    append_rows(_BENCH, rows, arguments.out)
+    stages: Iterable[list[dict[str, Any]]] = [rows]
+    if arguments.data:
+        stages = chain(stages, retrieval_rows(outcome.study, arguments.data / "retrieval" / "scifact", common))
+    print_rows(list(_keep(stages, made_of, arguments.out)))
     return 0
+
+
+def _keep(
+    stages: Iterable[list[dict[str, Any]]], made_of: dict[str, Any], out: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Append the rows of each stage once it is done: a run that is ended keeps what it measured."""
+    for rows in stages:
+        for row in rows:
+            row["config"] = row["config"] | made_of[row["case"]]
+        append_rows(_BENCH, rows, out)
+        yield from rows
 
 
 def describe_making(judged: Any, outcome: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -121,8 +133,8 @@ def speed_rows(judged: Any, speeds: Any, common: dict[str, Any]) -> list[dict[st
     ]  # fmt: skip
 
 
-def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every candidate on a BEIR folder: alone, and its queries on the index that the teacher embedded (`cross_`)."""
+def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Each candidate on a BEIR folder: alone, and its queries on the index that the teacher embedded (`cross_`)."""
     from tasks.corpus import read_beir  # noqa: PLC0415
     from tasks.evaluate import compare_retrieval, open_candidate  # noqa: PLC0415
     from tasks.models.teacher import open_teacher  # noqa: PLC0415
@@ -136,18 +148,18 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> list[dic
             return {name: encode(texts, advance) for name, texts in sets.items()}
 
     teacher = embed("teacher", open_teacher(study.teacher.folder))
-    rows = []
     for judged in study.judged:
         encode, engine = open_candidate(judged.candidate, is_exact=judged.candidate.variant.is_qdq)
         metrics = compare_retrieval(embed(judged.name, encode), teacher, retrieval)
         engine.close()
+        rows = []
         for metric in ("ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"):
             found, base = metrics[metric], metrics[metric].value / (1 - metrics[f"{metric}_loss"].value)
             more = {**common, "config": {**common["config"], "judged_on": folder.name}, "baseline_value": base}
             rows.append(
                 make_row(_BENCH, judged.name, metric, "share", found.value, low=found.low, high=found.high, **more)
             )
-    return rows
+        yield rows
 
 
 if __name__ == "__main__":

@@ -36,12 +36,11 @@ def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extr
 
 
 def append_rows(bench: str, rows: list[dict[str, Any]], out: Path | None = None) -> Path:
-    """Append `rows` to results/<bench>.jsonl (or `out`) and print them as the last line of stdout."""
+    """Append `rows` to results/<bench>.jsonl, or to `out`; returns the path."""
     path = out or RESULTS / f"{bench}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-    print_rows(rows)
     return path
 
 

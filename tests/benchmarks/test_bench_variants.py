@@ -49,7 +49,7 @@ def test_bench_variants_rows_say_what_makes_them_again(forge: Forge, tmp_path: P
 def test_bench_variants_judges_every_candidate_on_a_beir_folder(forge: Forge) -> None:
     folder = forge.study.corpus.folder / "retrieval"
     study = forge.study.model_copy(update={"judged": forge.study.judged[:1]})
-    rows = {row["metric"]: row for row in retrieval_rows(study, folder, COMMON)}
+    rows = {row["metric"]: row for row in next(retrieval_rows(study, folder, COMMON))}
     assert rows.keys() == {"ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"}
     expected = study.judged[0].quality
     for metric, row in rows.items():
