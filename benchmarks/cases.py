@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from benchmarks.clients import Target
 from benchmarks.load import (
     LoadResult,
-    Target,
     constant_arrivals,
     join_results,
     poisson_arrivals,

@@ -19,6 +19,8 @@ _HEADROOM = 0.85
 _ADVISED_SHARE = 0.5
 # A refusal stands this long unless a run ends: by no more can the wait it speaks of have shrunk.
 _STANDING_SECONDS = 0.002
+# After a refusal for the wait others are likely for this long.
+_FLOOD_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,8 @@ class StandingRefusal:
         self._refusal = None
 
     def get(self, now: float) -> Overloaded | None:
-        """Why the next request is refused, whatever it asks; None: look at it."""
-        if self._refusal is None or now >= self._until:
-            return None
-        return Overloaded(str(self._refusal), self._refusal.retry_after_seconds)
+        """Why the next request is refused, whatever it asks, the same object as long as it stands; None: look at it."""
+        return self._refusal if now < self._until else None
 
 
 class Admission:
@@ -61,6 +61,11 @@ class Admission:
         self._objective_seconds = objective_seconds
         self._tail = Quantile(0.95, start=1.25, low=0.5, high=4.0)
         self.standing = StandingRefusal()
+        self._flooded_until = 0.0
+
+    def is_flooded(self, now: float) -> bool:
+        """Whether requests were refused for the wait just now, so that it pays to look at the next ones unread."""
+        return now < self._flooded_until
 
     @property
     def max_wait_seconds(self) -> float:
@@ -86,6 +91,7 @@ class Admission:
         )
         if not backlog.is_full:  # that one kind of request fills its queue says nothing about the other
             self.standing.hold(refusal, now)
+            self._flooded_until = now + _FLOOD_SECONDS
         raise refusal
 
     @staticmethod

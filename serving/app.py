@@ -1,6 +1,6 @@
 """The ASGI application: routes, and the edge where every exception becomes an error object."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.routing import Route, Router
@@ -17,7 +17,7 @@ from serving.served import Served
 from serving.worker import Worker
 
 
-def create_app(worker: Worker, observers: Observers | None = None) -> ASGIApp:
+def create_app(worker: Worker, observers: Observers | None = None) -> "Application":
     """The application over `worker`, which the caller loads (`worker.load()` or `worker.add(model)`) and closes.
 
     Raises ConfigInvalid for key files that cannot be used.
@@ -25,30 +25,31 @@ def create_app(worker: Worker, observers: Observers | None = None) -> ASGIApp:
     hot = _endpoints(worker, observers or Observers())
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in hot.items()]
     router = Router([*routes, *system_routes(worker), *admin_routes(worker)], redirect_slashes=False)
-    return _Application(worker, hot, router)
+    return Application(worker, hot, router)
 
 
-def create_front_app(worker: Served[Any], observers: Observers, forward: ASGIApp) -> ASGIApp:
+def create_front_app(worker: Served[Any], observers: Observers, forward: ASGIApp) -> "Application":
     """The application of a front process: embeds through `worker`, hands every other request to `forward`.
 
     Raises ConfigInvalid as `create_app` does.
     """
-    return _Application(worker, _endpoints(worker, observers), forward)
+    return Application(worker, _endpoints(worker, observers), forward)
 
 
-def _endpoints(worker: Served[Any], observers: Observers) -> dict[str, ASGIApp]:
+def _endpoints(worker: Served[Any], observers: Observers) -> dict[str, EmbeddingsEndpoint]:
     """The hot paths."""
     return {dialect.path: EmbeddingsEndpoint(worker, dialect, observers) for dialect in DIALECTS}
 
 
-class _Application:
+class Application:
     """Dispatches the hot paths itself, which saves the 10 µs a router takes, and leaves the rest to another."""
 
-    def __init__(self, worker: Served[Any], hot: Mapping[str, ASGIApp], rest: ASGIApp) -> None:
+    def __init__(self, worker: Served[Any], hot: Mapping[str, EmbeddingsEndpoint], rest: ASGIApp) -> None:
         self._worker, self._hot, self._rest = worker, hot, rest
         self._access = Access(worker.settings.security)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
             raise NotImplementedError(f"the worker speaks HTTP, not {scope['type']}")
         endpoint = self._hot.get(scope["path"])
@@ -72,6 +73,18 @@ class _Application:
         except Exception as error:  # the edge of a request: whatever happened, the client gets an error object
             headers = [(name.lower().encode(), value.encode()) for name, value in _headers(error).items()]
             await send_error(send, to_serving_error(error), headers, style)
+
+    def turn_away(self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, bytes] | None:
+        """Status and rest (headers and body, as sent) of the answer to a request refused whatever its body says.
+
+        Most of a flood is told so by its connection, which asks before the body is here. None: call the application.
+        """
+        endpoint = self._hot.get(path)
+        if endpoint is None or method != "POST" or self._worker.is_leaving:
+            return None
+        if self._access.refusal({"path": path, "headers": headers}) is not None:
+            return None
+        return endpoint.turn_away(headers)
 
 
 def _closing(send: Send) -> Send:

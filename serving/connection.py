@@ -3,16 +3,15 @@
 No timer per request: the server calls `enforce` on every connection twice a second.
 """
 
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any
 
 import httptools
-import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from serving.api.responses import describe_error
+from serving.api.responses import CLOSE, render_error, render_rest
 from serving.errors import (
-    STATUS,
     HeadersTooLarge,
     InvalidRequest,
     RequestTooSlow,
@@ -28,20 +27,27 @@ _FAREWELL_SECONDS = 1.0
 
 
 class _Stage(Enum):
-    OURS = auto()  # idle, or the worker's turn
+    OURS = auto()  # the worker's turn
+    IDLE = auto()
     HEADERS = auto()
     BODY = auto()
 
 
-_OURS, _HEADERS, _BODY = _Stage  # a member looked up on its class costs as much as all comparisons together
+# Status and rest of the answer to a request with this method, URL and headers (lower-case names) that is refused
+# whatever its body says; None: it is not.
+TurnAway = Callable[[str, str, Sequence[tuple[bytes, bytes]]], tuple[int, bytes] | None]
+
+_OURS, _IDLE, _HEADERS, _BODY = _Stage  # a member looked up on its class costs as much as all comparisons together
 
 
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol, bounded; all limits together cost a request a few microseconds."""
 
-    def __init__(self, *, limits: LimitsSettings, **uvicorn: Any) -> None:
+    def __init__(self, *, limits: LimitsSettings, turn_away: TurnAway, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
-        self._limits = limits
+        self._limits, self._turn_away = limits, turn_away
+        self._turned_away: tuple[int, bytes] | None = None  # the answer once the rest of the request is here
+        self._is_last = False
         self._stage = _OURS
         self._deadline = 0.0  # of the stage, on the loop's clock
         self._head_bytes = 0  # of the head while it is incomplete
@@ -69,8 +75,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; what it cannot parse, or what is over a limit, is refused."""
-        self._unset_keepalive_if_required()
-        if self._stage is _OURS and (self.cycle is None or self.cycle.response_complete):
+        if self._stage is _IDLE:
             self._enter(_HEADERS, self._limits.header_timeout_seconds)  # even when it is but an empty line
         stage, body_bytes = self._stage, self._body_bytes
         try:
@@ -105,22 +110,51 @@ class Connection(HttpToolsProtocol):
         """Start to answer unless there is too much of the head."""
         self._check_head(len(self.url) + sum(len(name) + len(value) for name, value in self.headers), len(self.headers))
         self._enter(_BODY, self._limits.body_timeout_seconds)
-        super().on_headers_complete()
+        if self._is_first() and self.parser.should_keep_alive():
+            # Half of what a refusal costs is the task, the scope and the messages of a request that is let in.
+            method, url = self.parser.get_method().decode("ascii"), self.url.decode("latin-1")
+            self._turned_away = self._turn_away(method, url, self.headers)
+        if self._turned_away is None:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Hand a part of the body to the request."""
         self._body_bytes += len(body)
-        super().on_body(body)
+        if self._turned_away is None:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is here: from now on it is the worker that takes time."""
         self._stage = _OURS
-        super().on_message_complete()
+        answer, self._turned_away = self._turned_away, None
+        if answer is not None:
+            self._write(*answer)
+            self.on_response_complete()
+            if self._is_last:
+                self.transport.close()
+        elif self.cycle.response_complete:  # without the body
+            self._enter(_IDLE, self._limits.keep_alive_seconds)
+        else:
+            super().on_message_complete()
+
+    def shutdown(self) -> None:
+        """Close the connection, after the answer to a request that is under way."""
+        if self._turned_away is None:
+            super().shutdown()
+        else:
+            self._is_last = True
 
     def on_response_complete(self) -> None:
-        """The answer is written, though perhaps not taken yet."""
+        """The answer is written, though perhaps not taken yet. Idle clients are the patrol's: no timer for each."""
         self._writing_since = None
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._stage is _OURS:
+            self._enter(_IDLE, self._limits.keep_alive_seconds)
 
     def enforce(self, now: float) -> None:
         """Close the connection of a client that is too slow to send its request or to take its answer."""
@@ -147,6 +181,9 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def _expire(self) -> None:
+        if self._stage is _IDLE:
+            self.transport.close()
+            return
         part, limit = "body", self._limits.body_timeout_seconds
         if self._stage is _HEADERS:
             part, limit = "headers", self._limits.header_timeout_seconds
@@ -177,16 +214,25 @@ class Connection(HttpToolsProtocol):
         """
         if self.transport.is_closing():
             return
-        if self._stage is _BODY:
+        if self._turned_away is not None:
+            can_answer = True
+        elif self._stage is _BODY:
             can_answer = not self.pipeline and not self.cycle.response_started
         else:
-            can_answer = self.cycle is None or self.cycle.response_complete
+            can_answer = self._is_first()
         if can_answer:
-            body = orjson.dumps(describe_error(error))
-            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[STATUS[type(error)]] + head + body)
+            status, headers, body = render_error(error, [CLOSE])
+            self._write(status, render_rest(headers, body))
         self._give_up()
         self.transport.close()
+
+    def _is_first(self) -> bool:
+        """Whether every request before the one that comes in is answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _write(self, status: int, rest: bytes) -> None:
+        fields = (b"%b: %b\r\n" % field for field in self.server_state.default_headers)
+        self.transport.write(b"".join([STATUS_LINE[status], *fields, rest]))
 
     def _give_up(self) -> None:
         """Tell the request that is being answered that nobody waits; uvicorn tells only the newest of a pipeline."""

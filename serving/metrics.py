@@ -155,8 +155,12 @@ class Metrics:
 
     def count_failures(self, model: str, version: str, status: int, error: str, number: int = 1) -> None:
         """Count requests that failed; `error` is the error's code."""
-        self.requests.labels(model, version, str(int(status))).inc(number)
-        self.errors.labels(error).inc(number)
+        for counter in self.failure_counters(model, version, status, error):
+            counter.inc(number)
+
+    def failure_counters(self, model: str, version: str, status: int, error: str) -> tuple[Counter, Counter]:
+        """What such a failure is counted by."""
+        return self.requests.labels(model, version, str(int(status))), self.errors.labels(error)
 
     def count_front_restart(self, cause: str) -> None:
         """Count a front process that was killed, or ended."""
@@ -202,6 +206,7 @@ class ModelMetrics:
         self._tokens = metrics._tokens.labels(model, version)
         self._shared = metrics._shared.labels(model, version)
         self._failed_texts = metrics._failed_texts.labels(model, version)
+        self._failures: dict[tuple[int, str], tuple[Counter, Counter]] = {}
         self._hits, self._misses = (metrics._cache.labels(model, version, result) for result in ("hit", "miss"))
 
     def watch_queue(self, depth: Callable[[], float], tokens: Callable[[], float]) -> None:
@@ -238,7 +243,11 @@ class ModelMetrics:
 
     def count_failure(self, status: int, error: str) -> None:
         """Count a request that failed; `error` is the error's code."""
-        self._metrics.count_failures(*self._labels, status, error)
+        counters = self._failures.get((status, error))
+        if counters is None:  # looking them up by label takes longer than all else that a refusal in a flood takes here
+            counters = self._failures[status, error] = self._metrics.failure_counters(*self._labels, status, error)
+        for counter in counters:
+            counter.inc()
 
     def count_batch(self, reason: str, size: int, num_tokens: int, padded_tokens: int, wait_seconds: float) -> None:
         """Count a batch handed to the engine."""

@@ -159,7 +159,7 @@ class RemoteService:
         self._standing.drop()
         return decode_vectors(frame.payload)
 
-    def standing_refusal(self) -> Overloaded | None:
+    def turn_away(self) -> Overloaded | None:
         """See `StandingRefusal`."""
         return self._standing.get(time.perf_counter())
 

@@ -16,10 +16,9 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from serving.api.embeddings import Observers
-from serving.app import create_app
+from serving.app import Application, create_app
 from serving.connection import Connection
 from serving.errors import ConfigInvalid, InternalError, ServingError
 from serving.fronts import Fronts
@@ -74,11 +73,11 @@ def base_url(listener: socket.socket, is_tls: bool = False) -> str:
 class HttpServer(uvicorn.Server):
     """Serves an application over HTTP or HTTPS, each client within limits of size and time."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, count_tls_reload: Callable[[str], None]) -> None:
+    def __init__(self, app: Application, settings: Settings, count_tls_reload: Callable[[str], None]) -> None:
         """Raises ConfigInvalid for a certificate that cannot be used."""
         self.settings = settings
         self._certificate = open_certificate(settings.tls, count_tls_reload, time.monotonic)
-        protocol: Any = partial(Connection, limits=settings.limits)
+        protocol: Any = partial(Connection, limits=settings.limits, turn_away=app.turn_away)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -91,7 +90,6 @@ class HttpServer(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 backlog=_BACKLOG,
-                timeout_keep_alive=settings.limits.keep_alive_seconds,
                 timeout_graceful_shutdown=max(1, int(settings.drain_seconds - settings.drain_grace_seconds)),
             )
         )

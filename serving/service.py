@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,8 @@ class EmbeddingService:
         self._accepted = Accepted()  # from the moment they come in
         self._is_freed = False
         self._waiting: dict[Request, _Waiting] = {}  # in order of arrival, so in order of deadline
+        self._num_entering = 0  # requests that `turn_away` let through and that are not in the queue yet
+        self._entering_seconds = 0.0  # that the last of them was predicted to wait
         self._patrol_timer: asyncio.TimerHandle | None = None
         metrics.watch_queue(lambda: float(len(self._queue)), lambda: float(self._queue.num_tokens))
 
@@ -228,6 +230,9 @@ class EmbeddingService:
     def _admit(self, num_texts: int) -> float:
         """Seconds until the first text of a request that arrives now is predicted to be answered. Raises Overloaded."""
         is_bulk = num_texts > 1
+        if self._num_entering and not is_bulk:  # `turn_away` has looked
+            self._num_entering -= 1
+            return self._entering_seconds
         backlog = self._runner.backlog(is_bulk, self._texts.num_tokenising if is_bulk else 0)
         self._admission.check(backlog, self._clock())
         return backlog.seconds
@@ -235,6 +240,34 @@ class EmbeddingService:
     def standing_refusal(self) -> Overloaded | None:
         """See `StandingRefusal`."""
         return self._admission.standing.get(self._clock())
+
+    def turn_away(self) -> Overloaded | None:
+        """Why a request of one text that comes now is refused, whatever it asks; None: read it.
+
+        Asked before the request's task is made. Many are read at once, before the first of them is in the queue: those
+        that were let through just now are counted as waiting.
+        """
+        now = self._clock()
+        if not self._admission.is_flooded(now):
+            return None
+        refusal = self._admission.standing.get(now)
+        if refusal is not None:
+            return refusal
+        backlog = self._runner.backlog(is_bulk=False)
+        entering_tokens = self._num_entering * backlog.tokens / max(1, backlog.size)
+        backlog = replace(backlog, seconds=backlog.seconds + self._runner.predict(entering_tokens))
+        try:
+            self._admission.check(backlog, now)
+        except Overloaded as error:
+            return error
+        if self._num_entering == 0:  # behind the tasks of all that are read now
+            self._loop.call_soon(self._loop.call_soon, self._forget_entering)
+        self._num_entering += 1
+        self._entering_seconds = backlog.seconds
+        return None
+
+    def _forget_entering(self) -> None:
+        self._num_entering = 0
 
     async def validate(self) -> NDArray[np.float64]:
         """Cosine of each reference text's live embedding with the teacher's, behind whatever clients ask for."""

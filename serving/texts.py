@@ -110,7 +110,7 @@ class Service(Protocol):
         """Vectors of the request's texts; `receive` tells of a client that hangs up. Raises as `EmbeddingService`."""
         ...
 
-    def standing_refusal(self) -> Overloaded | None:
+    def turn_away(self) -> Overloaded | None:
         """Why the next request is refused, whatever it asks."""
         ...
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,15 @@ from serving.api.responses import (
     ErrorStyle,
     error_code,
     openai_error,
+    render_error,
+    render_rest,
     render_vector,
     render_vectors,
     send_error,
     send_json,
     to_serving_error,
 )
-from serving.errors import BodyTooLarge, ClientGone, NotReady, UnsupportedEncoding
+from serving.errors import BodyTooLarge, ClientGone, NotReady, Overloaded, UnsupportedEncoding
 from serving.request_log import Origin, TextLog
 from serving.served import Served
 from serving.texts import Embedded, EmbedRequest, Service, TextModel
@@ -34,6 +36,9 @@ Parse = Callable[[bytes, TextLimits], EmbedRequest]
 Render = Callable[[EmbedRequest, TextModel, Embedded, float], Awaitable[list[bytes]]]
 
 _CLIENT_GONE_STATUS = 499
+# Headers that ask for more than to read a body of the length they say, and the digits of a length that is short.
+_NOT_PLAIN = frozenset((TRACEPARENT, b"transfer-encoding", b"content-encoding", b"expect"))
+_SHORT_DIGITS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,8 @@ class EmbeddingsEndpoint:
         self._worker, self._dialect, self._observers = worker, dialect, observers
         limits = worker.settings.limits
         self._max_body_bytes = limits.max_body_bytes
+        self._refusal: Overloaded | None = None
+        self._turned_away = (0, b"")  # with that refusal
         self._limits = TextLimits(worker.settings.batching.max_texts_per_request, limits.max_text_chars)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,11 +79,6 @@ class EmbeddingsEndpoint:
             headers.append(CLOSE)
         try:
             body = await read_body(scope, receive, self._max_body_bytes)
-            sole = self._worker.sole_service
-            refusal = None if sole is None else sole.standing_refusal()
-            if refusal is not None:
-                service = sole
-                raise refusal
             request = self._dialect.parse(body, self._limits)
             service = self._worker.resolve(request.model, scope["headers"])
             embedded = await service.embed(request, receive)
@@ -103,6 +105,21 @@ class EmbeddingsEndpoint:
         await send_json(send, 200, pieces, headers)
         self._observe(request, service.model, embedded, trace)
 
+    def turn_away(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, bytes] | None:
+        """Status and rest of the answer to a request that is refused whatever its body says; None: look at it.
+
+        Looked at is every request that has to be traced, or whose headers are not those of a short JSON body.
+        """
+        service = self._worker.sole_service
+        refusal = None if service is None else service.turn_away()
+        if service is None or refusal is None or self._observers.tracer is not None or not _is_plain(headers):
+            return None
+        if refusal is not self._refusal:
+            status, fields, body = render_error(refusal, style=self._dialect.style)
+            self._refusal, self._turned_away = refusal, (status, render_rest(fields, body))
+        service.metrics.count_failure(self._turned_away[0], error_code(Overloaded))
+        return self._turned_away
+
     def _begin_trace(self, scope: Scope) -> tuple[list[tuple[bytes, bytes]], RequestTrace | None]:
         """The span, and the answer's `traceparent`: the span's; without spans, the one that came."""
         value = find_traceparent(scope["headers"])
@@ -127,6 +144,17 @@ class EmbeddingsEndpoint:
         if self._observers.request_log is not None:
             origin = Origin(model.name, model.manifest.version, request.prompt)
             self._observers.request_log.offer(origin, request.texts, embedded.vectors)
+
+
+def _is_plain(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether the body has a length, a short one, and nothing else is asked for."""
+    is_short = False
+    for name, value in headers:
+        if name in _NOT_PLAIN:
+            return False
+        if name == b"content-length":
+            is_short = len(value) <= _SHORT_DIGITS
+    return is_short
 
 
 def _server_timing(embedded: Embedded, seconds: float) -> tuple[bytes, bytes]:

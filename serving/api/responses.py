@@ -85,17 +85,28 @@ def openai_error(error: ServingError) -> tuple[int, dict[str, Any]]:
 
 
 async def send_error(send: Send, error: ServingError, headers: Headers = (), style: ErrorStyle = openai_error) -> int:
-    """Send the error object; an Overloaded also says when to come back, an InvalidApiKey how to show one.
+    """Send the error object. Returns the status."""
+    status, headers, body = render_error(error, headers, style)
+    await send_json(send, status, [body], headers)
+    return status
 
-    Returns the status.
-    """
+
+def render_error(
+    error: ServingError, headers: Headers = (), style: ErrorStyle = openai_error
+) -> tuple[int, Headers, bytes]:
+    """Status, headers and body; an Overloaded also says when to come back, an InvalidApiKey how to show a key."""
     if isinstance(error, Overloaded):
         headers = [*headers, (b"retry-after", b"%d" % error.retry_after_seconds)]
     elif isinstance(error, InvalidApiKey):
         headers = [*headers, (b"www-authenticate", b'Bearer realm="thorforge"')]
     status, document = style(error)
-    await send_json(send, status, [orjson.dumps(document)], headers)
-    return status
+    return status, headers, orjson.dumps(document)
+
+
+def render_rest(headers: Headers, body: bytes) -> bytes:
+    """All of an HTTP/1.1 answer with a JSON body that comes behind the status line."""
+    fields = [JSON_TYPE, (b"content-length", b"%d" % len(body)), *headers]
+    return b"".join([*(b"%b: %b\r\n" % field for field in fields), b"\r\n", body])
 
 
 def describe_error(error: ServingError) -> dict[str, dict[str, Any]]:

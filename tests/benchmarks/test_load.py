@@ -10,12 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.clients import LOST, REFUSED, Target, UnreadableAnswer
 from benchmarks.load import (
-    LOST,
-    REFUSED,
     LoadResult,
-    Target,
-    UnreadableAnswer,
     constant_arrivals,
     poisson_arrivals,
     render_post,

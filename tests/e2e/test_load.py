@@ -11,11 +11,9 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.clients import LOST, REFUSED, Target
 from benchmarks.load import (
-    LOST,
-    REFUSED,
     LoadResult,
-    Target,
     constant_arrivals,
     render_post,
     run_closed,

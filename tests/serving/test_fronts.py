@@ -109,7 +109,7 @@ def test_requests_are_counted_once_whoever_answered_them(bundle: Path, model: Lo
         version = f'{{model="tiny",model_version="{model.manifest.version}"'
         wait_until(lambda: value(url, f"akidb_embed_latency_seconds_count{version}") == 12)
         assert value(url, f'akidb_embed_requests_total{version},status="200"') == 12
-        assert value(url, 'akidb_embed_requests_total{model="none",model_version="none",status="400"') == 1
+        wait_until(lambda: value(url, 'akidb_embed_requests_total{model="none",model_version="none",status="400"') == 1)
         assert value(url, 'akidb_embed_errors_total{error="invalid_request"') == 1
         assert value(url, "akidb_front_restarts_total") == 0
 
