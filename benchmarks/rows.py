@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tasks.measurement.libraries import library_versions
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -17,8 +19,6 @@ def make_row(bench: str, case: str, metric: str, unit: str, value: float, **extr
     """
     baseline = extra.get("baseline_value")
     if "versions" not in extra:
-        from tasks.artifacts import library_versions  # noqa: PLC0415  Prefect, which a GPU machine need not have
-
         extra["versions"] = library_versions()
     return {
         "bench": bench,

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import Distribution, PathDistribution, version
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """A server to start: its name in the rows, the model's name in requests, its command for a port."""
+    """A server to start: its name in the rows, the model's name in requests, its command for a port, its cores."""
 
     name: str
     model: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    cores: frozenset[int] = frozenset()
+    """Empty: all."""
 
 
 @dataclass(slots=True)
@@ -103,7 +106,9 @@ class Server:
             os.killpg(self.process.pid, number)
 
 
-def thorforge_spec(bundle: Path, root: Path | None = None) -> ServerSpec:
+def thorforge_spec(
+    bundle: Path, root: Path | None = None, cores: frozenset[int] = frozenset(), http_processes: int = 0
+) -> ServerSpec:
     """Our worker on `bundle`, from this very environment; with `root` it may be told to serve bundles below it."""
     command = (
         sys.executable,
@@ -113,11 +118,18 @@ def thorforge_spec(bundle: Path, root: Path | None = None) -> ServerSpec:
         str(bundle),
         "--drain-grace-seconds",
         "0",
+        "--http-processes",
+        str(http_processes),
         "--port",
         "{port}",
     )
     admin = {f"{ENV_PREFIX}MODELS_ROOT": str(root), f"{ENV_PREFIX}SECURITY_ADMIN_TOKENS": ADMIN_TOKEN} if root else {}
-    return ServerSpec(THORFORGE, read_manifest(bundle).model_name, command, admin)
+    return ServerSpec(THORFORGE, read_manifest(bundle).model_name, command, admin, cores)
+
+
+def pin(cores: frozenset[int]) -> Callable[[], None] | None:
+    """What a child calls before it starts, to run on `cores` alone; None: no core is named, it runs on all."""
+    return partial(os.sched_setaffinity, 0, cores) if cores else None
 
 
 def peer_spec(name: str, model_folder: Path) -> ServerSpec:
@@ -152,7 +164,13 @@ def start_server(spec: ServerSpec) -> Iterator[Server]:
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
-            command, cwd=ROOT, env=_environment(spec.env), stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=_environment(spec.env),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=pin(spec.cores),  # noqa: PLW1509  this process has no threads
         ) as process,
     ):
         server = Server(spec.name, f"http://127.0.0.1:{port}", spec.model, process)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import numpy as np
 
 from benchmarks.cases import (
     CLOSED_CASES,
+    FRONTS_CASES,
     OVERLOAD_FACTOR,
     SWAP_CLIENTS,
+    ClosedCase,
     check_agreement,
+    check_reference,
     make_arrivals,
     make_two_versions,
     measure_bare_engine,
@@ -40,6 +44,7 @@ from benchmarks.servers import (
 from benchmarks.texts import Texts
 from serving.settings import BatchingSettings
 
+ALL_CLOSED = CLOSED_CASES | FRONTS_CASES
 _OPEN_SHARE = 0.8
 _BARE = "bare-engine"
 _BARE_TEXTS = 2048
@@ -57,6 +62,8 @@ class Plan:
     swap_every_seconds: float
     num_soak_requests: int
     arrivals: str
+    server_cores: frozenset[int] = frozenset()
+    """Cores of our worker and of the bare engine; empty: all, which the load shares with them."""
 
 
 class Sitting:
@@ -83,13 +90,19 @@ class Sitting:
         for name, cosine in check_agreement(self.servers, texts, expected).items():
             self._put(name, "agreement", "cosine_mean", "", cosine, {"texts": len(texts)})
 
+    def check_reference(self) -> None:
+        """Our worker's vectors of its bundle's reference texts are the teacher's. Raises ServerFailed."""
+        mean, count = check_reference(self._ours)
+        self._put(THORFORGE, "agreement", "cosine_mean", "", mean, {"texts": count})
+
     def measure(self) -> list[Figure]:
         """Every case of the plan."""
-        for case in (case for case in CLOSED_CASES if case in self.plan.cases):
+        for case in (case for case in ALL_CLOSED if case in self.plan.cases):
             self._measure_closed(case)
         steps: dict[str, Callable[[], None]] = {
             "open-80": self._measure_open,
             "overhead": self._measure_overhead,
+            "overhead-batches": partial(self._measure_overhead, ("batches-32",)),
             "footprint": self._measure_footprint,
             "overload-3x": self._measure_overload,
             "swap": self._measure_swap,
@@ -107,7 +120,7 @@ class Sitting:
         return self.servers[0]
 
     def _measure_closed(self, case: str) -> None:
-        shape = CLOSED_CASES[case]
+        shape = ALL_CLOSED[case]
         runs: dict[str, list[LoadResult]] = {server.name: [] for server in self.servers}
         for turn in range(self.plan.rounds):
             for server in self._rotated(turn):
@@ -133,34 +146,36 @@ class Sitting:
             config = {"rates": [round(rate, 1) for rate in rates[server.name]], "arrivals": self.plan.arrivals}
             self._figures += summarise(server.name, "open-80", runs[server.name], config)
 
-    def _measure_overhead(self) -> None:
-        """The worker at 1 and at 32 clients beside its engine alone on the same texts and batch sizes."""
-        for clients, case in ((1, "closed-1"), (SWAP_CLIENTS, "closed-32")):
+    def _measure_overhead(self, cases: Sequence[str] = ("closed-1", "closed-32")) -> None:
+        """The worker beside its engine alone on the same texts and batch sizes."""
+        for case in cases:
             bare, own, sizes = [], [], []
             for _ in range(self.plan.rounds):
                 with self._turn(self._ours):
                     runs, texts = read_batches(self._ours)
-                    own.append(measure_closed(self._ours, self._texts, CLOSED_CASES[case], self.plan.seconds))
+                    own.append(measure_closed(self._ours, self._texts, ALL_CLOSED[case], self.plan.seconds))
                     more_runs, more_texts = read_batches(self._ours)
                 sizes.append(max(1, round((more_texts - texts) / (more_runs - runs))))
                 with self._turn(None):
                     sample = self._texts.short[:_BARE_TEXTS]
-                    bare.append(measure_bare_engine(self._bundle, sizes[-1], sample, self.plan.seconds))
-            self._put_overhead(clients, own, bare, sizes)
+                    cores, seconds = self.plan.server_cores, self.plan.seconds
+                    bare.append(measure_bare_engine(self._bundle, sizes[-1], sample, seconds, cores))
+            self._put_overhead(ALL_CLOSED[case], own, bare, sizes)
 
     def _put_overhead(
-        self, clients: int, own: list[LoadResult], bare: list[dict[str, float]], sizes: list[int]
+        self, case: ClosedCase, own: list[LoadResult], bare: list[dict[str, float]], sizes: list[int]
     ) -> None:
+        clients, texts = case.clients, case.texts_per_request
         config = {
             "clients": clients,
+            "texts_per_request": texts,
             "batch_sizes": sizes,
             "bare_texts_per_s": [report["texts_per_s"] for report in bare],
         }
         rate = float(np.median([report["texts_per_s"] for report in bare]))
         suffix = "" if clients == SWAP_CLIENTS else f"_at_{clients}"
-        self._put(
-            THORFORGE, "overhead", f"requests_per_s{suffix}", "1/s", median_rate(own), config, baseline=(_BARE, rate)
-        )
+        metric = f"requests_per_s{suffix}" if texts == 1 else "texts_per_s"
+        self._put(THORFORGE, "overhead", metric, "1/s", texts * median_rate(own), config, baseline=(_BARE, rate))
         if clients == 1:
             latency = float(np.median(np.concatenate([run.latencies_ms() for run in own])))
             engine = float(np.median([report["p50_ms"] for report in bare]))
@@ -190,7 +205,7 @@ class Sitting:
 
     def _measure_swap(self) -> None:
         names = make_two_versions(self._bundle, self._scratch)
-        spec = thorforge_spec(self._scratch / names[0], root=self._scratch)
+        spec = thorforge_spec(self._scratch / names[0], root=self._scratch, cores=self.plan.server_cores)
         with self._turn(None), start_server(spec) as server:
             swaps = measure_swaps(server, self._texts, names, self.plan.num_swaps, self.plan.swap_every_seconds)
         config = {"clients": SWAP_CLIENTS, "swaps": swaps.num_swaps}

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,8 @@ from pydantic import BaseModel, ConfigDict
 from registry.manifest import hash_file, list_files, payload_checksum
 from registry.staging import needs_room, rename_folder, staged_folder
 from tasks.errors import ArtifactChanged, ArtifactMissing
+from tasks.measurement.libraries import library_versions
 from tasks.state import state_dir
-
-# Libraries whose version changes what a task makes.
-LIBRARIES = (
-    "thorforge", "torch", "transformers", "sentence-transformers", "tokenizers", "onnx", "onnxruntime", "openvino",
-    "nncf", "numpy",
-)  # fmt: skip
 
 OWN_PACKAGES = ("tasks", "serving", "registry")
 _BLOCK_BYTES = 4096
@@ -115,18 +109,6 @@ def _full_disk_noticed(folder: Path) -> Iterator[None]:
 def _digest_of(folder: Path) -> str:
     # Every file, a bundle's manifest too: the same engine made for another name or run is another artifact.
     return payload_checksum({name: hash_file(folder / name) for name in list_files(folder)})
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Version of every library that shapes a result; one that is not installed is left out."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass

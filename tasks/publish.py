@@ -31,9 +31,10 @@ from registry.manifest import (
 )
 from registry.store import open_store
 from serving.tokenizer import TextTokenizer, pad_batch
-from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft, library_versions
+from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft
 from tasks.benchmark import BATCH_SIZE, SpeedReport
 from tasks.corpus import read_part
+from tasks.measurement.libraries import library_versions
 from tasks.select import Judged, Study
 
 _NUM_GOLDEN = 64

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from tasks.artifacts import library_versions
+from tasks.measurement.libraries import library_versions
 from tasks.select import Study
 from tasks.tracking import candidate_metrics
 

@@ -1,5 +1,6 @@
 """The benchmark's command line, and where it finds a bundle when none is named."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_plan_is_the_whole_benchmark_unless_asked_otherwise() -> None:
     assert quick.cases == {"closed-1"}
     assert quick.rounds == 1
     assert quick.num_soak_requests == 9
+
+
+def test_worker_may_have_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert make_plan(parse_arguments(["--server-cores", "1-2"])).server_cores == {1, 2}
+    assert make_plan(parse_arguments(["--server-cores", "3"])).server_cores == {3}
+    for cores in ("0-3", "4", "2-1", "many"):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--server-cores", cores])
+        assert repr(cores) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--peer", "nobody"], ["--cases", "closed-2"], ["--rounds", "x"]])

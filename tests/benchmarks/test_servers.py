@@ -1,6 +1,7 @@
 """Texts, installed sizes, and servers that are started, held still, attached to and ended."""
 
 import json
+import os
 import sys
 from importlib.metadata import PathDistribution, distributions
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks.cases import (
     CLOSED_CASES,
     ClosedCase,
     check_agreement,
+    check_reference,
     make_two_versions,
     measure_bare_engine,
     measure_closed,
@@ -109,12 +111,14 @@ def test_server_that_does_not_run_cannot_be_attached() -> None:
 
 
 def test_worker_is_measured_held_still_and_ended(bundle: Path) -> None:
-    with start_server(thorforge_spec(bundle)) as server:
+    core = min(os.sched_getaffinity(0))
+    with start_server(thorforge_spec(bundle, cores=frozenset({core}))) as server:
         assert server.process is not None
         assert server.cold_start_seconds is not None
         assert (server.resident_mb() or 0) > 10
         assert attach_server("again", server.base_url).model == server.model == "tiny"
         process = psutil.Process(server.process.pid)
+        assert process.cpu_affinity() == [core]
         with turn_of(None, [server]):
             assert process.status() == psutil.STATUS_STOPPED
         assert process.status() != psutil.STATUS_STOPPED
@@ -124,6 +128,9 @@ def test_worker_is_measured_held_still_and_ended(bundle: Path) -> None:
         with pytest.raises(ServerFailed, match="its speed means nothing"):
             check_agreement([server], GOLDEN_TEXTS, np.roll(vectors, 1, axis=0))
 
+        mean, count = check_reference(server)
+        assert mean == pytest.approx(1.0, abs=1e-4)
+        assert count == len(GOLDEN_TEXTS)
         runs, texts = read_batches(server)
         result = measure_closed(server, TEXTS, CLOSED_CASES["closed-8"], seconds=0.2)
         assert result.num_failed == 0
@@ -136,6 +143,6 @@ def test_worker_is_measured_held_still_and_ended(bundle: Path) -> None:
         assert soak.load.count(200) == 100
         assert len(soak.resident_mb) == 10
     assert server.process.poll() is not None
-    report = measure_bare_engine(bundle, 8, list(GOLDEN_TEXTS), 0.1)
+    report = measure_bare_engine(bundle, 8, list(GOLDEN_TEXTS), 0.1, frozenset({core}))
     assert report["texts_per_s"] > 0
     assert 0 < report["p50_ms"] <= report["p99_ms"]

@@ -21,9 +21,10 @@ from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
 import tasks.artifacts
 from registry.errors import StoreFull
 from registry.gate import Measurement
-from tasks.artifacts import CACHED, CODE_AND_LIBRARIES, Artifact, draft, library_versions
+from tasks.artifacts import CACHED, CODE_AND_LIBRARIES, Artifact, draft
 from tasks.errors import ArtifactChanged, ArtifactMissing
 from tasks.evaluate import Quality
+from tasks.measurement.libraries import library_versions
 from tasks.quantization.openvino_builds import save_ir
 from tasks.state import state_dir
 from tests.bundles import make_graph
