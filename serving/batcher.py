@@ -2,6 +2,7 @@
 
 The text that is due first is always in. Around it, in order of length, the batch grows while that raises the tokens per
 second the engine is predicted to reach: a longer text pads all others, a run of its own costs the engine's overhead.
+An engine that packs its texts gets them in the order in which they are due.
 While a single text waits, only texts that are due are taken, so that those of large requests, which wait in numbers, do
 not take its place; what is mostly overhead takes some of them along.
 Once the first text is older than the age bound, only texts as old as that are taken, so that nothing younger passes.
@@ -42,11 +43,8 @@ class Batch:
     formed_at: float
     num_tokens: int
     padded_length: int
-
-    @property
-    def padded_tokens(self) -> int:
-        """What the engine computes."""
-        return self.padded_length * len(self.items)
+    padded_tokens: int
+    """What the engine computes: with the padding, unless it packs its texts."""
 
     def pad(self) -> tuple[Ids, Ids]:
         """(input_ids, attention_mask), int64 [B, T]."""
@@ -107,35 +105,55 @@ class Batcher:
             latest = max(now, window[0].due)
             candidates = [item for item in window if item.due <= latest]
             others = window[len(candidates) :]
-        candidates = sorted(candidates, key=_length)
-        head, max_tokens = candidates.index(window[0]), self.max_tokens
-        start, stop, reason = choose_run(
-            [self._grid.round_length(item.length) for item in candidates],
-            head,
-            min(self._limits.max_batch_size, -(-len(self.queue) // num_takers)),
-            max_tokens,
-            self.model.overhead_tokens,
-        )
+        size, max_tokens = min(self._limits.max_batch_size, -(-len(self.queue) // num_takers)), self.max_tokens
+        choose = _choose_first if self._grid.is_packed else self._choose_alike
+        items, reason = choose(candidates, size, max_tokens)
         if reason == "tokens" and max_tokens < self._budget:
             reason = "latency"
-        size = self._grid.round_size(stop - start)
-        start = max(start, head - size + 1)
-        items = candidates[start : start + size]
-        if reason == "size" and size < self._limits.max_batch_size:
+        if reason == "size" and len(items) < self._limits.max_batch_size:
             reason = "queue"  # all that waits was divided
         if others and num_takers == 1:
             items = self._take_along(items, others, max_tokens)
         self.queue.remove(window, items, now)
-        num_tokens = sum(item.length for item in items)
-        return Batch(items, reason, now, num_tokens, self._grid.round_length(items[-1].length))
+        items = sorted(items, key=_length)
+        num_tokens, length = sum(item.length for item in items), self._grid.round_length(items[-1].length)
+        return Batch(
+            items, reason, now, num_tokens, length, num_tokens if self._grid.is_packed else length * len(items)
+        )
+
+    def _choose_alike(self, candidates: Sequence[Item], max_size: int, max_tokens: int) -> tuple[list[Item], str]:
+        """Texts of like lengths around the first, and why no more."""
+        ordered = sorted(candidates, key=_length)
+        head, lengths = ordered.index(candidates[0]), [self._grid.round_length(item.length) for item in ordered]
+        start, stop, reason = choose_run(lengths, head, max_size, max_tokens, self.model.overhead_tokens)
+        size = self._grid.round_size(stop - start)
+        start = max(start, head - size + 1)
+        return ordered[start : start + size], reason
 
     def _take_along(self, items: list[Item], others: Sequence[Item], max_tokens: int) -> list[Item]:
         """Fill a run that is mostly overhead, at most to twice its time, with texts that make it no longer."""
+        if self._grid.is_packed:
+            room = min(max_tokens, int(self.model.overhead_tokens)) - sum(item.length for item in items)
+            return items + _choose_first(others, self._limits.max_batch_size - len(items), room, at_least=0)[0]
         length = self._grid.round_length(items[-1].length)
         size = min(self._limits.max_batch_size, min(max_tokens, int(self.model.overhead_tokens)) // length)
         fitting = sorted((item for item in others if item.length <= length), key=_length)
         room = self._grid.round_size(min(size, len(items) + len(fitting))) - len(items)
         return items if room <= 0 else sorted([*items, *fitting[-room:]], key=_length)
+
+
+def _choose_first(
+    candidates: Sequence[Item], max_size: int, max_tokens: int, at_least: int = 1
+) -> tuple[list[Item], str]:
+    """The first texts, in their order, as many as fit, and why no more."""
+    tokens = 0
+    for count, item in enumerate(candidates):
+        tokens += item.length
+        if count >= max_size:
+            return list(candidates[:count]), "size"
+        if tokens > max_tokens and count >= at_least:
+            return list(candidates[:count]), "tokens"
+    return list(candidates), "queue"
 
 
 def choose_run(

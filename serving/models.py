@@ -88,7 +88,7 @@ class LoadedModel:
     @property
     def grid(self) -> ShapeGrid:
         """The shapes its engine is asked for."""
-        return ShapeGrid(self.manifest.max_seq_length, self.engine.compiles_shapes)
+        return ShapeGrid(self.manifest.max_seq_length, self.engine.compiles_shapes, self.engine.is_packed)
 
 
 def load_model(

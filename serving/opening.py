@@ -61,6 +61,7 @@ class SwitchedEngine:
         self._lock = threading.Lock()
         self.runtime = " + ".join(dict.fromkeys((small.runtime, large.runtime)))
         self.compiles_shapes = small.compiles_shapes or large.compiles_shapes
+        self.is_packed = small.is_packed and large.is_packed
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`."""

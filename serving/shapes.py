@@ -1,4 +1,7 @@
-"""Batch shapes an engine is asked for. One that compiles each shape anew gets few, at a small cost in padding."""
+"""Batch shapes an engine is asked for, and the tokens it computes for them.
+
+One that compiles each shape anew gets few, at a small cost in padding. One that packs its texts computes no padding.
+"""
 
 from dataclasses import dataclass
 
@@ -13,6 +16,7 @@ class ShapeGrid:
 
     max_length: int
     is_coarse: bool
+    is_packed: bool = False
 
     def round_length(self, length: int) -> int:
         """Tokens to pad the longest text of a batch to: a quarter or three more at most, within `max_length`."""

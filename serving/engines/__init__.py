@@ -33,6 +33,11 @@ class Engine(Protocol):
         """Whether the first run of each shape is slow, so that callers keep to few shapes (`ShapeGrid`)."""
         ...
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a run computes the texts' own tokens alone, so that those of unlike lengths may share one."""
+        ...
+
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """Pooled, normalised sentence embeddings, float32 [B, D], of int64 [B, T] ids and mask."""
         ...

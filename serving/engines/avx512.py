@@ -85,7 +85,7 @@ def check_sizes(path: Path, hidden: int, ffn: int, heads: int) -> None:
 class Avx512Engine:
     """Runs a file as the module describes it; texts are packed, so a batch costs what its texts do."""
 
-    compiles_shapes = False
+    compiles_shapes, is_packed = False, True
     runtime = "avx512"
 
     def __init__(self, path: Path, num_threads: int = 0, num_instances: int = 1) -> None:

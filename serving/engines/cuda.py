@@ -39,7 +39,7 @@ class CudaEngine:
     Everything the GPU needs is allocated and captured before the first batch; `memory_bytes` is what that took.
     """
 
-    compiles_shapes = False
+    compiles_shapes, is_packed = False, True
 
     def __init__(self, path: Path, compute: str = "f16", max_tokens: int = MAX_TOKENS) -> None:
         """Load, warm up and capture. `max_tokens` is halved until the workspace fits. Raises EngineUnavailable."""

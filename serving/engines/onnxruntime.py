@@ -14,7 +14,7 @@ _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 class OnnxRuntimeEngine:
     """Runs an exported graph (`input_ids`, `attention_mask` → `sentence_embedding`) with every fusion that pays."""
 
-    compiles_shapes = False
+    compiles_shapes, is_packed = False, False
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from serving.tokenizer import Ids
 class OpenVinoEngine:
     """Runs an OpenVINO IR (or ONNX) graph; `compute` is the arithmetic of layers that are not quantised."""
 
+    is_packed = False
     compiles_shapes = True  # kernels of its CPU plugin are generated for each shape
 
     def __init__(

@@ -96,7 +96,7 @@ class Node:
 class TensorRtEngine:
     """Runs a graph with the recipe `tensorrt.json` beside it; the plan lies beside the folder, in `<folder>.plans`."""
 
-    compiles_shapes = False
+    compiles_shapes, is_packed = False, False
 
     def __init__(self, graph: Path, built: Plan | None = None, on_rebuild: Callable[[], object] = lambda: None) -> None:
         """Load the plan, or build one (`built`: it was just now), check it against onnxruntime and keep it.

@@ -25,6 +25,10 @@ class WrappedEngine:
     def compiles_shapes(self) -> bool:
         return self.inner.compiles_shapes
 
+    @property
+    def is_packed(self) -> bool:
+        return self.inner.is_packed
+
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         self.shapes.append((input_ids.shape[0], input_ids.shape[1]))
         return self.inner.embed(input_ids, attention_mask)

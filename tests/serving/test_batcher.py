@@ -73,6 +73,38 @@ def test_batcher_loses_nothing_and_answers_each_text_once_in_its_place(
         assert request.vectors[:, 0].tolist() == ids
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.floats(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_engine_that_packs_gets_texts_in_the_order_they_are_due_whatever_their_lengths(
+    lengths: list[int], overhead: float
+) -> None:
+    batcher = make_batcher(overhead_tokens=overhead, grid=ShapeGrid(40, is_coarse=False, is_packed=True))
+    for place, length in enumerate(lengths):
+        push(batcher, [length], arrival=0.001 * place)
+    first = 0
+    while (batch := batcher.take(0.2)) is not None:
+        last = first + len(batch.items)
+        assert sorted(item.length for item in batch.items) == sorted(lengths[first:last])
+        assert batch.padded_tokens == batch.num_tokens == sum(lengths[first:last])
+        assert batch.pad()[0].shape == (last - first, max(lengths[first:last]))
+        more = lengths[last : last + 1]
+        is_full = last - first == LIMITS.max_batch_size or not more
+        assert is_full or batch.num_tokens + more[0] > LIMITS.max_batch_tokens
+        assert batch.num_tokens <= LIMITS.max_batch_tokens
+        first = last
+    assert first == len(lengths)
+
+
+def test_packed_run_that_is_mostly_overhead_takes_texts_of_large_requests_along() -> None:
+    batcher = make_batcher(Limits(64, 10_000), overhead_tokens=50, grid=ShapeGrid(256, False, is_packed=True))
+    push(batcher, [30] * 8, arrival=0.0)
+    single = push(batcher, [10], arrival=0.0)
+    batch = batcher.take(0.0)
+    assert batch is not None
+    assert single.request in {owner(item) for item in batch.items}
+    assert sorted(item.length for item in batch.items) == [10, 30]  # a second one would make it more than twice as long
+
+
 @given(requests, st.floats(0, 5))
 @settings(max_examples=150, deadline=None)
 def test_batcher_takes_the_text_due_first_and_nothing_young_while_something_is_old(
