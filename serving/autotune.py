@@ -1,16 +1,19 @@
 """Which engine of a bundle, on how many threads, with how many runs at a time: measured on this node, then remembered.
 
-Every setup runs the reference texts alone and in batches, all its instances at work. The choice is written beside the
-bundle, so that the next start on this node skips the measurement; where nothing may be written it is made each time.
+Every setup runs the reference texts alone and in batches, all its instances at work and, as under load, a thread that
+wants half a core beside them. The choice is written beside the bundle, so that the next start on this node skips the
+measurement; where nothing may be written it is made each time.
 """
 
 import json
 import logging
 import os
 import platform
+import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,16 +25,16 @@ from serving.tokenizer import Ids, pad_batch
 
 _BATCH_SIZE = 8
 # Each setup runs single texts, then batches, for this long at least, and so many times.
-_SINGLE_SECONDS, _BATCH_SECONDS = 0.06, 0.02
+_SINGLE_SECONDS, _BATCH_SECONDS = 0.06, 0.03
 _MIN_RUNS = 3
 # A lone text finds cores that have been idle for about this long.
 _PAUSE_SECONDS = 0.001
 _MAX_INSTANCES = 4
 # A second engine for lone small batches has to be this much faster there to be worth its memory.
 _SWITCH_GAIN = 1.1
-# Threads of a run wait for one another, and so for a core that the event loop has: what was 6 % faster on its own, two
-# threads on two cores, served 31 % less than two runs of one.
-_CROWDED = 1.25
+# What the event loop takes of a core under load. Threads of a run wait for one another, and so for a core that it has:
+# what is 6 % faster on its own, two threads on two cores, serves 31 % less than two runs of one.
+_LOOP_BUSY_SECONDS, _LOOP_IDLE_SECONDS = 0.0005, 0.0005
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds of a single text on its own, and seconds per text of batches with every instance at work."""
+    """Seconds of a single text on its own, and seconds per text of batches, every instance and the loop at work."""
 
     setup: Setup
     single_seconds: float
@@ -60,15 +63,10 @@ class Measured:
     def __str__(self) -> str:
         return f"{self.setup}={self.single_seconds * 1000:.2f}ms,{1 / self.batched_seconds:.0f}/s"
 
-    def serving_seconds(self, num_cores: int) -> float:
-        """Seconds per text of batches with the event loop at work too."""
-        setup = self.setup
-        is_crowded = setup.num_threads > 1 and setup.num_threads * setup.num_instances >= num_cores
-        return self.batched_seconds * (_CROWDED if is_crowded else 1)
-
-    def score(self, num_cores: int) -> float:
+    @property
+    def score(self) -> float:
         """Latency and throughput count alike; less is better."""
-        return self.single_seconds * self.serving_seconds(num_cores)
+        return self.single_seconds * self.batched_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +106,13 @@ def list_setups(entries: Sequence[EngineEntry], num_threads: int, num_instances:
     ]
 
 
-def choose(measured: Sequence[Measured], num_cores: int) -> Choice:
+def choose(measured: Sequence[Measured]) -> Choice:
     """The best setup; or the one with the highest throughput and another for lone texts, where that is clearly faster.
 
     An engine that compiles shapes is no such other: it would have to meet all of them a second time.
     """
-    best = min(measured, key=lambda m: m.score(num_cores))
-    large = min(measured, key=lambda m: m.serving_seconds(num_cores))
+    best = min(measured, key=lambda m: m.score)
+    large = min(measured, key=lambda m: m.batched_seconds)
     small = min((m for m in measured if m is large or not m.compiles_shapes), key=lambda m: m.single_seconds)
     if small.single_seconds * _SWITCH_GAIN <= large.single_seconds:
         return Choice(large.setup, small.setup)
@@ -133,11 +131,12 @@ def measure(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measured:
         pool.submit(engine.embed, *single).result()
         single_seconds = _time_single(engine, single, pool)
         list(pool.map(lambda _: _repeat(engine, batches, num_runs=2), range(setup.num_instances)))
-        started = time.perf_counter()
-        texts = list(
-            pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _BATCH_SECONDS), range(setup.num_instances))
-        )
-        seconds = time.perf_counter() - started
+        with _busy_loop():
+            started = time.perf_counter()
+            texts = list(
+                pool.map(lambda _: _repeat(engine, batches, _MIN_RUNS, _BATCH_SECONDS), range(setup.num_instances))
+            )
+            seconds = time.perf_counter() - started
     return Measured(setup, single_seconds, seconds / sum(texts), engine.compiles_shapes)
 
 
@@ -151,6 +150,27 @@ def _time_single(engine: Engine, single: tuple[Ids, Ids], pool: ThreadPoolExecut
         pool.submit(engine.embed, *single).result()
         times.append(time.perf_counter() - started)
     return median(times)
+
+
+@contextmanager
+def _busy_loop() -> Iterator[None]:
+    """A thread that works as the event loop does under load: in short turns, with the interpreter's lock."""
+    is_over = threading.Event()
+
+    def work() -> None:
+        while not is_over.is_set():
+            end = time.perf_counter() + _LOOP_BUSY_SECONDS
+            while time.perf_counter() < end:
+                pass
+            time.sleep(_LOOP_IDLE_SECONDS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def _repeat(engine: Engine, batches: Sequence[tuple[Ids, Ids]], num_runs: int, seconds: float = 0.0) -> int:

@@ -140,7 +140,7 @@ class Opener:
                 _log.warning("the engine chosen before does not load reason=%s", error)
         with TemporaryDirectory() as cache:  # not kept: what lies beside a bundle has no digest
             measured, engine, setup = self._measure(setups, rows, Path(cache))
-        choice = choose(measured, num_cores())
+        choice = choose(measured)
         if choice != Choice(setup, setup):
             engine.close()
             engine = self.open_choice(choice)
@@ -197,7 +197,7 @@ class Opener:
                 failed[setup.runtime] = error
                 self._report_fallback(setup.runtime, error)
                 continue
-            score = measured[-1].score(num_cores())
+            score = measured[-1].score
             if best is None or score < best[0]:
                 best, dropped = (score, engine, setup), best
             else:
