@@ -18,7 +18,7 @@ from serving.request_queue import Item, RequestQueue
 from serving.shapes import EXACT, ShapeGrid
 from serving.tokenizer import Ids, pad_batch
 
-# Texts considered for one batch, as a multiple of the largest batch.
+# Texts considered for one batch where their lengths matter, as a multiple of the largest batch.
 _WINDOW_BATCHES = 4
 MAX_AGE_SECONDS = 0.5
 
@@ -94,7 +94,8 @@ class Batcher:
 
         Leaves their parts to the other `num_takers` that are free as well.
         """
-        window = self.queue.peek(_WINDOW_BATCHES * self._limits.max_batch_size)
+        num_batches = 1 if self._grid.is_packed else _WINDOW_BATCHES
+        window = self.queue.peek(num_batches * self._limits.max_batch_size)
         if not window:
             return None
         oldest_allowed = now - self._limits.max_age_seconds
