@@ -79,6 +79,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="our worker and the bare engine on these cores, the load on the others; default: all on all",
     )
     parser.add_argument("--http-processes", type=int, default=0, metavar="N", help="front processes of our worker")
+    parser.add_argument("--max-batch-size", type=int, default=0, metavar="N", help="of our worker; default: its own")
     parser.add_argument("--commit", help="commit to write into the rows, where there is no checkout")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each system in each case")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
@@ -143,7 +144,8 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     bundle = (arguments.bundle or find_newest_bundle()).absolute()
     say("texts")
     texts = load_texts(arguments.corpus)
-    specs = [thorforge_spec(bundle, None, plan.server_cores, arguments.http_processes)]
+    fronts, max_batch_size = arguments.http_processes, arguments.max_batch_size
+    specs = [thorforge_spec(bundle, None, plan.server_cores, fronts, max_batch_size)]
     specs += [peer_spec(name, teacher) for name in arguments.peer if teacher is not None]
     run = {
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -152,7 +154,8 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
         "rounds": plan.rounds,
         "seconds": plan.seconds,
         **({"server_cores": sorted(plan.server_cores)} if plan.server_cores else {}),
-        **({"http_processes": arguments.http_processes} if arguments.http_processes else {}),
+        **({"http_processes": fronts} if fronts else {}),
+        **({"max_batch_size": max_batch_size} if max_batch_size else {}),
     }
     if plan.server_cores:
         os.sched_setaffinity(0, os.sched_getaffinity(0) - plan.server_cores)

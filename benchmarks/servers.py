@@ -107,9 +107,16 @@ class Server:
 
 
 def thorforge_spec(
-    bundle: Path, root: Path | None = None, cores: frozenset[int] = frozenset(), http_processes: int = 0
+    bundle: Path,
+    root: Path | None = None,
+    cores: frozenset[int] = frozenset(),
+    http_processes: int = 0,
+    max_batch_size: int = 0,
 ) -> ServerSpec:
-    """Our worker on `bundle`, from this very environment; with `root` it may be told to serve bundles below it."""
+    """Our worker on `bundle`, from this very environment; with `root` it may be told to serve bundles below it.
+
+    A `max_batch_size` of 0 leaves the worker its own.
+    """
     command = (
         sys.executable,
         "-m",
@@ -123,8 +130,10 @@ def thorforge_spec(
         "--port",
         "{port}",
     )
-    admin = {f"{ENV_PREFIX}MODELS_ROOT": str(root), f"{ENV_PREFIX}SECURITY_ADMIN_TOKENS": ADMIN_TOKEN} if root else {}
-    return ServerSpec(THORFORGE, read_manifest(bundle).model_name, command, admin, cores)
+    env = {f"{ENV_PREFIX}MODELS_ROOT": str(root), f"{ENV_PREFIX}SECURITY_ADMIN_TOKENS": ADMIN_TOKEN} if root else {}
+    if max_batch_size:
+        env[f"{ENV_PREFIX}BATCHING_MAX_BATCH_SIZE"] = str(max_batch_size)
+    return ServerSpec(THORFORGE, read_manifest(bundle).model_name, command, env, cores)
 
 
 def pin(cores: frozenset[int]) -> Callable[[], None] | None:

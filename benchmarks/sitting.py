@@ -150,6 +150,7 @@ class Sitting:
         """The worker beside its engine alone on the same texts and batch sizes."""
         for case in cases:
             bare, own, sizes = [], [], []
+            sent = ALL_CLOSED[case].texts_per_request
             for _ in range(self.plan.rounds):
                 with self._turn(self._ours):
                     runs, texts = read_batches(self._ours)
@@ -157,10 +158,17 @@ class Sitting:
                     more_runs, more_texts = read_batches(self._ours)
                 sizes.append(max(1, round((more_texts - texts) / (more_runs - runs))))
                 with self._turn(None):
-                    sample = self._texts.short[:_BARE_TEXTS]
-                    cores, seconds = self.plan.server_cores, self.plan.seconds
-                    bare.append(measure_bare_engine(self._bundle, sizes[-1], sample, seconds, cores))
+                    bare.append(self._run_bare(sizes[-1]))
             self._put_overhead(ALL_CLOSED[case], own, bare, sizes)
+            if sent > 1:  # as a client would run its batches itself
+                with self._turn(None):
+                    rate, alone = sent * median_rate(own), self._run_bare(sent)["texts_per_s"]
+                config, baseline = {"batch_sizes": [sent]}, (f"{_BARE}, batches of {sent}", alone)
+                self._put(THORFORGE, "overhead", "texts_per_s", "1/s", rate, config, baseline=baseline)
+
+    def _run_bare(self, batch_size: int) -> dict[str, float]:
+        sample, plan = self._texts.short[:_BARE_TEXTS], self.plan
+        return measure_bare_engine(self._bundle, batch_size, sample, plan.seconds, plan.server_cores)
 
     def _put_overhead(
         self, case: ClosedCase, own: list[LoadResult], bare: list[dict[str, float]], sizes: list[int]

@@ -34,7 +34,7 @@ from serving.frames import (
 )
 from serving.remote import EngineLink, RemoteWorker
 from serving.request_log import Origin, Sampler
-from serving.server import HttpServer, configure_logging
+from serving.server import HttpServer, configure_logging, settle_memory
 from serving.settings import Settings
 from serving.tally import Tally
 from serving.tracing import open_tracer
@@ -64,6 +64,7 @@ class FrontServer(HttpServer):
         await asyncio.get_running_loop().create_unix_connection(lambda: self._link, sock=self._stream)
         self._following = asyncio.create_task(self._follow())
         await self._has_table.wait()
+        settle_memory()
         for listener in sockets or ():
             await self.listen(listener)
 

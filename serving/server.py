@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -32,6 +33,9 @@ _BACKLOG = 2048
 # The server's clock ticks ten times a second; slow clients are looked for on every fifth tick.
 _TICKS_PER_PATROL = 5
 _DRAIN_PATROL_SECONDS = 0.5
+
+# Objects more than were freed before the collector looks at the newest, and rounds before it looks at older ones.
+_GC_THRESHOLDS = (20_000, 20, 20)
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +72,15 @@ def base_url(listener: socket.socket, is_tls: bool = False) -> str:
     """`http://host:port` of a listening socket, `https://` with TLS."""
     host, port = listener.getsockname()[:2]
     return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def settle_memory() -> None:
+    """Keep the collector off what was loaded and lives as long as the process; requests leave few cycles behind.
+
+    With torch in the process and 2,000 texts in flight its rounds took a fifth of the engine process's time.
+    """
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 class HttpServer(uvicorn.Server):
@@ -180,6 +193,7 @@ class WorkerServer(HttpServer):
         if self.failure is not None:
             self.should_exit = True
             return
+        settle_memory()
         self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
 from serving.latency_model import LatencyModel
 from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
-from serving.request_queue import Request, RequestQueue
+from serving.request_queue import Request, RequestQueue, put_rows
 from serving.runner import EngineRunner, Outcome
 from serving.settings import BatchingSettings, Settings
 from serving.texts import Accepted, Embedded, EmbedRequest, Receive, TextSide, watch_client
@@ -291,17 +291,16 @@ class EmbeddingService:
         self._admission.standing.drop()
         self._runner.prefetch()
         batch, vectors, failures = outcome.batch, outcome.vectors, outcome.failures
-        oldest = batch.formed_at
         self._runner.forget(batch.items)
-        for request in {request for item in batch.items for request, _ in item.places}:
+        for row, failure in failures.items():
+            batch.items[row].fail(EngineFailed, str(failure))
+        for request in put_rows(batch.items, vectors, failures):
             request.engine_seconds += outcome.engine_seconds
-        for row, item in enumerate(batch.items):
-            oldest = min(oldest, item.arrival)
-            if row in failures:
-                item.fail(EngineFailed, str(failures[row]))
-            else:
-                item.put(vectors[row])
-                self._cache.put(item.ids, vectors[row])
+        if self._cache.max_bytes:
+            for row, item in enumerate(batch.items):
+                if row not in failures:
+                    self._cache.put(item.ids, vectors[row])
+        oldest = min(batch.formed_at, *(item.arrival for item in batch.items))
         self.metrics.count_batch(
             batch.reason, len(batch.items), batch.num_tokens, batch.padded_tokens, batch.formed_at - oldest
         )

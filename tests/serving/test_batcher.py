@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.batcher import Batch, Batcher, Limits, choose_run
-from serving.request_queue import Item, Request, RequestQueue
+from serving.request_queue import Item, Request, RequestQueue, put_rows
 from serving.shapes import EXACT, ShapeGrid
 from tests.serving.latency import make_latency_model
 
@@ -42,8 +42,7 @@ def push(batcher: Batcher, lengths: list[int], arrival: float = 0.0) -> Pushed:
 
 def answer(batch: Batch) -> None:
     input_ids, _ = batch.pad()
-    for row, item in enumerate(batch.items):
-        item.put(input_ids[row, :1].astype(np.float32))
+    put_rows(batch.items, input_ids[:, :1].astype(np.float32))
 
 
 def owner(item: Item) -> Request:

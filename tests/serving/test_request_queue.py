@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import EngineFailed
-from serving.request_queue import BULK_SHARE, Item, Request, RequestQueue
+from serving.request_queue import BULK_SHARE, Item, Request, RequestQueue, put_rows
 
 RATE = 1000.0
 
@@ -204,7 +204,7 @@ def test_identical_texts_in_flight_share_a_row() -> None:
     assert len(queue) == 0
     queue.forget(window)
     for item in window:
-        item.put(vector(int(item.ids[0])))
+        put_rows([item], vector(int(item.ids[0]))[None])
     for waiter in (first_waiter, second_waiter, third_waiter):
         assert waiter.result(0) is None
     assert [request.vectors[:, 0].tolist() for request in (first, second, third)] == [[5, 6, 5], [6], [5]]
@@ -218,7 +218,7 @@ def test_single_text_does_not_wait_for_its_twin_in_the_lane_but_brings_it_forwar
     assert (num_shared, len(queue), queue.num_single_tokens, queue.num_bulk_tokens) == (1, 20, 1, 19)
     first, second = queue.peek(2)
     assert [owners([first]), owners([second])] == [[large], [large, late]]
-    second.put(vector(19))
+    put_rows([second], vector(19)[None])
     assert late_waiter.result(0) is None
     assert not large_waiter.done()
     assert large.missing == 19
@@ -237,7 +237,7 @@ def test_dead_waiter_does_not_take_the_row_from_others() -> None:
     alive, waiter, _ = push_ids(queue, 5, arrival=1.0)
     dead.cancel()
     (item,) = queue.peek(9)
-    item.put(vector(5))
+    put_rows([item], vector(5)[None])
     assert waiter.result(0) is None
     assert alive.vectors[0, 0] == 5
 
@@ -265,7 +265,7 @@ def test_recalled_texts_are_not_queued() -> None:
     (item,) = queue.peek(9)
     for index in (0, 2):
         request.put(index, vector(index))
-    item.put(vector(6))
+    put_rows([item], vector(6)[None])
     assert waiter.result(0) is None
     assert request.vectors[:, 0].tolist() == [0, 6, 2]
 
@@ -300,10 +300,25 @@ def test_every_waiter_gets_its_vectors_whoever_shares_a_row_or_gives_up(steps: l
                 window = running.pop(0)
                 queue.forget(window)
                 for item in window:
-                    item.put(vector(int(item.ids[0])))
+                    put_rows([item], vector(int(item.ids[0]))[None])
     for request, waiter, ids in pushed:
         assert waiter.cancelled() or waiter.result(0) is None
         if not waiter.cancelled():
             assert request.vectors[:, 0].tolist() == ids
         assert request.missing >= 0
     assert (len(queue), queue.num_tokens, queue._in_flight) == (0, 0, {})
+
+
+def test_rows_of_a_batch_reach_all_who_wait_for_them_but_those_that_failed() -> None:
+    waiters = [Future[None]() for _ in range(3)]
+    first, second, third = (Request(count, 4, 0.0, waiter) for count, waiter in zip((3, 1, 2), waiters, strict=True))
+    places = [[(first, 2)], [(second, 0), (third, 1)], [(first, 0), (third, 0)], [(first, 1)]]
+    items = [Item(np.array([n]), 1, 0.0, b"%d" % n, 0.0, each) for n, each in enumerate(places)]
+    vectors = np.stack([vector(n) for n in range(4)])
+    assert set(put_rows(items, vectors, failed=(3,))) == {first, second, third}
+    assert second.vectors[:, 0].tolist() == [1]
+    assert third.vectors[:, 0].tolist() == [2, 1]
+    assert [waiter.done() for waiter in waiters] == [False, True, True]
+    put_rows(items[3:], vectors[3:])
+    assert first.vectors[:, 0].tolist() == [2, 3, 0]
+    assert waiters[0].done()
