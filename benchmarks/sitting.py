@@ -146,7 +146,7 @@ class Sitting:
             config = {"rates": [round(rate, 1) for rate in rates[server.name]], "arrivals": self.plan.arrivals}
             self._figures += summarise(server.name, "open-80", runs[server.name], config)
 
-    def _measure_overhead(self, cases: Sequence[str] = ("closed-1", "closed-32")) -> None:
+    def _measure_overhead(self, cases: Sequence[str] = ("closed-1", "closed-32", "closed-128")) -> None:
         """The worker beside its engine alone on the same texts and batch sizes."""
         for case in cases:
             bare, own, sizes = [], [], []
