@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from serving.engines import Embeddings, Engine, LimitedEngine
+from serving.engines import Embeddings, Engine
 from serving.errors import BundleRejected, EngineFailed, EngineUnavailable
 from serving.tokenizer import Ids, pad_batch
 
@@ -51,7 +51,7 @@ class GuardedEngine:
     @property
     def memory_limit_tokens(self) -> int | None:
         """Tokens of the largest batch worth giving to the engine, where it has learned one."""
-        return self._engine.memory_limit_tokens if isinstance(self._engine, LimitedEngine) else None
+        return getattr(self._engine, "memory_limit_tokens", None)  # only engines with a memory of their own have one
 
     def run(
         self, rows: Sequence[Ids], input_ids: Ids, attention_mask: Ids

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,16 +44,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""
-        ...
-
-
-@runtime_checkable
-class LimitedEngine(Protocol):
-    """An engine that learns while it serves how much fits its memory."""
-
-    @property
-    def memory_limit_tokens(self) -> int | None:
-        """Tokens of the largest batch that fitted after one that did not; None while all did."""
         ...
 
 
