@@ -33,8 +33,8 @@ _LIBRARY = "serving.kernels._avx512"
 # A tile of a product is so many columns wide; a head is read in pairs of registers.
 _COLUMNS, _HEAD_STEP = 64, 32
 _MAX_THREADS = 64
-# Tokens of one run unless a text has more: what lies between two layers stays in the cache.
-_RUN_TOKENS = 512
+# Tokens of one run for each of its threads unless a text has more: what lies between two layers stays in the cache.
+_RUN_TOKENS = 192
 _ALIGNMENT = 64
 
 
@@ -101,14 +101,15 @@ class Avx512Engine:
         self._library = _load_library()
         self._weights: _Weights | None = _share_weights(path)
         self.limits, self._hidden = self._weights.limits, self._weights.model.hidden
-        self._max_tokens = max(_RUN_TOKENS, self.limits.positions)
+        threads = min(num_threads or num_cores(), _MAX_THREADS)
+        self._run_tokens = _RUN_TOKENS * threads
+        max_tokens = max(self._run_tokens, self.limits.positions)
         self._runners: SimpleQueue[int] = SimpleQueue()
         for _ in range(num_instances):
-            threads = min(num_threads or num_cores(), _MAX_THREADS)
-            runner = self._library.encoder_open(ctypes.addressof(self._weights.model), self._max_tokens, threads)
+            runner = self._library.encoder_open(ctypes.addressof(self._weights.model), max_tokens, threads)
             if not runner:
                 self.close()
-                raise EngineUnavailable(f"no memory for runs of {self._max_tokens} tokens on {threads} threads")
+                raise EngineUnavailable(f"no memory for runs of {max_tokens} tokens on {threads} threads")
             self._runners.put(runner)
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
@@ -119,7 +120,7 @@ class Avx512Engine:
         vectors = np.empty((len(input_ids), self._hidden), dtype=np.float32)
         runner = self._runners.get()
         try:
-            for rows in split_rows(lengths, self._max_tokens, len(lengths)):
+            for rows in split_rows(lengths, self._run_tokens, len(lengths)):
                 ids = input_ids[rows][attention_mask[rows].astype(bool)].astype(np.int32)
                 starts = np.concatenate(([0], np.cumsum(lengths[rows]))).astype(np.int32)
                 out = vectors[rows]

@@ -132,16 +132,19 @@ def test_every_pooling_is_known(tmp_path: Path, pooling: str, normalize: bool) -
 
 
 @needs_processor
-def test_text_has_one_vector_whatever_it_is_batched_with(tmp_path: Path) -> None:
+def test_text_has_one_vector_whatever_it_is_batched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _, _ = write_model(tmp_path)
     one, two = Avx512Engine(path, 1), Avx512Engine(path, 2)
+    monkeypatch.setattr(avx512, "_RUN_TOKENS", 20)
+    short = Avx512Engine(path, 3)  # many a text is longer than its runs
     rows = make_rows(LENGTHS * 3)  # more tokens than one run has
     together = one.embed(*pad_batch(rows))
     alone = np.concatenate([one.embed(*pad_batch([row])) for row in rows])
     np.testing.assert_array_equal(together, alone)
-    np.testing.assert_array_equal(two.embed(*pad_batch(rows)), together)
-    one.close()
-    two.close()
+    for engine in (two, short):
+        np.testing.assert_array_equal(engine.embed(*pad_batch(rows)), together)
+    for engine in (one, two, short):
+        engine.close()
 
 
 @needs_processor
