@@ -11,7 +11,7 @@ PEERS := .venv-peers
 help: ## List the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-6s %s\n", $$1, $$2}'
 
-$(STAMP): requirements.lock pyproject.toml serving/kernels/avx512.c serving/kernels/avx512.h
+$(STAMP): requirements.lock pyproject.toml $(wildcard serving/kernels/avx512*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .

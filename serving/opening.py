@@ -6,11 +6,12 @@ engine that does not load is logged and counted.
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 from registry.manifest import EngineEntry, Manifest
 from serving.autotune import (
@@ -141,9 +142,7 @@ class Opener:
         with TemporaryDirectory() as cache:  # not kept: what lies beside a bundle has no digest
             measured, engine, setup = self._measure(setups, rows, Path(cache))
         choice = choose(measured)
-        if choice != Choice(setup, setup):
-            engine.close()
-            engine = self.open_choice(choice)
+        engine = self.open_choice(choice, {setup: engine})
         _log.info("engine chosen setup=%r measured=%s", str(choice), " ".join(map(str, measured)))
         write_choice(path, key, choice, measured)
         return self._opened(choice, engine)
@@ -172,10 +171,17 @@ class Opener:
             on_rebuild=lambda: self._on_fallback(self._manifest, f"{setup.runtime} plan"),
         )
 
-    def open_choice(self, choice: Choice) -> Engine:
-        """The engine, or the pair of engines, of a choice. Raises EngineUnavailable."""
-        large = self._open(choice.large)
-        return large if choice.small == choice.large else SwitchedEngine(self._open(choice.small), large)
+    def open_choice(self, choice: Choice, opened: Mapping[Setup, Engine] = MappingProxyType({})) -> Engine:
+        """The engine, or the pair of engines, of a choice. Raises EngineUnavailable.
+
+        Engines of `opened` are taken where they fit and closed where they do not.
+        """
+        for setup in opened.keys() - {choice.large, choice.small}:
+            opened[setup].close()
+        large = opened.get(choice.large) or self._open(choice.large)
+        if choice.small == choice.large:
+            return large
+        return SwitchedEngine(opened.get(choice.small) or self._open(choice.small), large)
 
     def _measure(
         self, setups: Sequence[Setup], rows: Sequence[Ids], cache: Path

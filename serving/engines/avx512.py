@@ -9,12 +9,14 @@ the metadata is JSON with `heads`, `eps`, `pooling` and `normalize`.
 
 import ctypes
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +33,8 @@ _LIBRARY = "serving.kernels._avx512"
 # A tile of a product is so many columns wide; a head is read in pairs of registers.
 _COLUMNS, _HEAD_STEP = 64, 32
 _MAX_THREADS = 64
-# Tokens of one run unless a text has more: what lies between two layers stays in the cache.
-_RUN_TOKENS = 512
+# Tokens of one run for each of its threads unless a text has more: what lies between two layers stays in the cache.
+_RUN_TOKENS = 192
 _ALIGNMENT = 64
 
 
@@ -97,38 +99,43 @@ class Avx512Engine:
         if problem is not None:
             raise EngineUnavailable(problem)
         self._library = _load_library()
-        with _reading(path) as file:
-            self._weights = _Weights(path, file)
+        self._weights: _Weights | None = _share_weights(path)
         self.limits, self._hidden = self._weights.limits, self._weights.model.hidden
-        self._max_tokens = max(_RUN_TOKENS, self.limits.positions)
+        threads = min(num_threads or num_cores(), _MAX_THREADS)
+        self._run_tokens = _RUN_TOKENS * threads
+        max_tokens = max(self._run_tokens, self.limits.positions)
         self._runners: SimpleQueue[int] = SimpleQueue()
         for _ in range(num_instances):
-            threads = min(num_threads or num_cores(), _MAX_THREADS)
-            runner = self._library.encoder_open(ctypes.addressof(self._weights.model), self._max_tokens, threads)
+            runner = self._library.encoder_open(ctypes.addressof(self._weights.model), max_tokens, threads)
             if not runner:
                 self.close()
-                raise EngineUnavailable(f"no memory for runs of {self._max_tokens} tokens on {threads} threads")
+                raise EngineUnavailable(f"no memory for runs of {max_tokens} tokens on {threads} threads")
             self._runners.put(runner)
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`. Raises ValueError for ids and masks that the kernels must not see."""
         lengths = check_batch(input_ids, attention_mask, self.limits)
+        weights = self._weights  # stay until the run ends, whoever closes the engine
+        assert weights is not None, "the engine is closed"
         vectors = np.empty((len(input_ids), self._hidden), dtype=np.float32)
         runner = self._runners.get()
         try:
-            for rows in split_rows(lengths, self._max_tokens, len(lengths)):
+            for rows in split_rows(lengths, self._run_tokens, len(lengths)):
                 ids = input_ids[rows][attention_mask[rows].astype(bool)].astype(np.int32)
                 starts = np.concatenate(([0], np.cumsum(lengths[rows]))).astype(np.int32)
                 out = vectors[rows]
                 self._library.encoder_run(runner, ids.ctypes.data, starts.ctypes.data, len(starts) - 1, out.ctypes.data)
         finally:
             self._runners.put(runner)
+            if self._weights is None:
+                self.close()
         return vectors
 
     def close(self) -> None:
-        """See `Engine.close`."""
+        """See `Engine.close`. What a run has is freed when the run ends."""
         while not self._runners.empty():
             self._library.encoder_close(self._runners.get())
+        self._weights = None
 
 
 def _load_library() -> ctypes.CDLL:
@@ -145,6 +152,22 @@ def _load_library() -> ctypes.CDLL:
     library.encoder_run.argtypes, library.encoder_run.restype = (pointer, pointer, pointer, integer, pointer), None
     library.encoder_close.argtypes, library.encoder_close.restype = (pointer,), None
     return library
+
+
+# Weights by file, while an engine has them: runs of another width need no copy of their own.
+_shared: "WeakValueDictionary[tuple[int, ...], _Weights]" = WeakValueDictionary()
+_sharing = threading.Lock()
+
+
+def _share_weights(path: Path) -> "_Weights":
+    """The weights of a file, read unless an engine has them. Raises EngineUnavailable."""
+    with _sharing, _reading(path) as file:
+        status = path.stat()
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+        weights = _shared.get(key)
+        if weights is None:
+            weights = _shared[key] = _Weights(path, file)
+        return weights
 
 
 @contextmanager
@@ -201,8 +224,8 @@ class _Weights:
     def _linear(self, name: str, n: int, k: int) -> _Linear:
         weight = self._tensor(name, np.int8, n, k)
         scale = self._tensor(f"{name}.scale", np.float32, n)
-        packed = weight.reshape(n // _COLUMNS, _COLUMNS, k // 4, 4).transpose(0, 2, 1, 3)
-        sums = (weight.sum(axis=1, dtype=np.int64) * scale).astype(np.float32)
+        packed = weight.view(np.int32).reshape(n // _COLUMNS, _COLUMNS, k // 4).transpose(0, 2, 1)  # four at a time
+        sums = (weight.sum(axis=1, dtype=np.int32) * scale).astype(np.float32)
         bias = self._tensor(f"{name}.bias", np.float32, n)
         factor = self._keep(self._tensor(f"{name}.factor", np.float32, k)) if name.endswith(SMOOTHED) else None
         return _Linear(n, k, *map(self._keep, (packed, scale, sums, bias)), factor)

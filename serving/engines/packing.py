@@ -42,7 +42,7 @@ def check_batch(input_ids: Ids, attention_mask: Ids, limits: Limits) -> Lengths:
 
 
 def split_rows(lengths: Lengths, max_tokens: int, max_rows: int) -> Iterator[slice]:
-    """Consecutive rows in runs of at most `max_tokens` tokens and `max_rows` rows; no row is longer than a run."""
+    """Consecutive rows in runs of at most `max_tokens` tokens, a longer row by itself, and of `max_rows` rows."""
     first = tokens = 0
     for row, length in enumerate(lengths.tolist()):
         if row > first and (tokens + length > max_tokens or row - first == max_rows):

@@ -1,8 +1,8 @@
 /* BERT-family encoders in 8-bit integers, for x86 processors with AVX-512 VNNI: packed texts in, vectors out.
  *
  * Weights are int8 by output channel, inputs of a linear layer uint8 by token with a zero point; sums are exact, all
- * else is float32. Nothing is padded. Threads of a run share the columns of a product and the rows of everything else,
- * and meet at a barrier in between.
+ * else but the products of attention is float32. Nothing is padded. Threads of a run share the columns of a product and
+ * the rows of everything else, take heads of texts as they come to them, and meet at a barrier in between.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -15,9 +15,10 @@
 #include <unistd.h>
 
 #include "avx512.h"
+#include "avx512_attention.h"
 
-/* A block of rows stays in the cache; QUERIES of a text attend together. */
-enum { ROW_BLOCK = 192, QUERIES = 8, MAX_THREADS = 64 };
+/* A block of rows stays in the cache. */
+enum { ROW_BLOCK = 192, MAX_THREADS = 64 };
 enum { MEAN, FIRST, LAST };
 enum { PLAIN, GELU, RESIDUAL };
 /* Waiting threads spin this often before they give up their core: between the phases of a run, which take microseconds,
@@ -39,15 +40,12 @@ typedef struct { uint8_t *q; float *scale, *low; } Quantised;
 typedef struct {
     const Model *model; int num_threads;
     int num_tokens, num_texts; const int32_t *ids, *starts; float *out; /* of the run */
-    float *x, *qkv, *context, *inner, *scratch; size_t scratch_size; Quantised narrow, wide;
-    _Atomic int arrived, phase, job, is_stopping;
+    float *x, *qkv, *context, *inner; int32_t *scratch; size_t scratch_size; Quantised narrow, wide;
+    _Atomic int arrived, phase, next_head, job, is_stopping;
     pthread_t threads[MAX_THREADS];
 } Runner;
 
 typedef struct { Runner *runner; int thread; } Place;
-
-/* [first, last) of `total` that thread t of n does. */
-INLINE int share(int total, int t, int n) { return (int)((int64_t)total * t / n); }
 
 INLINE void tile(int num_rows, int kind, const Linear *l, int col, const Quantised *a, int row, float *out) {
     int32_t sums[ROWS * COLS] __attribute__((aligned(64)));
@@ -131,85 +129,6 @@ static void layer_norm(float *x, int n, const float *weights, float eps) {
     }
 }
 
-/* Keys of a head as [d, pad], zeros behind the last. */
-static void transpose(const float *k, int stride, int d, int len, int pad, float *keys) {
-    for (int i = 0; i < d; i++) {
-        for (int j = 0; j < len; j++) keys[(size_t)i * pad + j] = k[(size_t)j * stride + i];
-        for (int j = len; j < pad; j++) keys[(size_t)i * pad + j] = 0.0f;
-    }
-}
-
-/* Scores of 8 queries (pointers q0 to q7) with 32 keys a step, scaled: [8, pad]. */
-#define SCORE_START(r) __m512 a##r = _mm512_setzero_ps(), b##r = a##r;
-#define SCORE_STEP(r) { __m512 v = splat(q[r][i]); \
-    a##r = _mm512_fmadd_ps(v, k0, a##r); b##r = _mm512_fmadd_ps(v, k1, b##r); }
-#define SCORE_END(r) _mm512_storeu_ps(p + r * pad + j, _mm512_mul_ps(a##r, scale)); \
-    _mm512_storeu_ps(p + r * pad + j + LANES, _mm512_mul_ps(b##r, scale));
-static void score(const float *const *q, const float *keys, int d, int pad, float *p) {
-    __m512 scale = splat(1.0f / sqrtf((float)d));
-    for (int j = 0; j < pad; j += 2 * LANES) {
-        EACH8(SCORE_START)
-        for (int i = 0; i < d; i++) {
-            const float *k = keys + (size_t)i * pad + j;
-            __m512 k0 = _mm512_loadu_ps(k), k1 = _mm512_loadu_ps(k + LANES);
-            EACH8(SCORE_STEP)
-        }
-        EACH8(SCORE_END)
-    }
-}
-
-INLINE __mmask16 first_lanes(int n) { return n >= LANES ? 0xffff : n > 0 ? (__mmask16)((1u << n) - 1) : 0; }
-
-/* Turn a row of scores into weights, zero behind `len`; returns one over their sum. */
-static float softmax(float *p, int len, int pad) {
-    __m512 top = splat(-INFINITY), sum = _mm512_setzero_ps();
-    for (int j = 0; j < pad; j += LANES) {
-        __mmask16 live = first_lanes(len - j);
-        top = _mm512_mask_max_ps(top, live, top, _mm512_loadu_ps(p + j));
-    }
-    top = splat(_mm512_reduce_max_ps(top));
-    for (int j = 0; j < pad; j += LANES) {
-        __mmask16 live = first_lanes(len - j);
-        __m512 e = _mm512_maskz_mov_ps(live, exponential(_mm512_sub_ps(_mm512_loadu_ps(p + j), top)));
-        sum = _mm512_add_ps(sum, e);
-        _mm512_storeu_ps(p + j, e);
-    }
-    return 1.0f / _mm512_reduce_add_ps(sum);
-}
-
-#define MIX_STEP(r) { __m512 w = splat(p[r * pad + j]); \
-    a##r = _mm512_fmadd_ps(w, v0, a##r); b##r = _mm512_fmadd_ps(w, v1, b##r); }
-#define MIX_END(r) if (r < num_queries) { float *o = out + (size_t)r * hidden + c; \
-    _mm512_storeu_ps(o, _mm512_mul_ps(a##r, splat(inverse[r]))); \
-    _mm512_storeu_ps(o + LANES, _mm512_mul_ps(b##r, splat(inverse[r]))); }
-static void mix(const float *p, const float *inverse, const float *v, int stride, int d, int len, int pad,
-                int num_queries, int hidden, float *out) {
-    for (int c = 0; c < d; c += 2 * LANES) {
-        EACH8(SCORE_START)
-        for (int j = 0; j < len; j++) {
-            const float *value = v + (size_t)j * stride + c;
-            __m512 v0 = _mm512_loadu_ps(value), v1 = _mm512_loadu_ps(value + LANES);
-            EACH8(MIX_STEP)
-        }
-        EACH8(MIX_END)
-    }
-}
-
-/* One head of one text: qkv points at its first query, rows are 3 * hidden apart. */
-static void attend(const float *qkv, int hidden, int d, int len, float *context, float *scratch) {
-    int stride = 3 * hidden, pad = (len + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-    float *p = scratch, *keys = scratch + QUERIES * pad, inverse[QUERIES];
-    transpose(qkv + hidden, stride, d, len, pad, keys);
-    for (int first = 0; first < len; first += QUERIES) {
-        int num_queries = len - first < QUERIES ? len - first : QUERIES;
-        const float *q[QUERIES];
-        for (int r = 0; r < QUERIES; r++) q[r] = qkv + (size_t)(first + (r < num_queries ? r : 0)) * stride;
-        score(q, keys, d, pad, p);
-        for (int r = 0; r < QUERIES; r++) inverse[r] = softmax(p + r * pad, len, pad);
-        mix(p, inverse, qkv + 2 * hidden, stride, d, len, pad, num_queries, hidden, context + (size_t)first * hidden);
-    }
-}
-
 static void look_up(const Runner *e, int first, int last) {
     const Model *m = e->model;
     for (int text = 0; text < e->num_texts; text++) {
@@ -260,10 +179,11 @@ static void settle(const Runner *e, int first, int last, const float *norm, cons
 
 static void run_layer(Runner *e, int t, const Layer *l, const Layer *next, int first, int last) {
     const Model *m = e->model;
-    int hidden = m->hidden, d = hidden / m->heads, n = e->num_threads, units = e->num_texts * m->heads;
+    int hidden = m->hidden, d = hidden / m->heads, num_heads = e->num_texts * m->heads;
+    if (t == 0) atomic_store_explicit(&e->next_head, 0, memory_order_relaxed);
     product(e, t, PLAIN, &l->qkv, &e->narrow, e->qkv);
     barrier(e);
-    for (int u = share(units, t, n); u < share(units, t + 1, n); u++) {
+    for (int u; (u = atomic_fetch_add_explicit(&e->next_head, 1, memory_order_relaxed)) < num_heads;) {
         int text = u / m->heads, head = u % m->heads, start = e->starts[text], len = e->starts[text + 1] - start;
         attend(e->qkv + (size_t)start * 3 * hidden + head * d, hidden, d, len,
                e->context + (size_t)start * hidden + head * d, e->scratch + t * e->scratch_size);
@@ -337,12 +257,12 @@ Runner *encoder_open(const Model *m, int max_tokens, int num_threads) {
     if (!e) return NULL;
     size_t tokens = (size_t)max_tokens, hidden = (size_t)m->hidden, ffn = (size_t)m->ffn;
     e->model = m, e->num_threads = 1;
-    e->scratch_size = (size_t)(m->positions + 2 * LANES) * (QUERIES + hidden / m->heads);
-    size_t floats = tokens * (5 * hidden + ffn + 4) + e->scratch_size * num_threads;
-    if (posix_memalign((void **)&e->x, 64, 4 * floats + tokens * (hidden + ffn))) { free(e); return NULL; }
+    e->scratch_size = attend_scratch(m->positions, m->hidden / m->heads);
+    size_t numbers = tokens * (5 * hidden + ffn + 4) + e->scratch_size * num_threads;
+    if (posix_memalign((void **)&e->x, 64, 4 * numbers + tokens * (hidden + ffn))) { free(e); return NULL; }
     e->qkv = e->x + tokens * hidden, e->context = e->qkv + tokens * 3 * hidden, e->inner = e->context + tokens * hidden;
-    e->scratch = e->inner + tokens * ffn;
-    e->narrow.scale = e->scratch + e->scratch_size * num_threads, e->narrow.low = e->narrow.scale + tokens;
+    e->scratch = (int32_t *)(e->inner + tokens * ffn);
+    e->narrow.scale = (float *)(e->scratch + e->scratch_size * num_threads), e->narrow.low = e->narrow.scale + tokens;
     e->wide.scale = e->narrow.low + tokens, e->wide.low = e->wide.scale + tokens;
     e->narrow.q = (uint8_t *)(e->wide.low + tokens), e->wide.q = e->narrow.q + tokens * hidden;
     for (; e->num_threads < num_threads; e->num_threads++) {

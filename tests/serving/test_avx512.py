@@ -1,6 +1,7 @@
 """The avx512 engine beside the same arithmetic in plain PyTorch, and what it refuses."""
 
 import json
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +29,7 @@ needs_processor = pytest.mark.skipif(find_problem() is not None, reason=str(find
 SIZES = {
     "heads-of-32": {"hidden": 128, "heads": 4, "intermediate": 256},
     "heads-of-64": {"hidden": 192, "heads": 3, "intermediate": 64},
+    "head-of-128": {"hidden": 128, "heads": 1, "intermediate": 64},
 }
 LENGTHS = (1, 2, 3, 7, 16, 31, 32, 33, 64, 65, 127, 128)
 
@@ -45,6 +47,10 @@ def write_model(folder: Path, **changes: Any) -> tuple[Path, Weights, BertConfig
     path = folder / "encoder.safetensors"
     save_integers(weights, config, make_rows((9, 40), seed=1), path)
     return path, weights, config
+
+
+def is_within(address: int, space: Any) -> bool:
+    return isinstance(space, np.ndarray) and 0 <= address - space.ctypes.data < space.nbytes
 
 
 def fake_round(weight: torch.Tensor) -> torch.Tensor:
@@ -90,9 +96,29 @@ def test_kernels_compute_what_plain_pytorch_does(tmp_path: Path, sizes: dict[str
     engine, rows = Avx512Engine(path, num_threads), make_rows(LENGTHS)
     vectors = engine.embed(*pad_batch(rows))
     expected = embed_plainly(path, weights, config, rows)
-    # A value at the edge of two steps may be rounded either way.
-    np.testing.assert_allclose(vectors, expected, atol=5e-3)
+    # A value at the edge of two steps may be rounded either way, and what follows with it.
+    np.testing.assert_allclose(vectors, expected, atol=1e-2)
     assert (vectors * expected).sum(axis=1).min() > 0.9999
+    engine.close()
+
+
+@needs_processor
+@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["as-made", "few-keys-count"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_error_is_that_of_eight_bits_alone(tmp_path: Path, sizes: dict[str, int], spread: float) -> None:
+    """Attention in 16 bits and the polynomials add nothing to what plain 8-bit arithmetic loses to float32."""
+    config, weights = read_model(make_encoder(tmp_path, **sizes))
+    queries = torch.arange(3 * config.hidden)[:, None] < config.hidden
+    layers = tuple(
+        replace(layer, qkv_weight=torch.where(queries, spread * layer.qkv_weight, layer.qkv_weight))
+        for layer in weights.layers
+    )
+    weights, path = replace(weights, layers=layers), tmp_path / "encoder.safetensors"
+    save_integers(weights, config, make_rows((9, 40), seed=1), path)
+    engine, rows = Avx512Engine(path, 1), make_rows(LENGTHS * 2)
+    exact = encode(weights, config, Packed.of_rows(rows)).numpy()
+    error = np.abs(engine.embed(*pad_batch(rows)) - exact).mean()
+    assert error <= 1.15 * np.abs(embed_plainly(path, weights, config, rows) - exact).mean()
     engine.close()
 
 
@@ -101,21 +127,24 @@ def test_kernels_compute_what_plain_pytorch_does(tmp_path: Path, sizes: dict[str
 def test_every_pooling_is_known(tmp_path: Path, pooling: str, normalize: bool) -> None:
     path, weights, config = write_model(tmp_path, pooling=pooling, normalize=normalize)
     engine, rows = Avx512Engine(path, 1), make_rows((5, 1, 40))
-    np.testing.assert_allclose(engine.embed(*pad_batch(rows)), embed_plainly(path, weights, config, rows), atol=2e-2)
+    np.testing.assert_allclose(engine.embed(*pad_batch(rows)), embed_plainly(path, weights, config, rows), atol=6e-2)
     engine.close()
 
 
 @needs_processor
-def test_text_has_one_vector_whatever_it_is_batched_with(tmp_path: Path) -> None:
+def test_text_has_one_vector_whatever_it_is_batched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _, _ = write_model(tmp_path)
     one, two = Avx512Engine(path, 1), Avx512Engine(path, 2)
+    monkeypatch.setattr(avx512, "_RUN_TOKENS", 20)
+    short = Avx512Engine(path, 3)  # many a text is longer than its runs
     rows = make_rows(LENGTHS * 3)  # more tokens than one run has
     together = one.embed(*pad_batch(rows))
     alone = np.concatenate([one.embed(*pad_batch([row])) for row in rows])
     np.testing.assert_array_equal(together, alone)
-    np.testing.assert_array_equal(two.embed(*pad_batch(rows)), together)
-    one.close()
-    two.close()
+    for engine in (two, short):
+        np.testing.assert_array_equal(engine.embed(*pad_batch(rows)), together)
+    for engine in (one, two, short):
+        engine.close()
 
 
 @needs_processor
@@ -132,13 +161,88 @@ def test_instances_run_at_the_same_time(tmp_path: Path) -> None:
 
 
 @needs_processor
-def test_value_that_is_not_finite_is_seen_in_the_vector(tmp_path: Path) -> None:
+def test_engines_over_one_file_share_its_weights(tmp_path: Path) -> None:
+    path, _, _ = write_model(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        engines = list(pool.map(lambda number: Avx512Engine(path, number % 2 + 1), range(4)))
+    (address,) = {engine._weights.model.words for engine in engines if engine._weights}
+    space = weakref.ref(next(space for space in engines[0]._weights._kept if is_within(address, space)))
+    batch = pad_batch(make_rows(LENGTHS))
+    expected = engines[0].embed(*batch)
+    for engine in engines[:3]:
+        engine.close()
+    np.testing.assert_array_equal(engines[3].embed(*batch), expected)
+    assert space() is not None
+    engines[3].close()
+    assert space() is None
+
+
+@needs_processor
+def test_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    path, _, _ = write_model(tmp_path)
+    before, batch = Avx512Engine(path, 1), pad_batch(make_rows((4,)))
+    tensors = load_file(path)
+    tensors["words.scale"] *= 2
+    after = Avx512Engine(rewrite(path, tensors), 1)
+    assert np.abs(after.embed(*batch) - before.embed(*batch)).max() > 1e-2
+    before.close()
+    after.close()
+
+
+@needs_processor
+def test_engine_closed_during_a_run_frees_what_it_has_at_its_end(tmp_path: Path) -> None:
+    path, _, _ = write_model(tmp_path)
+    engine, batch = Avx512Engine(path, 1), pad_batch(make_rows(LENGTHS))
+    expected, library = engine.embed(*batch), engine._library
+    closed = []
+
+    class Library:
+        encoder_close = staticmethod(lambda runner: closed.append(runner) or library.encoder_close(runner))
+
+        @staticmethod
+        def encoder_run(*arguments: Any) -> None:
+            engine.close()
+            assert not closed
+            library.encoder_run(*arguments)
+
+    engine._library = Library
+    np.testing.assert_array_equal(engine.embed(*batch), expected)
+    assert len(closed) == 1
+    with pytest.raises(AssertionError, match="closed"):
+        engine.embed(*batch)
+
+
+@needs_processor
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("bias", "channel"),
+    [("up", 3), ("qkv", 3), ("qkv", 128 + 3), ("qkv", 256 + 3)],
+    ids=["up", "query", "key", "value"],
+)
+def test_value_that_is_not_finite_is_seen_in_the_vector(tmp_path: Path, bias: str, channel: int, value: float) -> None:
     path, _, _ = write_model(tmp_path)
     tensors = load_file(path)
-    tensors["layers.1.up.bias"][3] = float("nan")
+    tensors[f"layers.1.{bias}.bias"][channel] = value
     engine = Avx512Engine(rewrite(path, tensors), 1)
-    assert not np.isfinite(engine.embed(*pad_batch(make_rows((4,))))).any()
+    assert not np.isfinite(engine.embed(*pad_batch(make_rows((4, 1))))).any()
     engine.close()
+
+
+@needs_processor
+def test_run_reads_nothing_that_was_left_and_writes_its_vectors_alone(tmp_path: Path) -> None:
+    path, _, _ = write_model(tmp_path)
+    used, fresh = Avx512Engine(path, 2), Avx512Engine(path, 2)
+    used.embed(*pad_batch(make_rows((128,) * 9, seed=3)))
+    rows = make_rows((5, 1, 33))
+    expected = fresh.embed(*pad_batch(rows))
+    ids, starts = np.concatenate(rows).astype(np.int32), np.array([0, 5, 6, 39], dtype=np.int32)
+    out, runner = np.full((5, 128), np.nan, dtype=np.float32), used._runners.get()
+    used._library.encoder_run(runner, ids.ctypes.data, starts.ctypes.data, 3, out[1:].ctypes.data)
+    used._runners.put(runner)
+    np.testing.assert_array_equal(out[1:4], expected)
+    assert np.isnan(out[[0, 4]]).all()
+    used.close()
+    fresh.close()
 
 
 @needs_processor

@@ -117,6 +117,19 @@ def test_choice_of_two_runtimes_opens_both(bundle: Path, tmp_path: Path) -> None
     engine.close()
 
 
+def test_engine_that_was_measured_is_the_one_that_serves(bundle: Path, model: LoadedModel) -> None:
+    opener = Opener(ModelSource(path=bundle), read_manifest(bundle), nothing)
+    large, small, other = (Setup("onnxruntime", threads, 1) for threads in (1, 2, 3))
+    fits, does_not = WrappedEngine(model.engine), WrappedEngine(model.engine)
+    assert opener.open_choice(Choice(large, large), {large: fits}) is fits
+    pair = opener.open_choice(Choice(large, small), {small: fits, other: does_not})
+    assert (fits.is_closed, does_not.is_closed) == (False, True)
+    pair.embed(np.full((1, 4), 6), np.ones((1, 4), dtype=np.int64))
+    assert fits.shapes == [(1, 4)]
+    pair.close()
+    assert fits.is_closed
+
+
 def test_every_engine_that_does_not_load_is_named(bundle: Path, tmp_path: Path) -> None:
     folder = copy_with(bundle, tmp_path, "tensorrt", "cuda")
     with pytest.raises(EngineUnavailable, match=r"no engine of the bundle loads: .*the cuda engine.*tensorrt"):
