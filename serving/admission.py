@@ -14,7 +14,7 @@ from serving.latency_model import Quantile
 # A request predicted to take less than this part of the objective says little about a long queue.
 _LEARN_SHARE = 0.2
 # What is learned swings around its value: aim below the objective, so as to stay within it.
-_HEADROOM = 0.85
+_HEADROOM = 0.8
 # Of the tokens that an idle engine could compute in time, what to send in one request: tokenising and others count too.
 _ADVISED_SHARE = 0.5
 # A refusal stands this long unless a run ends: by no more can the wait it speaks of have shrunk.
