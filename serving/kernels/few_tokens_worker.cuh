@@ -218,19 +218,26 @@ struct Worker {
     meet();
   }
 
-  // Queries, keys and values of this head: slices 0, 1 and 2 of LOCAL. Three pairs of tiles, half of the sum a warp.
-  DEVICE void project_qkv() {
-    Tile acc[2] = {};
-    int half = warp / 3, number = warp % 3;
+  // PAIRS pairs of tiles over the state, half of the sum a warp, COUNT steps of it in a fill of the ring. Whether this
+  // warp has a result, and then in acc[0].
+  template <int PAIRS, int COUNT>
+  DEVICE bool project_halves(Tile* acc, int bias) {
+    int half = warp / PAIRS, number = warp % PAIRS;
+    bool takes_part = warp < 2 * PAIRS;
     u32 from = left + X + half * (STEPS / 4) * SLICE;
 #pragma unroll
-    for (int unit = 0; unit < STEPS / 8; unit++) {
-      u32 weight = next_unit() + warp * 8 * FRAGMENT + lane * 16;
-      if (warp < 6) multiply_pair<4>(acc, weight, from, 4 * unit);
+    for (int unit = 0; unit < STEPS / 2 / COUNT; unit++) {
+      u32 weight = next_unit() + warp * 2 * COUNT * FRAGMENT + lane * 16;
+      if (takes_part) multiply_pair<COUNT>(acc, weight, from, COUNT * unit);
       release_unit();
     }
-    trade(acc, half, number, QKV_BIAS, warp < 6);
-    if (warp < 6) write_tile(acc[0], LOCAL, 2 * number + half);
+    trade(acc, half, number, bias, takes_part);
+    return takes_part;
+  }
+  // Queries, keys and values of this head: slices 0, 1 and 2 of LOCAL.
+  DEVICE void project_qkv() {
+    Tile acc[2] = {};
+    if (project_halves<3, 4>(acc, QKV_BIAS)) write_tile(acc[0], LOCAL, 2 * (warp % 3) + warp / 3);
     meet();
   }
   // This head's context for 16 tokens a warp, into its slice of CONTEXT.
@@ -327,22 +334,13 @@ struct Worker {
     meet();
     send_all(Y, Y_HERE);
   }
-  // This program's 128 columns of the intermediate, into LOCAL. Four pairs of tiles, half of the sum a warp.
+  // This program's 128 columns of the intermediate, into LOCAL.
   DEVICE void project_up() {
     Tile acc[2] = {};
-    int half = warp / 4, number = warp % 4;
-    u32 from = left + X + half * (STEPS / 4) * SLICE;
-#pragma unroll
-    for (int unit = 0; unit < STEPS / 6; unit++) {
-      u32 weight = next_unit() + warp * 6 * FRAGMENT + lane * 16;
-      if (warp < 8) multiply_pair<3>(acc, weight, from, 3 * unit);
-      release_unit();
-    }
-    trade(acc, half, number, UP_BIAS, warp < 8);
-    if (warp < 8) {
+    if (project_halves<4, 3>(acc, UP_BIAS)) {
 #pragma unroll
       for (int i = 0; i < 4 * GROUPS; i++) acc[0][i >> 2][i & 3] = gelu(acc[0][i >> 2][i & 3]);
-      write_tile(acc[0], LOCAL, 2 * number + half);
+      write_tile(acc[0], LOCAL, 2 * (warp % 4) + warp / 4);
     }
     meet();
   }
