@@ -1,6 +1,5 @@
 // What the sixteen warps of a program do in a layer of few_tokens_cluster.cu, which says how they work together.
 #pragma once
-
 #include "cluster.cuh"
 
 constexpr int HIDDEN = HEADS * 32;
@@ -126,9 +125,9 @@ struct Worker {
     if (warp == 0 && lane < HEADS && lane != rank) send(slice, slice, SLICE, base + bar, lane);
   }
   // Wait for what all others sent, and say how much the next round brings.
-  DEVICE void receive(u32 bar, u32 parity, u32 slices) {
+  DEVICE void receive(u32 bar, u32 parity) {
     barrier_wait(base + bar, parity);
-    if (threadIdx.x == 0) barrier_expect(base + bar, slices * SLICE);
+    if (threadIdx.x == 0) barrier_expect(base + bar, (HEADS - 1) * SLICE);
   }
 
   // What later methods need of the batch, read early: a read takes longer than a round.
@@ -344,7 +343,8 @@ struct Worker {
     }
     meet();
   }
-  // What this program's intermediate adds to every column: warp w has the 32 columns of program w, and sends them there.
+  // What this program's intermediate adds to every column: warp w has the 32 columns of program w, and sends them there;
+  // its own it writes in place, because a copy from a program to itself is none that CUDA's memcheck allows.
   DEVICE void project_down() {
     Tile acc[2] = {};
 #pragma unroll
@@ -354,12 +354,12 @@ struct Worker {
       release_unit();
     }
     if (warp < HEADS) {
-      u32 slice = CONTEXT + warp * SLICE;  // nobody needs the contexts any more
-      write_tile(acc[0], slice, 0);
-      write_tile(acc[1], slice, 1);
-      fence_copies();
-      __syncwarp();
-      if (lane == 0) send(base + PARTS + rank * SLICE, base + slice, SLICE, base + PARTS_HERE, warp);
+      bool is_own = warp == rank;
+      u32 slice = is_own ? PARTS + rank * SLICE : CONTEXT + warp * SLICE;  // nobody needs the contexts any more
+      write_tile(acc[0], slice, 0), write_tile(acc[1], slice, 1);
+      fence_copies(), __syncwarp();
+      if (lane == 0 && is_own) barrier_arrive(base + PARTS_HERE);
+      if (lane == 0 && !is_own) send(base + PARTS + rank * SLICE, base + slice, SLICE, base + PARTS_HERE, warp);
     }
   }
   // The sum of what all sent for this program's columns, with bias and residual, into its slice of Y.

@@ -16,21 +16,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 MANY_ROWS = 2048  # from here on tiles of 128 x 128 fill the GPU
 _HOPPER = 9
 _LARGE_SHARED_BYTES = 200_000
-# tanh(x (A + B x² + C x⁴)) is erf(x / √2) to 6e-5 while x² ≤ 49; beyond both are 1. Largest error of the GELU: 3e-5,
-# a sixteenth of float16's spacing at 1.
-_A, _B, _C = tl.constexpr(0.79745847), tl.constexpr(0.037050345), tl.constexpr(-0.00035873236)
+# x / 2 (1 + tanh(x (A + B x²))) is the GELU, x Φ(x), to 4.5e-4, and where x is normally distributed to 1.7e-4 of its
+# norm: half of what float16 takes from the result.
+_A, _B = tl.constexpr(0.79862082), tl.constexpr(0.0355207)
 
 
 @triton.jit
 def gelu(x, FAST: tl.constexpr):
     """x Φ(x) of float32 x; FAST uses the hardware's tanh, otherwise erf."""
     if FAST:
-        square = tl.minimum(x * x, 49.0)
-        inner = x * (_A + square * (_B + square * _C))
+        half = 0.5 * x
+        inner = half * (2.0 * _A + half * half * (8.0 * _B))
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=tl.float32, is_pure=True, pack=1
         )
-        half = 0.5 * x
         value = half + half * tanh
     else:
         value = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
