@@ -43,10 +43,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ExactE4M3:
-    """What the engine computes in E4M3, every product and sum in float32: no kernel's own rounding, no GPU's.
-
-    Folded layers round the states of `BY_ROW` before their norm instead of behind it, as finely: see `cuda_folded`.
-    """
+    """What the engine computes in E4M3, every product and sum in float32: no kernel's own rounding, no GPU's."""
 
     def __init__(self, weights: Weights, config: BertConfig) -> None:
         """All linear layers but those of `config.float16` are rounded, and must have been calibrated."""

@@ -117,7 +117,7 @@ def _multiply(ring, ready, empty, first, depth, layout: gl.constexpr, RESIDENT: 
 
 @gluon.jit
 def _consume(
-    number: gl.constexpr, residual, out, copy, epilogue, norms, ring, tiles, copies, barriers, sizes,
+    number: gl.constexpr, residual, out, epilogue, norms, ring, tiles, barriers, sizes,
     GROUPS: gl.constexpr, RESIDENT: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr,
     SCALES: gl.constexpr, QUANTIZE: gl.constexpr, NORM: gl.constexpr, SUM: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
@@ -130,7 +130,7 @@ def _consume(
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // ring[0].dtype.primitive_bitwidth]
     )
-    out_factor = gl.load(epilogue[3]) if QUANTIZE != "none" else 1.0
+    out_factor = gl.load(epilogue[3]) if QUANTIZE else 1.0
     buffer, mine, landed = tiles.index(number), turns.index(number), arrived.index(number)
     _, left = _find_tile(0, across, rows, columns)
     of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
@@ -157,16 +157,11 @@ def _consume(
             acc += _normalize(buffer.load(layout).to(gl.float32), of_columns, of_rows, NORM)
         if SUM:
             _store_sums(acc, norms[3], epilogue[4], top, left, layout, HIDDEN)
-        # The conversion to E4M3 cuts what is beyond it.
-        if QUANTIZE == "out":
-            acc = acc * out_factor
+        if QUANTIZE:
+            acc = acc * out_factor  # the conversion cuts what is beyond E4M3
         buffer.store(acc.to(out.dtype))
-        if QUANTIZE == "copy":
-            copies.index(number).store((acc * out_factor).to(copy.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(out, [top, left], buffer)
-        if QUANTIZE == "copy":
-            tma.async_copy_shared_to_global(copy, [top, left], copies.index(number))
     tma.store_wait(0)
 
 
@@ -192,8 +187,8 @@ def _read_rows(
     NORM: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """What the epilogue needs of the rows, read before the turn so that it waits for nothing: what the product is to be
-    multiplied by, and of the norm mean and reciprocal spread, from the sums over each 128 of their columns. A norm of
-    x holds the scales of E4M3 operands itself. A GELU takes half of its argument."""
+    multiplied by, and of the norm mean and reciprocal spread, from the sums over each 128 of their columns. A GELU
+    takes half of its argument."""
     _, x_scales, weight_scale, _, num_rows = epilogue
     sums, _, eps, _ = norms
     rows = top + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
@@ -213,8 +208,6 @@ def _read_rows(
         spread = gl.rsqrt(spread - mean * mean + eps)
     if NORM == "x":
         spread = spread * scale
-        if SCALES == "tensor":
-            mean = mean / gl.load(x_scales)
     return scale, mean, spread
 
 
@@ -251,9 +244,9 @@ def _store_sums(x, sums, num_rows, top, left, layout: gl.constexpr, HIDDEN: gl.c
     gl.store(place + 1, gl.sum(x * x, axis=1), rows < num_rows)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "tiles"])  # which differ by run: compiled once for all
 def _linear_kernel(
-    x, weight, residual, out, copy, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
+    x, weight, residual, out, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
     num_rows, tiles, across, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, RESIDENT: gl.constexpr,
     BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr,
     NORM: gl.constexpr, SUM: gl.constexpr, HIDDEN: gl.constexpr,
@@ -262,9 +255,6 @@ def _linear_kernel(
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(weight.dtype, [kept] + weight.block_type.shape, weight.layout)  # noqa: RUF005
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)  # noqa: RUF005
-    copies = buffers
-    if QUANTIZE == "copy":
-        copies = gl.allocate_shared_memory(copy.dtype, [GROUPS] + copy.block_type.shape, copy.layout)  # noqa: RUF005
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
@@ -285,9 +275,9 @@ def _linear_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes, GROUPS,
+                (_consume, (0, residual, out, ends, norms, ring, buffers, barriers, sizes, GROUPS,
                             RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_consume, (1, residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes, GROUPS,
+                (_consume, (1, residual, out, ends, norms, ring, buffers, barriers, sizes, GROUPS,
                             RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
                 (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
             ],
@@ -297,11 +287,11 @@ def _linear_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes, GROUPS,
+                (_consume, (0, residual, out, ends, norms, ring, buffers, barriers, sizes, GROUPS,
                             RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_consume, (1, residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes, GROUPS,
+                (_consume, (1, residual, out, ends, norms, ring, buffers, barriers, sizes, GROUPS,
                             RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_consume, (2, residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes, GROUPS,
+                (_consume, (2, residual, out, ends, norms, ring, buffers, barriers, sizes, GROUPS,
                             RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
                 (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
             ],
@@ -349,17 +339,14 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_programs: int, gelu: bool = False,
     residual: Tensor | None = None, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
     out_factor: Tensor | None = None, norm: RowNorm | None = None, out_sums: Tensor | None = None,
-    copy: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """See `gemm.linear`; `num_programs`: multiprocessors; `residual` [T, N] is added and may be `out`.
 
     `norm` is of the residual where there is one, else of x. `out_sums` takes the sums that a norm of `out` needs.
-    `copy` (E4M3 [T, N]) takes the result times `out_factor`, which then leaves `out` alone.
     """
     (num_rows, width), columns, size = x.shape, weight.shape[0], x.element_size()
     step, across = _STEP_BYTES // size, columns // _COLUMNS
-    out_bytes = out.element_size() + (copy is not None)
-    form, stages, programs = _plan(width * size, across, num_programs, out_bytes, size == 1)
+    form, stages, programs = _plan(width * size, across, num_programs, out.element_size(), size == 1)
     tiles = triton.cdiv(num_rows, form.rows) * across
     result = _describe(out, [form.rows, _COLUMNS])
     scales = "none" if x_scales is None else "tensor" if x_scales.numel() == 1 else "rows"
@@ -370,11 +357,9 @@ def linear(
     return _linear_kernel[(min(programs, tiles),)](
         _describe(x, [form.rows, step]), _describe(weight, [_COLUMNS, step]),
         result if residual is None else _describe(residual, [form.rows, _COLUMNS]), result,
-        result if copy is None else _describe(copy, [form.rows, _COLUMNS]),
         *operands, 0.0 if norm is None else norm.eps, num_rows, tiles, across, DEPTH=width // step, STAGES=stages,
         GROUPS=form.groups, RESIDENT=form is _RESIDENT, BIAS=bias is not None, GELU=gelu,
-        RESIDUAL=residual is not None, SCALES=scales,
-        QUANTIZE="copy" if copy is not None else "none" if out_factor is None else "out",
+        RESIDUAL=residual is not None, SCALES=scales, QUANTIZE=out_factor is not None,
         NORM="none" if norm is None else "x" if residual is None else "residual", SUM=out_sums is not None,
         HIDDEN=columns if residual is not None else width, num_warps=4, maxnreg=form.registers,
     )  # fmt: skip
