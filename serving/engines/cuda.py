@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving.engines import Embeddings
 from serving.engines.cuda_node import examine_node, find_problem
-from serving.engines.packing import Lengths, check_batch, pack, packed_size, split_rows
+from serving.engines.packing import FILLER, Lengths, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
@@ -287,6 +287,8 @@ def _check_model(path: Path, config: "BertConfig", weights: "Weights", compute: 
     for name, value in (("hidden_size", config.hidden), ("intermediate_size", config.intermediate)):
         if value % 128:
             raise EngineUnavailable(f"{path}: {name} {value} is no multiple of 128")
+    if config.positions < FILLER:
+        raise EngineUnavailable(f"{path}: max_position_embeddings {config.positions} is less than {FILLER}")
     if compute == "f8" and any(layer.amax is None for layer in weights.layers):
         raise EngineUnavailable(f"{path} holds no activation_amax: f8 needs a calibrated model")
 

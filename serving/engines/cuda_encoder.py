@@ -147,6 +147,8 @@ class Fp8Encoder(Encoder):
 
     Whoever produces an input of an E4M3 layer quantises it in the same pass. The inputs of the query and up
     projections take a scale a row; context and intermediate, whose rows no one program sees whole, a calibrated one.
+    E4M3 makes a step of 6 % of a difference in the last bit, so the kernels are steady: a text has the same vector
+    alone and in a batch because the same arithmetic runs.
     """
 
     def __init__(self, weights: Weights, config: BertConfig, device: torch.device, max_tokens: int, max_rows: int):
@@ -188,13 +190,13 @@ class Fp8Encoder(Encoder):
         context = self._carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         inner = self._carve(0, tokens, config.intermediate, down.dtype)
         narrow, scales = self._operand(query, x)
-        linear(narrow, query.weight, layer.qkv_bias, qkv, False, scales, query.weight_scale)
-        attention(qkv, batch.starts, batch.ends, config.heads, context, output.x_factor, is_long)
-        add_product(context, output.weight, x, output.x_scale, output.weight_scale)
+        linear(narrow, query.weight, layer.qkv_bias, qkv, False, scales, query.weight_scale, is_steady=True)
+        attention(qkv, batch.starts, batch.ends, config.heads, context, output.x_factor, is_steady=True)
+        add_product(context, output.weight, x, output.x_scale, output.weight_scale, is_steady=True)
         narrow, scales = self._operand(up, x)
         add_norm(x, None, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps, x, narrow, scales)
-        linear(narrow, up.weight, layer.up_bias, inner, True, scales, up.weight_scale, down.x_factor)
-        add_product(inner, down.weight, x, down.x_scale, down.weight_scale)
+        linear(narrow, up.weight, layer.up_bias, inner, True, scales, up.weight_scale, down.x_factor, is_steady=True)
+        add_product(inner, down.weight, x, down.x_scale, down.weight_scale, is_steady=True)
         narrow, scales = self._operand(follower, x) if follower else (x, None)
         add_norm(x, None, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps, x, narrow, scales)
 

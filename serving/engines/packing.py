@@ -10,6 +10,7 @@ from serving.tokenizer import Ids
 
 Lengths = NDArray[np.int64]
 Int32 = NDArray[np.int32]
+FILLER = 16  # tokens of a sequence that only fills a run up; a model has at least as many positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ def packed_size(tokens: int, rows: int) -> int:
 def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) -> None:
     """Write ids, sequence starts and sequence ends [tokens] and offsets [rows + 1] into `into`, one after the other.
 
-    `tokens` and `rows` may exceed the batch's: what is left over becomes sequences of one token 0, and empty rows.
+    `tokens` and `rows` may exceed the batch's: what is left over becomes sequences of up to FILLER tokens 0, and empty
+    rows.
     """
     real = int(lengths.sum())
     ids, starts, ends = into[: 3 * tokens].reshape(3, tokens)
@@ -70,7 +72,7 @@ def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) 
     starts[:real] = np.repeat(bounds[:-1], lengths)
     ends[:real] = np.repeat(bounds[1:], lengths)
     ids[real:] = 0
-    starts[real:] = np.arange(real, tokens)
-    ends[real:] = np.arange(real + 1, tokens + 1)
+    starts[real:] = real + np.arange(tokens - real) // FILLER * FILLER
+    ends[real:] = np.minimum(starts[real:] + FILLER, tokens)
     offsets[: len(bounds)] = bounds
     offsets[len(bounds) :] = real

@@ -2,7 +2,8 @@
 
 A program takes a tile of packed rows wherever sequences begin and end, so that several short sequences share it. It
 walks the keys from the beginning of its first row's sequence to the end of its last row's, and masks what belongs to
-another sequence; key blocks that lie inside one sequence with all of the tile's rows need no mask.
+another sequence; key blocks that lie inside one sequence with all of the tile's rows need no mask. A steady result
+takes the sequences of a tile one by one, each from its own beginning, so that it has the same bits in any batch.
 """
 
 import math
@@ -32,9 +33,24 @@ def _attend(q, k, v, m, total, acc, first, last, begin, scale, BN: tl.constexpr,
 
 
 @triton.jit
+def _walk(
+    keys, q, m, total, acc, first, last, begin, end, whole, column, scale, HIDDEN: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """All blocks of keys from `begin` to `end`; the first `whole` keys belong to every row."""
+    for block in tl.range(begin, begin + whole, BN):
+        k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
+        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, False)
+    for block in tl.range(begin + whole, end, BN):
+        k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
+        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, True)
+    return m, total, acc
+
+
+@triton.jit
 def _attention_kernel(
     queries, keys, starts, ends, out, out_factor, num_tokens, scale,
     HIDDEN: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QUANTIZE: tl.constexpr,
+    STEADY: tl.constexpr,
 ):  # fmt: skip
     column, tile = tl.program_id(0) * D, tl.program_id(1) * BM
     rows = tile + tl.arange(0, BM)
@@ -45,12 +61,14 @@ def _attention_kernel(
     whole = tl.where(begin == tl.load(starts + bottom), (end - begin) // BN * BN, 0)
     q = queries.load([tile, column])
     m, total, acc = tl.full([BM], _FAR, tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, D], tl.float32)
-    for block in tl.range(begin, begin + whole, BN):
-        k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
-        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, False)
-    for block in tl.range(begin + whole, end, BN):
-        k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
-        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, True)
+    if STEADY:
+        while begin <= bottom:
+            end = tl.load(ends + begin)
+            until = tl.minimum(last, end)  # the last block reaches into the next sequence, whose turn is still to come
+            m, total, acc = _walk(keys, q, m, total, acc, first, until, begin, end, whole, column, scale, HIDDEN, BN)
+            begin = end
+    else:
+        m, total, acc = _walk(keys, q, m, total, acc, first, last, begin, end, whole, column, scale, HIDDEN, BN)
     acc = acc / tl.maximum(total, 1e-30)[:, None]  # rows past the end saw no key
     if QUANTIZE:
         acc = tl.clamp(acc * tl.load(out_factor), -448.0, 448.0)
@@ -60,19 +78,21 @@ def _attention_kernel(
 
 def attention(
     qkv: Tensor, starts: Tensor, ends: Tensor, heads: int, out: Tensor, out_factor: Tensor | None = None,
-    is_long: bool = False,
+    is_long: bool = False, is_steady: bool = False,
 ) -> None:  # fmt: skip
     """See `reference.attention`: qkv [T, 3H], starts and ends int32 [T] ascending, out [T, H].
 
     With `out_factor` (float32 [1]) out is E4M3 and takes the result times it. `is_long` chooses the tile
-    that measured faster where a token attends to 128 and more. Head sizes: HEAD_SIZES.
+    that measured faster where a token attends to 128 and more; a sequence's result has the same bits wherever it lies
+    if it `is_steady`. Head sizes: HEAD_SIZES.
     """
     num_tokens, hidden = out.shape
     size = hidden // heads
-    rows, keys = 64, 64 if is_long else 32
+    rows, keys = 64, 64 if is_long or is_steady else 32
     scale = math.log2(math.e) / math.sqrt(size)
     _attention_kernel[(heads, triton.cdiv(num_tokens, rows))](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
         starts, ends, out, out_factor, num_tokens, scale,
-        HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, num_warps=4, num_stages=3,
+        HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, STEADY=is_steady,
+        num_warps=4, num_stages=3,
     )  # fmt: skip

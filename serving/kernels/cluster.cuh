@@ -95,9 +95,7 @@ DEVICE float exp2_fast(float x) {
 }
 // The fast form of gemm.gelu.
 DEVICE float gelu(float x) {
-  float square = fminf(x * x, 49.0f), half = 0.5f * x, tanh;
-  asm("tanh.approx.f32 %0, %1;"
-      : "=f"(tanh)
-      : "f"(x * (0.79745847f + square * (0.037050345f + square * -0.00035873236f))));
+  float half = 0.5f * x, tanh;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(half * (2 * 0.79862082f + half * half * (8 * 0.0355207f))));
   return half + half * tanh;
 }

@@ -40,11 +40,12 @@ extern "C" __global__ void __cluster_dims__(HEADS, 1, 1) __launch_bounds__(THREA
       barrier_init(me.base + FULL + 8 * stage, 1);
       barrier_init(me.base + EMPTY + 8 * stage, WARPS);
     }
-    for (u32 bar = VECTOR_FULL; bar <= PARTS_HERE; bar += 8) barrier_init(me.base + bar, 1);
+    for (u32 bar = VECTOR_FULL; bar < PARTS_HERE; bar += 8) barrier_init(me.base + bar, 1);
+    barrier_init(me.base + PARTS_HERE, 2);  // the others' bytes, and this program's own part
     fence_init();
     barrier_expect(me.base + CONTEXT_HERE, (HEADS - 1) * SLICE);
     barrier_expect(me.base + Y_HERE, (HEADS - 1) * SLICE);
-    barrier_expect(me.base + PARTS_HERE, HEADS * SLICE);
+    barrier_expect(me.base + PARTS_HERE, (HEADS - 1) * SLICE);
   }
   __syncthreads();
   arrive_cluster();
@@ -62,15 +63,15 @@ extern "C" __global__ void __cluster_dims__(HEADS, 1, 1) __launch_bounds__(THREA
       barrier_wait(me.base + VECTOR_FULL + 8 * (layer & 1), layer >> 1 & 1);
       me.project_qkv();
       me.attend(in.scale);
-      me.receive(CONTEXT_HERE, layer & 1, HEADS - 1);
+      me.receive(CONTEXT_HERE, layer & 1);
       me.project_out();
-      me.receive(Y_HERE, 0, HEADS - 1);
+      me.receive(Y_HERE, 0);
       me.normalize(NORM_1);
       me.project_up();
       me.project_down();
-      me.receive(PARTS_HERE, layer & 1, HEADS);
+      me.receive(PARTS_HERE, layer & 1);
       me.add_parts();
-      me.receive(Y_HERE, 1, HEADS - 1);
+      me.receive(Y_HERE, 1);
       me.normalize(NORM_2);
     }
     me.pool(in.out);

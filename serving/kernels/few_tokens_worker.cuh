@@ -1,6 +1,5 @@
 // What the sixteen warps of a program do in a layer of few_tokens_cluster.cu, which says how they work together.
 #pragma once
-
 #include "cluster.cuh"
 
 constexpr int HIDDEN = HEADS * 32;
@@ -126,9 +125,9 @@ struct Worker {
     if (warp == 0 && lane < HEADS && lane != rank) send(slice, slice, SLICE, base + bar, lane);
   }
   // Wait for what all others sent, and say how much the next round brings.
-  DEVICE void receive(u32 bar, u32 parity, u32 slices) {
+  DEVICE void receive(u32 bar, u32 parity) {
     barrier_wait(base + bar, parity);
-    if (threadIdx.x == 0) barrier_expect(base + bar, slices * SLICE);
+    if (threadIdx.x == 0) barrier_expect(base + bar, (HEADS - 1) * SLICE);
   }
 
   // What later methods need of the batch, read early: a read takes longer than a round.
@@ -218,19 +217,26 @@ struct Worker {
     meet();
   }
 
-  // Queries, keys and values of this head: slices 0, 1 and 2 of LOCAL. Three pairs of tiles, half of the sum a warp.
-  DEVICE void project_qkv() {
-    Tile acc[2] = {};
-    int half = warp / 3, number = warp % 3;
+  // PAIRS pairs of tiles over the state, half of the sum a warp, COUNT steps of it in a fill of the ring. Whether this
+  // warp has a result, and then in acc[0].
+  template <int PAIRS, int COUNT>
+  DEVICE bool project_halves(Tile* acc, int bias) {
+    int half = warp / PAIRS, number = warp % PAIRS;
+    bool takes_part = warp < 2 * PAIRS;
     u32 from = left + X + half * (STEPS / 4) * SLICE;
 #pragma unroll
-    for (int unit = 0; unit < STEPS / 8; unit++) {
-      u32 weight = next_unit() + warp * 8 * FRAGMENT + lane * 16;
-      if (warp < 6) multiply_pair<4>(acc, weight, from, 4 * unit);
+    for (int unit = 0; unit < STEPS / 2 / COUNT; unit++) {
+      u32 weight = next_unit() + warp * 2 * COUNT * FRAGMENT + lane * 16;
+      if (takes_part) multiply_pair<COUNT>(acc, weight, from, COUNT * unit);
       release_unit();
     }
-    trade(acc, half, number, QKV_BIAS, warp < 6);
-    if (warp < 6) write_tile(acc[0], LOCAL, 2 * number + half);
+    trade(acc, half, number, bias, takes_part);
+    return takes_part;
+  }
+  // Queries, keys and values of this head: slices 0, 1 and 2 of LOCAL.
+  DEVICE void project_qkv() {
+    Tile acc[2] = {};
+    if (project_halves<3, 4>(acc, QKV_BIAS)) write_tile(acc[0], LOCAL, 2 * (warp % 3) + warp / 3);
     meet();
   }
   // This head's context for 16 tokens a warp, into its slice of CONTEXT.
@@ -327,26 +333,18 @@ struct Worker {
     meet();
     send_all(Y, Y_HERE);
   }
-  // This program's 128 columns of the intermediate, into LOCAL. Four pairs of tiles, half of the sum a warp.
+  // This program's 128 columns of the intermediate, into LOCAL.
   DEVICE void project_up() {
     Tile acc[2] = {};
-    int half = warp / 4, number = warp % 4;
-    u32 from = left + X + half * (STEPS / 4) * SLICE;
-#pragma unroll
-    for (int unit = 0; unit < STEPS / 6; unit++) {
-      u32 weight = next_unit() + warp * 6 * FRAGMENT + lane * 16;
-      if (warp < 8) multiply_pair<3>(acc, weight, from, 3 * unit);
-      release_unit();
-    }
-    trade(acc, half, number, UP_BIAS, warp < 8);
-    if (warp < 8) {
+    if (project_halves<4, 3>(acc, UP_BIAS)) {
 #pragma unroll
       for (int i = 0; i < 4 * GROUPS; i++) acc[0][i >> 2][i & 3] = gelu(acc[0][i >> 2][i & 3]);
-      write_tile(acc[0], LOCAL, 2 * number + half);
+      write_tile(acc[0], LOCAL, 2 * (warp % 4) + warp / 4);
     }
     meet();
   }
-  // What this program's intermediate adds to every column: warp w has the 32 columns of program w, and sends them there.
+  // What this program's intermediate adds to every column: warp w has the 32 columns of program w, and sends them there;
+  // its own it writes in place, because a copy from a program to itself is none that CUDA's memcheck allows.
   DEVICE void project_down() {
     Tile acc[2] = {};
 #pragma unroll
@@ -356,12 +354,12 @@ struct Worker {
       release_unit();
     }
     if (warp < HEADS) {
-      u32 slice = CONTEXT + warp * SLICE;  // nobody needs the contexts any more
-      write_tile(acc[0], slice, 0);
-      write_tile(acc[1], slice, 1);
-      fence_copies();
-      __syncwarp();
-      if (lane == 0) send(base + PARTS + rank * SLICE, base + slice, SLICE, base + PARTS_HERE, warp);
+      bool is_own = warp == rank;
+      u32 slice = is_own ? PARTS + rank * SLICE : CONTEXT + warp * SLICE;  // nobody needs the contexts any more
+      write_tile(acc[0], slice, 0), write_tile(acc[1], slice, 1);
+      fence_copies(), __syncwarp();
+      if (lane == 0 && is_own) barrier_arrive(base + PARTS_HERE);
+      if (lane == 0 && !is_own) send(base + PARTS + rank * SLICE, base + slice, SLICE, base + PARTS_HERE, warp);
     }
   }
   // The sum of what all sent for this program's columns, with bias and residual, into its slice of Y.

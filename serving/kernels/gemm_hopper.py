@@ -1,8 +1,12 @@
 """Ping-pong GEMM for Hopper (capability 9.x): bias, GELU, residual, norms and E4M3 output in an epilogue without cost.
 
-One warp feeds a ring of tiles through the copy engine; two warpgroups take turns at the tensor cores, so that one's
-epilogue runs while the other multiplies. Barriers: `ready` and `empty` of each ring stage, `turns` hand the tensor
-cores over. A turn also keeps a warpgroup from waiting two fills ahead, where a barrier's parity says nothing.
+One warp feeds a ring of tiles through the copy engine; warpgroups take turns at the tensor cores, so that the epilogues
+of some run while another multiplies. Barriers: `ready` and `empty` of each ring stage, `turns` hand the tensor cores
+over. A turn also keeps a warpgroup from waiting two fills ahead, where a barrier's parity says nothing.
+
+Where a column of tiles has its weights in half of the shared memory they stay there, and only activations pass through
+the ring: three warpgroups then have tiles of 64 rows, and an epilogue has twice the time that a product takes. Else two
+warpgroups have tiles of 128 rows.
 """
 
 from dataclasses import dataclass
@@ -22,59 +26,89 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-_BLOCK = 128  # rows and columns of a tile
+_COLUMNS = 128  # of a tile
 _STEP_BYTES = 128  # of a tile's row in the ring: one swizzle span
-_STAGES = 5
-_REGISTERS = 168  # a thread of twelve warps may have; the feeding warp gives its share to those who multiply
+_SHARED_BYTES = 230_000  # for rings and results; the rest is barriers
 _meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # triton 3.7 renamed it
 
-_A, _B, _C = gl.constexpr(0.79745847), gl.constexpr(0.037050345), gl.constexpr(-0.00035873236)
+_A, _B = gl.constexpr(0.79862082), gl.constexpr(0.0355207)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Rows of a tile, warpgroups that multiply, stages of the ring at most, and registers a thread at the launch: the
+    feeding warp gives its share to those who multiply."""
+
+    rows: int
+    groups: int
+    stages: int
+    registers: int
+
+
+_STREAMING, _RESIDENT = _Form(128, 2, 5, 168), _Form(64, 3, 8, 128)
+_RESIDENT_BYTES = 98_304  # of a column of tiles' weights: half of the shared memory leaves room for everything else
 
 
 @gluon.jit
-def _gelu(x):
-    """The fast form of `gemm.gelu`."""
-    square = gl.minimum(x * x, 49.0)
-    inner = x * (_A + square * (_B + square * _C))
+def _gelu(half):
+    """The fast form of `gemm.gelu`, of half of x."""
+    inner = half * (2.0 * _A + half * half * (8.0 * _B))
     tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=gl.float32, is_pure=True, pack=1)
-    half = 0.5 * x
     return half + half * tanh
 
 
 @gluon.jit
-def _produce(x, weight, ring, ready, empty, sizes):
-    """Fill the ring, tile after tile of this program."""
+def _find_tile(turn, across, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Top row and left column of this program's tile; tiles go across the columns first, for the second cache."""
+    tile = gl.program_id(0) + turn * gl.num_programs(0)
+    return tile // across * ROWS, tile % across * COLUMNS
+
+
+@gluon.jit
+def _produce(x, weight, ring, barriers, sizes, RESIDENT: gl.constexpr):
+    """Fill the ring, tile after tile of this program; resident weights once."""
+    ready, empty, _, _, loaded = barriers
     count, depth, across = sizes
-    x_ring, weight_ring = ring
+    x_ring, weights = ring
     stages: gl.constexpr = x_ring.type.shape[0]
+    rows: gl.constexpr = x.block_type.shape[0]
+    columns: gl.constexpr = weight.block_type.shape[0]
     step: gl.constexpr = x.block_type.shape[1]
+    kept: gl.constexpr = weights.type.shape[0]
+    if RESIDENT:
+        _, left = _find_tile(0, across, rows, columns)
+        mbarrier.expect(loaded, weight.block_type.nbytes * kept)
+        for part in gl.static_range(kept):
+            tma.async_copy_global_to_shared(weight, [left, part * step], loaded, weights.index(part))
     slot, phase = 0, 1
     for turn in range(count):
-        tile = gl.program_id(0) + turn * gl.num_programs(0)
-        top, left = tile // across * x.block_type.shape[0], tile % across * weight.block_type.shape[0]
+        top, left = _find_tile(turn, across, rows, columns)
         for k in range(depth):
             bar = ready.index(slot)
             mbarrier.wait(empty.index(slot), phase)
-            mbarrier.expect(bar, x.block_type.nbytes + weight.block_type.nbytes)
+            if RESIDENT:
+                mbarrier.expect(bar, x.block_type.nbytes)
+            else:
+                mbarrier.expect(bar, x.block_type.nbytes + weight.block_type.nbytes)
+                tma.async_copy_global_to_shared(weight, [left, k * step], bar, weights.index(slot))
             tma.async_copy_global_to_shared(x, [top, k * step], bar, x_ring.index(slot))
-            tma.async_copy_global_to_shared(weight, [left, k * step], bar, weight_ring.index(slot))
             slot += 1
             if slot == stages:
                 slot, phase = 0, phase ^ 1
 
 
 @gluon.jit
-def _multiply(ring, ready, empty, first, depth, layout: gl.constexpr):
+def _multiply(ring, ready, empty, first, depth, layout: gl.constexpr, RESIDENT: gl.constexpr):
     """The product of one tile from `depth` ring stages, the tile's first being fill number `first`."""
-    x_ring, weight_ring = ring
+    x_ring, weights = ring
     stages: gl.constexpr = x_ring.type.shape[0]
     rows: gl.constexpr = x_ring.type.shape[1]
-    columns: gl.constexpr = weight_ring.type.shape[1]
+    columns: gl.constexpr = weights.type.shape[1]
     acc = gl.zeros([rows, columns], gl.float32, layout)
     for k in range(depth):
         slot = (first + k) % stages
         mbarrier.wait(ready.index(slot), (first + k) // stages & 1)
-        weight = weight_ring.index(slot).permute((1, 0))
+        weight = weights.index(k if RESIDENT else slot).permute((1, 0))
         acc = warpgroup_mma(x_ring.index(slot), weight, acc, use_acc=k > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((first + k + stages - 1) % stages), count=1, pred=k > 0)
@@ -82,109 +116,139 @@ def _multiply(ring, ready, empty, first, depth, layout: gl.constexpr):
 
 
 @gluon.jit
-def _find_tile(turn, across, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """First row and column of this program's tile number `turn`."""
-    tile = gl.program_id(0) + turn * gl.num_programs(0)
-    return tile // across * ROWS, tile % across * COLUMNS
+def _multiply_in_turn(
+    number: gl.constexpr, turn, ring, barriers, depth, layout: gl.constexpr, GROUPS: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """The product of a tile, with the tensor cores for itself: taken over from the group before, handed to the next."""
+    ready, empty, turns, _, _ = barriers
+    stages: gl.constexpr = ring[0].type.shape[0]
+    mbarrier.wait(turns.index(number), (turn // GROUPS & 1) ^ (1 if number == 0 else 0))
+    acc = _multiply(ring, ready, empty, turn * depth, depth, layout, RESIDENT)
+    mbarrier.arrive(turns.index((number + 1) % GROUPS), count=1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((turn * depth + depth - 1) % stages), count=1)
+    return acc
+
+
+@gluon.jit
+def _send(acc, out, buffer, top, left, out_factor, QUANTIZE: gl.constexpr):
+    if QUANTIZE:
+        acc = acc * out_factor  # the conversion cuts what is beyond E4M3
+    buffer.store(acc.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [top, left], buffer)
 
 
 @gluon.jit
 def _consume(
-    number: gl.constexpr, residual, out, epilogue, norms, ring, tiles, barriers, sizes, BIAS: gl.constexpr,
-    GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr, NORM: gl.constexpr,
-    SUM: gl.constexpr, HIDDEN: gl.constexpr,
+    number: gl.constexpr, work, GROUPS: gl.constexpr, RESIDENT: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
+    RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr, NORM: gl.constexpr, SUM: gl.constexpr,
+    HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """Every second tile of this program: multiply in turn, then finish the tile while the other multiplies."""
-    ready, empty, turns, arrived = barriers
+    """Every GROUPS-th tile of this program: multiply in turn, then finish the tile while the others multiply."""
+    residual, out, epilogue, norms, ring, tiles, barriers, sizes = work
+    _, _, _, arrived, loaded = barriers
     count, depth, across = sizes
-    stages: gl.constexpr = ring[0].type.shape[0]
     rows: gl.constexpr = out.block_type.shape[0]
     columns: gl.constexpr = out.block_type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // ring[0].dtype.primitive_bitwidth]
     )
-    buffer, mine, landed = tiles.index(number), turns.index(number), arrived.index(number)
-    for turn in range(number, count, 2):
+    out_factor = gl.load(epilogue[3]) if QUANTIZE else 1.0
+    buffer, landed = tiles.index(number), arrived.index(number)
+    _, left = _find_tile(0, across, rows, columns)
+    of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
+    if RESIDENT:
+        mbarrier.wait(loaded, 0)
+    for turn in range(number, count, GROUPS):
         top, left = _find_tile(turn, across, rows, columns)
         tma.store_wait(0)
         _meet()
         if RESIDUAL:
             mbarrier.expect(landed, residual.block_type.nbytes)
             tma.async_copy_global_to_shared(residual, [top, left], landed, buffer)
-        early = _read_early(epilogue, norms, top, left, layout, rows, columns, BIAS, NORM, HIDDEN)
-        mbarrier.wait(mine, (turn // 2 & 1) ^ (1 - number))
-        acc = _multiply(ring, ready, empty, turn * depth, depth, layout)
-        mbarrier.arrive(turns.index(1 - number), count=1)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((turn * depth + depth - 1) % stages), count=1)
-        acc = _finish(acc, early, epilogue, top, layout, BIAS, GELU, SCALES, NORM)
+        if not RESIDENT:
+            of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
+        of_rows = _read_rows(epilogue, norms, top, layout, rows, GELU, SCALES, NORM, HIDDEN)
+        acc = _multiply_in_turn(number, turn, ring, barriers, depth, layout, GROUPS, RESIDENT)
+        acc = _finish(acc, of_columns, of_rows, BIAS, GELU, SCALES, NORM)
         if RESIDUAL:
-            mbarrier.wait(landed, turn // 2 & 1)
-            acc += _normalize(buffer.load(layout).to(gl.float32), early, NORM)
+            mbarrier.wait(landed, turn // GROUPS & 1)
+            acc += _normalize(buffer.load(layout).to(gl.float32), of_columns, of_rows, NORM)
         if SUM:
             _store_sums(acc, norms[3], epilogue[4], top, left, layout, HIDDEN)
-        if QUANTIZE:
-            acc = gl.minimum(gl.maximum(acc * gl.load(epilogue[3]), -448.0), 448.0)
-        buffer.store(acc.to(out.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [top, left], buffer)
+        _send(acc, out, buffer, top, left, out_factor, QUANTIZE)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _read_early(
-    epilogue, norms, top, left, layout: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, BIAS: gl.constexpr,
-    NORM: gl.constexpr, HIDDEN: gl.constexpr,
+def _read_columns(
+    bias_at, factors, left, layout: gl.constexpr, COLUMNS: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
+    NORM: gl.constexpr,
 ):  # fmt: skip
-    """What the epilogue needs, read before the turn so that it waits for nothing: bias, and of the norm its factors and
-    the rows' mean and reciprocal spread, from the sums over each 128 of their columns."""
-    sums, factors, eps, _ = norms
+    """What the epilogue needs of the columns: the bias, half of it for a GELU, and the norm's factors."""
     columns = left + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    rows = top + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    bias = gl.zeros([COLUMNS], gl.float16, gl.SliceLayout(0, layout))
+    bias = gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(0, layout))
     factor = gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(0, layout))
-    mean = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    square = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
     if BIAS:
-        bias = gl.load(epilogue[0] + columns)
+        bias = gl.load(bias_at + columns).to(gl.float32) * (0.5 if GELU else 1.0)
     if NORM != "none":
         factor = gl.load(factors + columns)
-        for part in gl.static_range(HIDDEN // 128):
-            place = sums + (rows * (HIDDEN // 128) + part) * 2
-            mean += gl.load(place, rows < epilogue[4], other=0.0) / HIDDEN
-            square += gl.load(place + 1, rows < epilogue[4], other=0.0) / HIDDEN
-        square = gl.rsqrt(square - mean * mean + eps)
-    return bias, factor, mean, square
+    return bias, factor
 
 
 @gluon.jit
-def _finish(
-    acc, early, epilogue, top, layout: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr,
-    NORM: gl.constexpr,
+def _read_rows(
+    epilogue, norms, top, layout: gl.constexpr, ROWS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr,
+    NORM: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """Layer norm or scales of the operands, bias and activation."""
-    bias, factor, mean, spread = early
+    """What the epilogue needs of the rows, read before the turn so that it waits for nothing: what the product is to be
+    multiplied by, and of the norm mean and reciprocal spread, from the sums over each 128 of their columns. A GELU
+    takes half of its argument."""
     _, x_scales, weight_scale, _, num_rows = epilogue
+    sums, _, eps, _ = norms
+    rows = top + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    live = rows < num_rows
+    scale = gl.full([ROWS], 0.5 if GELU else 1.0, gl.float32, gl.SliceLayout(1, layout))
+    mean = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    spread = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
+    if SCALES == "rows":
+        scale = scale * gl.load(x_scales + rows, live, other=0.0) * gl.load(weight_scale)
+    elif SCALES == "tensor":
+        scale = scale * (gl.load(x_scales) * gl.load(weight_scale))
+    if NORM != "none":
+        for part in gl.static_range(HIDDEN // 128):
+            place = sums + (rows * (HIDDEN // 128) + part) * 2
+            mean += gl.load(place, live, other=0.0) / HIDDEN
+            spread += gl.load(place + 1, live, other=0.0) / HIDDEN
+        spread = gl.rsqrt(spread - mean * mean + eps)
+    if NORM == "x":
+        spread = spread * scale
+    return scale, mean, spread
+
+
+@gluon.jit
+def _finish(acc, of_columns, of_rows, BIAS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr, NORM: gl.constexpr):
+    """Layer norm or scales of the operands, bias and activation."""
+    bias, factor = of_columns
+    scale, mean, spread = of_rows
     if NORM == "x":
         acc = (acc - mean[:, None] * factor[None, :]) * spread[:, None]
-    if SCALES == "rows":
-        rows = top + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
-        acc = acc * (gl.load(x_scales + rows, rows < num_rows, other=0.0) * gl.load(weight_scale))[:, None]
-    elif SCALES == "tensor":
-        acc = acc * (gl.load(x_scales) * gl.load(weight_scale))
+    elif SCALES != "none" or GELU:
+        acc = acc * scale[:, None]
     if BIAS:
-        acc = acc + bias.to(gl.float32)[None, :]
+        acc = acc + bias[None, :]
     if GELU:
         acc = _gelu(acc)
     return acc
 
 
 @gluon.jit
-def _normalize(residual, early, NORM: gl.constexpr):
+def _normalize(residual, of_columns, of_rows, NORM: gl.constexpr):
     """The residual behind its norm, whose shift is in the bias."""
-    _, factor, mean, spread = early
     if NORM == "residual":
-        residual = (residual - mean[:, None]) * spread[:, None] * factor[None, :]
+        residual = (residual - of_rows[1][:, None]) * of_rows[2][:, None] * of_columns[1][None, :]
     return residual
 
 
@@ -198,41 +262,61 @@ def _store_sums(x, sums, num_rows, top, left, layout: gl.constexpr, HIDDEN: gl.c
 
 
 @gluon.jit
-def _linear_kernel(
-    x, weight, residual, out, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
-    num_rows, tiles, depth, across, STAGES: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
-    RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr, NORM: gl.constexpr, SUM: gl.constexpr,
-    HIDDEN: gl.constexpr,
-):  # fmt: skip
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
-    weight_ring = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)  # noqa: RUF005
-    buffers = gl.allocate_shared_memory(out.dtype, [2] + out.block_type.shape, out.layout)  # noqa: RUF005
+def _make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
+    """Filled and free stages of the ring, whose turn it is to multiply, residuals that landed, weights that did."""
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    arrived = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    arrived = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
-    for number in gl.static_range(2):
+    for number in gl.static_range(GROUPS):
         mbarrier.init(turns.index(number), count=1)
         mbarrier.init(arrived.index(number), count=1)
+    mbarrier.init(loaded, count=1)
+    return ready, empty, turns, arrived, loaded
+
+
+@gluon.jit(do_not_specialize=["num_rows", "tiles"])  # which differ by run: compiled once for all
+def _linear_kernel(
+    x, weight, residual, out, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
+    num_rows, tiles, across, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, RESIDENT: gl.constexpr,
+    BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr,
+    NORM: gl.constexpr, SUM: gl.constexpr, HIDDEN: gl.constexpr,
+):  # fmt: skip
+    kept: gl.constexpr = DEPTH if RESIDENT else STAGES
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
+    weights = gl.allocate_shared_memory(weight.dtype, [kept] + weight.block_type.shape, weight.layout)  # noqa: RUF005
+    buffers = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)  # noqa: RUF005
+    barriers = _make_barriers(STAGES, GROUPS)
     count = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-    ring, sizes = (x_ring, weight_ring), (count, depth, across)
+    ring, sizes = (x_ring, weights), (count, DEPTH, across)
     ends, norms = (bias, x_scales, weight_scale, out_factor, num_rows), (sums, factors, eps, out_sums)
-    barriers = (ready, empty, turns, arrived)
+    work = (residual, out, ends, norms, ring, buffers, barriers, sizes)
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_consume, (0, residual, out, ends, norms, ring, buffers, barriers, sizes,
-                        BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-            (_consume, (1, residual, out, ends, norms, ring, buffers, barriers, sizes,
-                        BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-            (_produce, (x, weight, ring, ready, empty, sizes)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
+                (_consume, (1, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
+                (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
+                (_consume, (1, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
+                (_consume, (2, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
+                (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
     # fmt: on
 
 
@@ -258,6 +342,18 @@ def _describe(tensor: Tensor, block: list[int]) -> Any:
     )
 
 
+def _plan(row_bytes: int, across: int, num_programs: int, out_bytes: int, is_narrow: bool) -> tuple[_Form, int, int]:
+    """The form for weight rows of so many bytes, its stages and programs; `out_bytes` of a value that is written."""
+    left_out = num_programs % across  # a program keeps its column; E4M3 loses more by it than it gains
+    if _COLUMNS * row_bytes <= _RESIDENT_BYTES and left_out <= (0 if is_narrow else num_programs // 20):
+        room = _SHARED_BYTES - _COLUMNS * row_bytes - _RESIDENT.groups * _RESIDENT.rows * _COLUMNS * out_bytes
+        stages = min(_RESIDENT.stages, room // (_RESIDENT.rows * _STEP_BYTES))
+        return _RESIDENT, stages, num_programs - left_out
+    room = _SHARED_BYTES - _STREAMING.groups * _STREAMING.rows * _COLUMNS * out_bytes
+    stages = min(_STREAMING.stages, room // ((_STREAMING.rows + _COLUMNS) * _STEP_BYTES))
+    return _STREAMING, stages, num_programs
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_programs: int, gelu: bool = False,
     residual: Tensor | None = None, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
@@ -267,21 +363,22 @@ def linear(
 
     `norm` is of the residual where there is one, else of x. `out_sums` takes the sums that a norm of `out` needs.
     """
-    (num_rows, width), columns = x.shape, weight.shape[0]
-    step = _STEP_BYTES // x.element_size()
-    across = columns // _BLOCK
-    tiles = triton.cdiv(num_rows, _BLOCK) * across
-    result = _describe(out, [_BLOCK, _BLOCK])
+    (num_rows, width), columns, size = x.shape, weight.shape[0], x.element_size()
+    step, across = _STEP_BYTES // size, columns // _COLUMNS
+    form, stages, programs = _plan(width * size, across, num_programs, out.element_size(), size == 1)
+    tiles = triton.cdiv(num_rows, form.rows) * across
+    result = _describe(out, [form.rows, _COLUMNS])
     scales = "none" if x_scales is None else "tensor" if x_scales.numel() == 1 else "rows"
     sums, factors = (None, None) if norm is None else (norm.sums, norm.factors)
     operands = [
         weight if each is None else each for each in (bias, x_scales, weight_scale, out_factor, sums, factors, out_sums)
     ]
-    return _linear_kernel[(min(num_programs, tiles),)](
-        _describe(x, [_BLOCK, step]), _describe(weight, [_BLOCK, step]),
-        result if residual is None else _describe(residual, [_BLOCK, _BLOCK]), result,
-        *operands, 0.0 if norm is None else norm.eps, num_rows, tiles, width // step, across, STAGES=_STAGES,
-        BIAS=bias is not None, GELU=gelu, RESIDUAL=residual is not None, SCALES=scales,
-        QUANTIZE=out_factor is not None, NORM="none" if norm is None else "x" if residual is None else "residual",
-        SUM=out_sums is not None, HIDDEN=columns if residual is not None else width, num_warps=4, maxnreg=_REGISTERS,
+    return _linear_kernel[(min(programs, tiles),)](
+        _describe(x, [form.rows, step]), _describe(weight, [_COLUMNS, step]),
+        result if residual is None else _describe(residual, [form.rows, _COLUMNS]), result,
+        *operands, 0.0 if norm is None else norm.eps, num_rows, tiles, across, DEPTH=width // step, STAGES=stages,
+        GROUPS=form.groups, RESIDENT=form is _RESIDENT, BIAS=bias is not None, GELU=gelu,
+        RESIDUAL=residual is not None, SCALES=scales, QUANTIZE=out_factor is not None,
+        NORM="none" if norm is None else "x" if residual is None else "residual", SUM=out_sums is not None,
+        HIDDEN=columns if residual is not None else width, num_warps=4, maxnreg=form.registers,
     )  # fmt: skip

@@ -50,12 +50,16 @@ def main() -> int:
     gemm_hopper._linear_kernel = Warmed(gemm_hopper._linear_kernel)
     x, inner, sums = half(ROWS, 384), half(ROWS, 1536), torch.empty(ROWS, 3, 2)
     weight, factors = half(1536, 384), torch.empty(1536)
+    narrow, one = torch.empty(ROWS, 384, dtype=torch.float8_e4m3fn), torch.empty(1)
+    matrix, inner8 = torch.empty(1536, 384, dtype=torch.float8_e4m3fn), inner.to(torch.float8_e4m3fn)
     forms = {
         "plain": linear(x, weight, half(1536), inner, 132),
         "norm of x": linear(x, weight, half(1536), inner, 132, True, norm=RowNorm(sums, factors, 1e-12)),
         "norm of the residual": linear(
             inner, half(384, 1536), half(384), x, 132, residual=x, norm=RowNorm(sums, factors, 1e-12), out_sums=sums
         ),
+        "E4M3 to E4M3": linear(narrow, matrix, half(1536), inner8, 132, True, None, torch.empty(ROWS), one, one),
+        "E4M3 added": linear(inner8, matrix.view(384, 1536), None, x, 132, residual=x, x_scales=one, weight_scale=one),
     }
     sys.stdout.write(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in forms.items()}))
     return 0

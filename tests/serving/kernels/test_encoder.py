@@ -117,3 +117,20 @@ def test_fp8_encoder_leaves_layers_in_float16_on_many_tokens(
     encoder = Fp8Encoder(weights, config, torch.device("cuda"), max_tokens=4096, max_rows=64)
     exact = ExactE4M3(weights, config).encode(to_cpu(batch))
     assert float(cosine_similarity(encoder.run(batch, True).cpu(), exact).min()) > 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter cuts to E4M3, and has no folded layers")
+@pytest.mark.parametrize("linear", [None, *range(len(LINEARS))], ids=["all in E4M3", *LINEARS])
+def test_fp8_encoder_gives_a_text_the_same_vector_in_any_batch(
+    linear: int | None, model: tuple[BertConfig, Weights]
+) -> None:
+    config, weights = model
+    kept = frozenset(name_linear(layer, linear) for layer in range(config.layers) if linear is not None)
+    encoder = Fp8Encoder(weights, replace(config, float16=kept), torch.device("cuda"), max_tokens=4096, max_rows=64)
+    batch = make_packed([128, 1, 77, 30] * 12, torch.device("cuda"))
+    together = encoder.run(batch, True).clone()
+    for row, (begin, end) in enumerate(zip(batch.offsets[:-1], batch.offsets[1:], strict=True)):
+        single = make_packed([int(end - begin)], torch.device("cuda"))
+        single.ids.copy_(batch.ids[begin:end])
+        torch.testing.assert_close(encoder.run(single)[0], together[row], rtol=0, atol=0)

@@ -12,7 +12,7 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs capability 9.x"
     ),
 ]
-SHAPES = [(2049, 1536, 384), (6001, 384, 1536), (2560, 1152, 384)]
+SHAPES = [(2049, 1536, 384), (6001, 384, 1536), (2560, 1152, 384), (1, 384, 384), (65, 768, 768)]
 PROGRAMS = 132
 
 
