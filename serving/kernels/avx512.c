@@ -106,23 +106,27 @@ static void quantise(const float *x, const Linear *l, const Quantised *q, int ro
     float low = _mm512_reduce_min_ps(lows), scale = (_mm512_reduce_max_ps(highs) - low) / 255.0f;
     if (scale < 1e-20f) scale = 1e-20f; /* all alike */
     if (nans) scale = NAN; /* minima skip it: the vector must show it */
-    __m512 inverse = splat(1.0f / scale);
+    __m512 inverse = splat(1.0f / scale), offset = splat(low / scale);
     for (int i = 0; i < n; i += LANES) {
-        __m512 v = _mm512_mul_ps(_mm512_sub_ps(scaled(x, l->factor, i), splat(low)), inverse);
+        __m512 v = _mm512_fmsub_ps(scaled(x, l->factor, i), inverse, offset);
         _mm_storeu_si128((__m128i *)(q->q + (size_t)row * n + i), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
     }
     q->scale[row] = scale, q->low[row] = low;
 }
 
-static void layer_norm(float *x, int n, const float *weights, float eps) {
-    __m512 sum = _mm512_setzero_ps(), squares = sum;
-    for (int i = 0; i < n; i += LANES) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-    __m512 mean = splat(_mm512_reduce_add_ps(sum) / n);
-    for (int i = 0; i < n; i += LANES) {
-        __m512 d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-        squares = _mm512_fmadd_ps(d, d, squares);
+static void layer_norm(float *x, int n, const float *weights, float eps) { /* n is a multiple of two vectors */
+    __m512 even = _mm512_setzero_ps(), odd = even;
+    for (int i = 0; i < n; i += 2 * LANES) {
+        even = _mm512_add_ps(even, _mm512_loadu_ps(x + i));
+        odd = _mm512_add_ps(odd, _mm512_loadu_ps(x + i + LANES));
     }
-    __m512 inverse = splat(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / n + eps));
+    __m512 mean = splat(_mm512_reduce_add_ps(_mm512_add_ps(even, odd)) / n);
+    even = odd = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 2 * LANES) {
+        __m512 d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean), f = _mm512_sub_ps(_mm512_loadu_ps(x + i + LANES), mean);
+        even = _mm512_fmadd_ps(d, d, even), odd = _mm512_fmadd_ps(f, f, odd);
+    }
+    __m512 inverse = splat(1.0f / sqrtf(_mm512_reduce_add_ps(_mm512_add_ps(even, odd)) / n + eps));
     for (int i = 0; i < n; i += LANES) {
         __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), inverse);
         _mm512_storeu_ps(x + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(weights + i), _mm512_loadu_ps(weights + n + i)));
