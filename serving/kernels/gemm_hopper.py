@@ -98,8 +98,9 @@ def _produce(x, weight, ring, barriers, sizes, RESIDENT: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(ring, ready, empty, first, depth, layout: gl.constexpr, RESIDENT: gl.constexpr):
-    """The product of one tile from `depth` ring stages, the tile's first being fill number `first`."""
+def _multiply(ring, ready, empty, following, first, depth, layout: gl.constexpr, RESIDENT: gl.constexpr):
+    """The product of one tile from `depth` ring stages, the tile's first being fill number `first`; once all of it is
+    on its way the `following` warpgroup has its turn."""
     x_ring, weights = ring
     stages: gl.constexpr = x_ring.type.shape[0]
     rows: gl.constexpr = x_ring.type.shape[1]
@@ -112,6 +113,9 @@ def _multiply(ring, ready, empty, first, depth, layout: gl.constexpr, RESIDENT: 
         acc = warpgroup_mma(x_ring.index(slot), weight, acc, use_acc=k > 0, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((first + k + stages - 1) % stages), count=1, pred=k > 0)
+    mbarrier.arrive(following, count=1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((first + depth - 1) % stages), count=1)
     return acc
 
 
@@ -124,14 +128,14 @@ def _consume(
     """Every GROUPS-th tile of this program: multiply in turn, then finish the tile while the others multiply."""
     ready, empty, turns, arrived, loaded = barriers
     count, depth, across = sizes
-    stages: gl.constexpr = ring[0].type.shape[0]
     rows: gl.constexpr = out.block_type.shape[0]
     columns: gl.constexpr = out.block_type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // ring[0].dtype.primitive_bitwidth]
     )
     out_factor = gl.load(epilogue[3]) if QUANTIZE else 1.0
-    buffer, mine, landed = tiles.index(number), turns.index(number), arrived.index(number)
+    buffer, landed = tiles.index(number), arrived.index(number)
+    mine, following = turns.index(number), turns.index((number + 1) % GROUPS)
     _, left = _find_tile(0, across, rows, columns)
     of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
     if RESIDENT:
@@ -147,22 +151,23 @@ def _consume(
             of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
         of_rows = _read_rows(epilogue, norms, top, layout, rows, GELU, SCALES, NORM, HIDDEN)
         mbarrier.wait(mine, (turn // GROUPS & 1) ^ (1 if number == 0 else 0))
-        acc = _multiply(ring, ready, empty, turn * depth, depth, layout, RESIDENT)
-        mbarrier.arrive(turns.index((number + 1) % GROUPS), count=1)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((turn * depth + depth - 1) % stages), count=1)
+        acc = _multiply(ring, ready, empty, following, turn * depth, depth, layout, RESIDENT)
         acc = _finish(acc, of_columns, of_rows, BIAS, GELU, SCALES, NORM)
         if RESIDUAL:
             mbarrier.wait(landed, turn // GROUPS & 1)
             acc += _normalize(buffer.load(layout).to(gl.float32), of_columns, of_rows, NORM)
         if SUM:
             _store_sums(acc, norms[3], epilogue[4], top, left, layout, HIDDEN)
-        if QUANTIZE:
-            acc = acc * out_factor  # the conversion cuts what is beyond E4M3
-        buffer.store(acc.to(out.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [top, left], buffer)
+        _store(acc * out_factor if QUANTIZE else acc, out, buffer, top, left)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store(acc, out, buffer, top, left):
+    """Write a tile; the conversion to E4M3 cuts what is beyond it."""
+    buffer.store(acc.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [top, left], buffer)
 
 
 @gluon.jit
@@ -244,6 +249,14 @@ def _store_sums(x, sums, num_rows, top, left, layout: gl.constexpr, HIDDEN: gl.c
     gl.store(place + 1, gl.sum(x * x, axis=1), rows < num_rows)
 
 
+@gluon.jit
+def _make_barriers(COUNT: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(number), count=1)
+    return barriers
+
+
 @gluon.jit(do_not_specialize=["num_rows", "tiles"])  # which differ by run: compiled once for all
 def _linear_kernel(
     x, weight, residual, out, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
@@ -255,22 +268,12 @@ def _linear_kernel(
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(weight.dtype, [kept] + weight.block_type.shape, weight.layout)  # noqa: RUF005
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)  # noqa: RUF005
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    arrived = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
-    for number in gl.static_range(GROUPS):
-        mbarrier.init(turns.index(number), count=1)
-        mbarrier.init(arrived.index(number), count=1)
-    mbarrier.init(loaded, count=1)
+    ready, empty = _make_barriers(STAGES), _make_barriers(STAGES)
+    turns, arrived, loaded = _make_barriers(GROUPS), _make_barriers(GROUPS), _make_barriers(1)
     count = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     ring, sizes = (x_ring, weights), (count, DEPTH, across)
     ends, norms = (bias, x_scales, weight_scale, out_factor, num_rows), (sums, factors, eps, out_sums)
-    barriers = (ready, empty, turns, arrived, loaded)
+    barriers = (ready, empty, turns, arrived, loaded.index(0))
     # fmt: off
     if GROUPS == 2:
         gl.warp_specialize(
@@ -280,9 +283,7 @@ def _linear_kernel(
                 (_consume, (1, residual, out, ends, norms, ring, buffers, barriers, sizes, GROUPS,
                             RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
                 (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
-            ],
-            [4, 1],
-            [240, 24],
+            ], [4, 1], [240, 24],
         )
     else:
         gl.warp_specialize(
@@ -294,9 +295,7 @@ def _linear_kernel(
                 (_consume, (2, residual, out, ends, norms, ring, buffers, barriers, sizes, GROUPS,
                             RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
                 (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
+            ], [4, 4, 1], [160, 160, 24],
         )
     # fmt: on
 
