@@ -13,6 +13,7 @@ from registry.manifest import SafeName, describe_validation
 from registry.settings import CONFIG_NAME, RegistrySettings
 from registry.store import Store, open_store
 from serving.engines import has_nvidia_driver
+from serving.engines.avx512 import find_problem
 from tasks.errors import TaskError
 from tasks.production.delivery import WorkerConfig
 from tasks.production.notify import WebhookConfig
@@ -28,9 +29,9 @@ def _has_cuda_engine() -> bool:
     """Whether the cuda engine runs here; torch is asked only where the kernel has an NVIDIA driver."""
     if not has_nvidia_driver():
         return False
-    from serving.engines.cuda_node import examine_node, find_problem  # noqa: PLC0415  it starts CUDA
+    from serving.engines import cuda_node  # noqa: PLC0415  it starts CUDA
 
-    return find_problem(examine_node(), "f8") is None
+    return cuda_node.find_problem(cuda_node.examine_node(), "f8") is None
 
 
 class OptimizeConfig(BaseModel):
@@ -54,12 +55,12 @@ class OptimizeConfig(BaseModel):
         default=(), description="STS files (score, sentence1, sentence2, tab-separated) to judge candidates on as well"
     )
     variants: tuple[str, ...] = Field(
-        default_factory=lambda: list_variants(_has_cuda_engine()),
+        default_factory=lambda: list_variants(_has_cuda_engine(), find_problem() is None),
         min_length=1,
         description="which variants to build: "
         + ", ".join((*VARIANTS, *KERNEL_VARIANTS))
-        + ", or a recipe's name; those of cuda need a GPU and are built by default where there is one, and "
-        + "int8-avx512 needs AVX-512 VNNI",
+        + ", or a recipe's name; by default also those of cuda where there is a GPU, and int8-avx512 where the "
+        + "processor has AVX-512 VNNI and the model is one that its kernels know",
     )
     recipe: tuple[Recipe, ...] = Field(
         default=(), description="variants of your own: [[optimize.recipe]] with name, build and steps"

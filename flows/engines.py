@@ -1,20 +1,47 @@
-"""Engines: candidates whose engine is compiled on the node, through a sweep of recipes; what cannot be is set aside."""
+"""Engines: candidates whose engine is compiled on the node, through a sweep of recipes; what cannot be is set aside.
+
+So is a default variant of an engine of our own that does not know the model.
+"""
 
 from collections.abc import Iterable
 
-from tasks.build import EngineBuild, build_engine, choose_build, describe_tensorrt, list_recipes, with_engine
+from flows.config import OptimizeConfig
+from serving.errors import EngineUnavailable
+from tasks.build import NotBuilt, build_engine, choose_build, describe_tensorrt, list_recipes, with_engine
 from tasks.errors import NothingBuilt
+from tasks.models.teacher import Teacher
 from tasks.quantize import Candidate
 from tasks.settings import BuildConfig
+from tasks.variants import KERNEL_VARIANTS
 
 
-def build_engines(candidates: Iterable[Candidate], config: BuildConfig) -> tuple[list[Candidate], list[EngineBuild]]:
+def without_misfits(config: OptimizeConfig, teacher: Teacher) -> tuple[OptimizeConfig, list[NotBuilt]]:
+    """`config` without variants of the avx512 engine that nobody asked for by name and that do not fit, with reasons.
+
+    Where `variants` names one, building it raises EngineUnavailable.
+    """
+    if "variants" in config.model_fields_set:
+        return config, []
+    ours = [name for name in config.variants if name in KERNEL_VARIANTS and KERNEL_VARIANTS[name].runtime == "avx512"]
+    if not ours:
+        return config, []
+    from tasks.encoder import check_fits  # noqa: PLC0415  torch: seconds that no other variant pays
+
+    try:
+        check_fits(teacher)
+    except EngineUnavailable as error:
+        kept = tuple(name for name in config.variants if name not in ours)
+        return config.model_copy(update={"variants": kept}), [NotBuilt(variant=n, reason=str(error)) for n in ours]
+    return config, []
+
+
+def build_engines(candidates: Iterable[Candidate], config: BuildConfig) -> tuple[list[Candidate], list[NotBuilt]]:
     """The candidates that can run here, those of TensorRT with their best plan, and what was not built, with reasons.
 
     Raises NothingBuilt when no candidate is left.
     """
     ready: list[Candidate] = []
-    not_built: list[EngineBuild] = []
+    not_built: list[NotBuilt] = []
     node = describe_tensorrt()
     for candidate in candidates:
         if candidate.variant.runtime != "tensorrt":
@@ -25,7 +52,7 @@ def build_engines(candidates: Iterable[Candidate], config: BuildConfig) -> tuple
         if chosen.is_built:
             ready.append(with_engine(candidate, chosen))
         else:
-            not_built.append(chosen)
+            not_built.append(NotBuilt(variant=chosen.variant, reason=chosen.reason or ""))
     if not ready:
-        raise NothingBuilt("; ".join(f"{build.variant} was not built: {build.reason}" for build in not_built))
+        raise NothingBuilt("; ".join(f"{each.variant} was not built: {each.reason}" for each in not_built))
     return ready, not_built

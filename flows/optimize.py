@@ -11,7 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
-from flows.engines import build_engines
+from flows.engines import build_engines, without_misfits
 from flows.models import make_models
 from flows.workers import dask_workers
 from registry.cache import fetched
@@ -59,6 +59,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
     disable_telemetry()
     fingerprint = corpus_fingerprint(config.corpus, config.sts)
     teacher = load_teacher(config.model, config.name)
+    config, misfits = without_misfits(config, teacher)
     limits, price = config.gate.for_model(teacher.name), config.price_per_node_hour
     tracked = track_run(config.tracking_uri, "optimize", _params(config), f"optimize {teacher.name}")
     production = fetched_champion(config.registry, teacher.name)
@@ -73,7 +74,6 @@ def optimize(config: OptimizeConfig) -> Outcome:
         candidates, not_built = build_engines([future.result() for future in building], config.tensorrt)
         judging = [evaluate.submit(candidate, corpus, teacher_embeddings, hardware) for candidate in candidates]
         qualities = [future.result() for future in judging]
-
         # Alone on the machine: every candidate is judged by now.
         scores = score_champion(champion, corpus, hardware)
         speeds = benchmark(candidates, teacher, corpus, hardware, champion)
@@ -86,7 +86,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
             limits=limits,
             champion=champion.name if champion else None,
             judged=tuple(select(candidates, qualities, speeds, limits, models, bool(config.sts), scores, price)),
-            not_built=tuple(not_built),
+            not_built=(*misfits, *not_built),
             select_by=config.select_by,
         )
         published, bundle = _publish_best(study, teacher_embeddings, tracker.run_id, config.registry)

@@ -41,6 +41,15 @@ def list_recipes(config: BuildConfig, candidate: Candidate) -> list[BuildRecipe]
     return [BuildRecipe.model_validate({**common, "workspace_mb": w, "builder_level": b}) for w, b in sweep]
 
 
+class NotBuilt(BaseModel):
+    """A variant that was meant to be built and was not, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variant: str
+    reason: str
+
+
 class EngineBuild(BaseModel):
     """What became of one recipe: a folder with graph, tokenizer and recipe, and either a plan on this node or a reason.
 

@@ -102,13 +102,22 @@ def write_integers(teacher: Teacher, folder: Path, calibration: Sequence[Ids]) -
     `calibration` texts (token ids) say which channels of the inputs reach far. Raises EngineUnavailable for an
     architecture or a weight that our kernels cannot honour.
     """
+    path = folder / INTEGERS_NAME
+    save_integers(*_read_for_avx512(teacher), calibration, path)
+    return path
+
+
+def check_fits(teacher: Teacher) -> None:
+    """Raises EngineUnavailable for an architecture or a weight that the avx512 engine's kernels cannot honour."""
+    _read_for_avx512(teacher)
+
+
+def _read_for_avx512(teacher: Teacher) -> tuple[Weights, BertConfig]:
     source = teacher.tokenizer.parent
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     config = parse_config(fields | {"pooling": teacher.pooling, "normalize": teacher.normalize}, source / CONFIG_NAME)
     check_sizes(source / CONFIG_NAME, config.hidden, config.intermediate, config.heads)
-    path = folder / INTEGERS_NAME
-    save_integers(load_weights(source / ENCODER_NAME, config), config, calibration, path)
-    return path
+    return load_weights(source / ENCODER_NAME, config), config
 
 
 def save_integers(weights: Weights, config: BertConfig, calibration: Sequence[Ids], path: Path) -> None:

@@ -11,7 +11,7 @@ from registry.gate import Check, GateLimits, GateRecord, Measurement, default_ch
 from registry.manifest import Compatibility
 from tasks.artifacts import Artifact
 from tasks.benchmark import CHAMPION, Speed, SpeedReport
-from tasks.build import EngineBuild
+from tasks.build import NotBuilt
 from tasks.evaluate import Quality
 from tasks.models.teacher import Teacher
 from tasks.quantize import Candidate
@@ -80,7 +80,7 @@ class Study(BaseModel):
     limits: GateLimits
     champion: str | None = None  # digest of the bundle in production that was measured beside the candidates
     judged: tuple[Judged, ...]
-    not_built: tuple[EngineBuild, ...] = ()
+    not_built: tuple[NotBuilt, ...] = ()
     select_by: Criterion = "throughput"
 
     @property
@@ -95,8 +95,8 @@ class Study(BaseModel):
         return reasons | {name: f"not built: {reason}" for name, reason in self.not_built_reasons().items()}
 
     def not_built_reasons(self) -> dict[str, str]:
-        """Why each variant that was asked for and not built was not."""
-        return {build.variant: build.reason or "" for build in self.not_built}
+        """Why each variant that was meant to be built was not."""
+        return {each.variant: each.reason for each in self.not_built}
 
     def find(self, name: str) -> Judged:
         """The judged candidate of that variant."""

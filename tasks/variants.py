@@ -57,7 +57,7 @@ _CALIBRATED: dict[str, Any] = {"is_calibrated": True}
 _QDQ: dict[str, Any] = {"is_calibrated": True, "qdq": QdqConfig()}
 _INT8_QDQ = "static QDQ, MinMax, per channel; SmoothQuant, outlier channels of FFN-down in float"
 _FP8_QDQ = "QDQ in E4M3, max calibration"
-_INT4 = "weights only: table 4 bits, linears 4 to 6 by sensitivity, GPTQ rounding, for"
+_INT4 = "weights only, on a trellis: table 3 bits, linears 3 to 6 by sensitivity, GPTQ rounding, for"
 _BUILDS: dict[Build, Variant] = dict(
     (
         _build("fp32-onnx", "onnxruntime", "fp32", "f32", "export"),
@@ -68,7 +68,7 @@ _BUILDS: dict[Build, Variant] = dict(
         _build("int8-static", "onnxruntime", "int8", "f32", _INT8_QDQ, **_QDQ),
         _build("fp8-onnx", "onnxruntime", "fp8", "f8", _FP8_QDQ, **_QDQ),
         _build("int4-small", "onnxruntime", "int4", "f32", f"{_INT4} the gate's 1 % of nDCG", **_CALIBRATED),
-        _build("int4-tiny", "onnxruntime", "int4", "f32", f"{_INT4} cosine 0.98", **_CALIBRATED),
+        _build("int4-tiny", "onnxruntime", "int4", "f32", f"{_INT4} cosine 0.98; rare pieces in 2 bits", **_CALIBRATED),
         _build(
             "int8-openvino", "openvino", "int8", "bf16",
             "NNCF post-training; attention products and FFN-down in bf16", **_CALIBRATED,
@@ -150,6 +150,7 @@ VARIANTS: dict[str, Variant] = {
 _DEFAULT: tuple[Build, ...] = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
 
 
-def list_variants(has_gpu: bool) -> tuple[str, ...]:
-    """What is built unless something else is asked for."""
-    return (*_DEFAULT, *(name for name, each in KERNEL_VARIANTS.items() if has_gpu and each.runtime == "cuda"))
+def list_variants(has_gpu: bool = False, has_avx512: bool = False) -> tuple[str, ...]:
+    """What is built unless something else is asked for; of the engines of our own, the variants that can run here."""
+    runs_here = {"cuda": has_gpu, "avx512": has_avx512}
+    return (*_DEFAULT, *(name for name, each in KERNEL_VARIANTS.items() if runs_here[each.runtime]))

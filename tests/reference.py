@@ -18,7 +18,7 @@ from tasks.production.delivery import WorkerConfig
 from tasks.production.notify import WebhookConfig
 from tasks.settings import BuildConfig
 from tasks.steps import DistillConfig
-from tasks.variants import Recipe
+from tasks.variants import Recipe, list_variants
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
@@ -85,6 +85,8 @@ def _fields(section: str, model: type[BaseModel]) -> list[tuple[str, str, str]]:
     rows = []
     for name, field in model.model_fields.items():
         default = field.get_default(call_default_factory=True)
+        if (section, name) == ("optimize", "variants"):  # on this node there may be more
+            default = list_variants()
         if not isinstance(default, BaseModel):
             shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
             key = f"{section}.{name}" if section else name

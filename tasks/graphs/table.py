@@ -1,12 +1,14 @@
 """The embedding table in few bits: more than half of a small model's bytes, and the cheapest to squeeze."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.graphs.graph import CONTRIB, Graph
 
 _MIN_ROWS = 128  # positions and token types are not worth their scales
-_TOKENS = "input_ids"
+TOKENS = "input_ids"
 _CLIPS = np.linspace(0.7, 1.0, 7)
 _SMALLEST = 1e-3  # of a block's largest value, whose scale is then still a normal float16
 
@@ -19,23 +21,29 @@ def quantize_tables(graph: Graph, bits: int, block: int) -> None:
     """
     from onnx import helper  # noqa: PLC0415  a cached run need not load it
 
-    for node in list(graph.model.graph.node):
+    for node in list_tables(graph):
+        name, own_bits = node.input[0], bits if node.input[1] == TOKENS else 8
+        packed, scale = pack_rows(graph.array(name), own_bits, block)
+        inputs = [graph.put(f"{name}_packed", packed), node.input[1], graph.put(f"{name}_scale", scale)]
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": own_bits}
+        half = f"{node.output[0]}_fp16"
+        cast = helper.make_node("Cast", [half], node.output, name=f"{node.name}_Cast", to=1)
+        graph.insert([cast], node, after=True)
+        node.CopyFrom(
+            helper.make_node("GatherBlockQuantized", inputs, [half], name=node.name, domain=CONTRIB, **attributes)
+        )
+    graph.use_contrib()
+
+
+def list_tables(graph: Graph) -> list[Any]:
+    """The nodes that look up rows of a float table worth packing."""
+    found = []
+    for node in graph.model.graph.node:
         if node.op_type == "Gather" and graph.is_constant(node.input[0]):
             table = graph.array(node.input[0])
             if table.ndim == 2 and table.dtype == np.float32 and len(table) >= _MIN_ROWS:
-                name, own_bits = node.input[0], bits if node.input[1] == _TOKENS else 8
-                packed, scale = pack_rows(table, own_bits, block)
-                inputs = [graph.put(f"{name}_packed", packed), node.input[1], graph.put(f"{name}_scale", scale)]
-                attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": own_bits}
-                half = f"{node.output[0]}_fp16"
-                cast = helper.make_node("Cast", [half], node.output, name=f"{node.name}_Cast", to=1)
-                graph.insert([cast], node, after=True)
-                node.CopyFrom(
-                    helper.make_node(
-                        "GatherBlockQuantized", inputs, [half], name=node.name, domain=CONTRIB, **attributes
-                    )
-                )
-    graph.use_contrib()
+                found.append(node)
+    return found
 
 
 def pack_rows(table: NDArray[np.float32], bits: int, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:

@@ -5,60 +5,109 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 128  # rows of a weight that share the scale of an output channel
+from tasks.quantization.trellis import LIMIT, Floats, States, choose_states, codebook
+
 _DAMPING = 0.01  # of the mean of the diagonal: inputs that hardly vary would take every error
-_CLIPS = np.linspace(0.6, 1.0, 17)  # shares of the largest weight that a scale may cover
+_RUN = 24  # numbers that are chosen together at least; more would cost no less
+_LATER = 64  # rows after which errors go into all the rows that follow
 
 
 @dataclass(frozen=True, slots=True)
 class FewBits:
-    """A weight [K, N] as integers around `2 ** (bits - 1)` and float16 scales [K / block, N]."""
+    """A weight [K, N]: states of `runs` runs [R, K * N / R], and what turns their values into the weight.
 
-    values: NDArray[np.uint8]
+    A value is multiplied by the factor of its row [K] and the scale of its column [N]; run r has the columns from
+    r * N / R. A few weights, at `places` of the flat weight, are `exact` instead.
+    """
+
+    states: States
+    factors: NDArray[np.float16]
     scales: NDArray[np.float16]
+    places: NDArray[np.int32]
+    exact: NDArray[np.float16]
     bits: int
-    block: int
 
-    def widen(self) -> NDArray[np.float32]:
-        """The weight that the integers stand for."""
-        rows = np.repeat(self.scales.astype(np.float32), self.block, axis=0)[: len(self.values)]
-        return (self.values.astype(np.float32) - (1 << (self.bits - 1))) * rows
+    def widen(self) -> Floats:
+        """The weight that the bits stand for."""
+        rows, columns = len(self.factors), len(self.scales)
+        weight = _unroll(codebook(self.bits)[self.states], rows, columns)
+        weight *= self.factors.astype(np.float32)[:, None] * self.scales.astype(np.float32)
+        weight.flat[self.places] = self.exact
+        return weight
 
 
-def round_weight(weight: NDArray[np.float32], products: NDArray[np.float64], bits: int) -> FewBits:
+def round_weight(weight: Floats, products: NDArray[np.float64], bits: int) -> FewBits:
     """Round `weight` [K, N] for inputs whose mean of x xᵀ is `products` [K, K]."""
-    block = _BLOCK if len(weight) % _BLOCK == 0 else len(weight)
-    middle = 1 << (bits - 1)
+    rows, columns = weight.shape
+    runs = count_runs(columns)
     spread = _error_spread(products)
-    left = weight.astype(np.float64)
-    importance = 1 / np.diag(spread) ** 2
-    values = np.empty(weight.shape, dtype=np.uint8)
-    scales = np.empty((len(weight) // block, weight.shape[1]), dtype=np.float16)
-    for start in range(0, len(weight), block):
-        rows = slice(start, start + block)
-        scale = scales[start // block] = _choose_scale(left[rows], importance[rows], middle)
-        wide = scale.astype(np.float64)
-        for row in range(start, start + block):
-            steps = np.clip(np.rint(left[row] / wide), -middle, middle - 1)
-            values[row] = steps + middle
-            error = (left[row] - steps * wide) / spread[row, row]
-            left[row + 1 :] -= np.outer(spread[row, row + 1 :], error)
-    return FewBits(values, scales, bits, block)
+    factors, scales = _choose_scales(weight)
+    unit = factors.astype(np.float32)[:, None] * scales.astype(np.float32)
+    left, values = weight.copy(), codebook(bits)
+    states = np.empty((runs, rows, columns // runs), dtype=np.uint8)
+    is_exact = np.zeros(weight.shape, dtype=bool)
+    start = np.zeros(runs, dtype=np.uint8)
+    for first in range(0, rows, _LATER):
+        last = min(first + _LATER, rows)
+        errors = np.empty((last - first, columns), dtype=np.float32)
+        for row in range(first, last):
+            numbers = left[row] / unit[row]
+            far = is_exact[row] = np.abs(numbers) > LIMIT
+            worth = (~far).astype(np.float32).reshape(runs, -1) if far.any() else None
+            numbers = np.where(far, 0, numbers).reshape(runs, -1)
+            states[:, row] = choose_states(numbers, bits, values, start, worth)
+            start = states[:, row, -1]
+            rounded = np.where(far, left[row].astype(np.float16), values[states[:, row]].ravel() * unit[row])
+            error = errors[row - first] = (left[row] - rounded) / spread[row, row]
+            left[row + 1 : last] -= np.outer(spread[row, row + 1 : last], error)
+            left[row] = rounded
+        left[last:] -= spread[first:last, last:].T @ errors
+    places = np.flatnonzero(is_exact).astype(np.int32)
+    exact = left.ravel()[places].astype(np.float16)
+    few = FewBits(states.reshape(runs, -1), factors, scales, places, exact, bits)
+    return _fit_scales(few, weight, products)
 
 
-def _error_spread(products: NDArray[np.float64]) -> NDArray[np.float64]:
+def count_runs(columns: int) -> int:
+    """Runs that a row of `columns` numbers is cut into, to be chosen side by side."""
+    runs = 1
+    while columns % (2 * runs) == 0 and columns // (2 * runs) >= _RUN:
+        runs *= 2
+    return runs
+
+
+def _unroll(numbers: Floats, rows: int, columns: int) -> Floats:
+    """From runs [R, K * N / R] to the weight [K, N]."""
+    return numbers.reshape(len(numbers), rows, -1).transpose(1, 0, 2).reshape(rows, columns)
+
+
+def _error_spread(products: NDArray[np.float64]) -> Floats:
     """Upper Cholesky factor of the damped inverse: how the error of a row is made good by the rows after it."""
     damped = products + np.eye(len(products)) * (_DAMPING * np.diag(products).mean() + 1e-12)
-    return np.asarray(np.linalg.cholesky(np.linalg.inv(damped)).T)
+    return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
 
-def _choose_scale(rows: NDArray[np.float64], importance: NDArray[np.float64], middle: int) -> NDArray[np.float16]:
-    """For each output channel the scale with the least error, rows weighted by what their error costs."""
-    limit = np.maximum(np.abs(rows).max(axis=0), 1e-6)
-    best, least = limit / (middle - 0.5), np.full(rows.shape[1], np.inf)
-    for clip in _CLIPS:
-        scale = (clip * limit / (middle - 0.5)).astype(np.float16).astype(np.float64)
-        restored = np.clip(np.rint(rows / scale), -middle, middle - 1) * scale
-        error = ((restored - rows) ** 2 * importance[:, None]).sum(axis=0)
-        best, least = np.where(error < least, scale, best), np.minimum(error, least)
-    return best.astype(np.float16)
+def _choose_scales(weight: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """A factor for each row and a scale for each column, so that what both divide is about normal; outliers apart."""
+    factors = np.maximum(np.sqrt(np.mean(np.square(weight / _spread_of(weight)), axis=1)), 1e-3).astype(np.float16)
+    numbers = weight / factors.astype(np.float32)[:, None]
+    scales = _spread_of(numbers)
+    inside = np.abs(numbers) < LIMIT * scales
+    scales = np.sqrt((np.square(numbers) * inside).sum(axis=0) / np.maximum(inside.sum(axis=0), 1))
+    return factors, np.maximum(scales, 1e-6).astype(np.float16)
+
+
+def _spread_of(weight: Floats) -> Floats:
+    return np.maximum(np.sqrt(np.mean(np.square(weight), axis=0)), 1e-6)
+
+
+def _fit_scales(few: FewBits, weight: Floats, products: NDArray[np.float64]) -> FewBits:
+    """The same states with scales by least squares of the layer's output."""
+    rounded = few.widen()
+    fixed = np.zeros_like(rounded)
+    fixed.flat[few.places] = rounded.flat[few.places]
+    rounded -= fixed
+    seen = products.astype(np.float32) @ rounded
+    better = (seen * (weight - fixed)).sum(axis=0) / np.maximum((seen * rounded).sum(axis=0), 1e-12)
+    scales = few.scales.astype(np.float32) * np.clip(better, 0.5, 2)
+    return FewBits(few.states, few.factors, scales.astype(np.float16), few.places, few.exact, few.bits)

