@@ -30,6 +30,8 @@ _MIN_RUNS = 3
 # A lone text finds cores that have been idle for about this long.
 _PAUSE_SECONDS = 0.001
 _MAX_INSTANCES = 4
+# Runs that leave cores idle have to have this much more throughput: noise alone must not halve what a node can do.
+_IDLE_CORES_GAIN = 1.1
 # A second engine for lone small batches has to be this much faster there to be worth its memory.
 _SWITCH_GAIN = 1.1
 # What the event loop takes of a core under load. Threads of a run wait for one another, and so for a core that it has:
@@ -47,6 +49,11 @@ class Setup:
     num_threads: int
     num_instances: int
 
+    @property
+    def num_cores(self) -> int:
+        """Cores that it keeps busy."""
+        return self.num_threads * self.num_instances
+
     def __str__(self) -> str:
         return f"{self.runtime}:{self.num_instances}x{self.num_threads}"
 
@@ -60,13 +67,13 @@ class Measured:
     batched_seconds: float
     compiles_shapes: bool
 
-    def __str__(self) -> str:
-        return f"{self.setup}={self.single_seconds * 1000:.2f}ms,{1 / self.batched_seconds:.0f}/s"
-
     @property
     def score(self) -> float:
         """Latency and throughput count alike; less is better."""
         return self.single_seconds * self.batched_seconds
+
+    def __str__(self) -> str:
+        return f"{self.setup}={self.single_seconds * 1000:.2f}ms,{1 / self.batched_seconds:.0f}/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +118,13 @@ def choose(measured: Sequence[Measured]) -> Choice:
 
     An engine that compiles shapes is no such other: it would have to meet all of them a second time.
     """
-    best = min(measured, key=lambda m: m.score)
-    large = min(measured, key=lambda m: m.batched_seconds)
+    busiest = max(m.setup.num_cores for m in measured)
+
+    def handicap(m: Measured) -> float:
+        return 1 if m.setup.num_cores == busiest else _IDLE_CORES_GAIN
+
+    best = min(measured, key=lambda m: m.score * handicap(m))
+    large = min(measured, key=lambda m: m.batched_seconds * handicap(m))
     small = min((m for m in measured if m is large or not m.compiles_shapes), key=lambda m: m.single_seconds)
     if small.single_seconds * _SWITCH_GAIN <= large.single_seconds:
         return Choice(large.setup, small.setup)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -112,11 +113,7 @@ def benchmark(
                     latencies[name].extend(1e3 * call for call in _time_calls(run, part))
                     seconds[name].extend(_time_calls(run, batches))
                 advance(1)
-    peaks: dict[str, float] = {
-        c.variant.name: _peak_memory_mb(c.artifact.folder, c.engine, c.max_seq_length) for c in candidates
-    }
-    for name, folder, entry in _champion_entry(champion):
-        peaks[name] = _peak_memory_mb(folder, entry, teacher.max_seq_length)
+    peaks = _peak_memories(candidates, champion, teacher.max_seq_length)
     speeds = {
         name: Speed(
             latencies_ms=tuple(latencies[name]),
@@ -223,6 +220,15 @@ def _time_calls(run: Run, batches: list[Batch]) -> list[float]:
         run(*batch)
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _peak_memories(candidates: list[Candidate], champion: Path | None, max_length: int) -> dict[str, float]:
+    """Peak memory in MB by system, two processes at a time: what else runs changes a process's time, not its memory."""
+    measured = [(c.variant.name, c.artifact.folder, c.engine, c.max_seq_length) for c in candidates]
+    measured += [(*each, max_length) for each in _champion_entry(champion)]
+    names, *arguments = zip(*measured, strict=True)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(_peak_memory_mb, *arguments), strict=True))
 
 
 def _peak_memory_mb(folder: Path, entry: EngineEntry, max_length: int) -> float:

@@ -63,6 +63,14 @@ def test_latency_and_throughput_count_alike() -> None:
     assert choose([quick, slower]) == Choice(quick.setup, quick.setup)
 
 
+def test_runs_that_leave_cores_idle_have_to_be_clearly_faster() -> None:
+    both = measured(ORT, 1, 2, 2.0, 1.0)
+    for batched, is_taken in ((0.95, False), (0.85, True)):
+        one = measured(ORT, 1, 1, 2.0, batched)
+        chosen = one if is_taken else both
+        assert choose([one, both]) == Choice(chosen.setup, chosen.setup)
+
+
 @pytest.mark.parametrize("runtime", [ORT, OV])
 def test_lone_small_batches_get_an_engine_of_their_own_only_where_it_is_clearly_faster(runtime: str) -> None:
     large = measured(runtime, 1, 2, 1.0, 1.0)
