@@ -52,7 +52,8 @@ def test_mlflow_compares_the_candidates(
 
         selected = json.dumps([run.info.run_id for run in children])
         page.goto(f'{url}/#/compare-runs?runs={selected}&experiments=["{experiment.experiment_id}"]')
-        expect(page.get_by_text(f"Comparing {len(children)} Runs from 1 Experiment")).to_be_visible(timeout=_PAGE_MILLISECONDS)
+        title = f"Comparing {len(children)} Runs from 1 Experiment"
+        expect(page.get_by_text(title)).to_be_visible(timeout=_PAGE_MILLISECONDS)
         for name in ("int8-openvino", "bf16-openvino", "quality.cosine_mean"):
             expect(page.get_by_text(name, exact=True).first).to_be_attached(timeout=_PAGE_MILLISECONDS)
         page.screenshot(path=tmp_path_factory.mktemp("screens") / "compare.png")
