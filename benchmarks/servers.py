@@ -179,7 +179,7 @@ def start_server(spec: ServerSpec) -> Iterator[Server]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=pin(spec.cores),  # noqa: PLW1509  this process has no threads
+            preexec_fn=pin(spec.cores),  # noqa: PLW1509  a system call, which waits for no thread
         ) as process,
     ):
         server = Server(spec.name, f"http://127.0.0.1:{port}", spec.model, process)

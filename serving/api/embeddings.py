@@ -111,8 +111,10 @@ class EmbeddingsEndpoint:
         Looked at is every request that has to be traced, or whose headers are not those of a short JSON body.
         """
         service = self._worker.sole_service
-        refusal = None if service is None else service.turn_away()
-        if service is None or refusal is None or self._observers.tracer is not None or not _is_plain(headers):
+        if service is None or self._observers.tracer is not None:
+            return None
+        refusal = service.turn_away()
+        if refusal is None or not _is_plain(headers):
             return None
         if refusal is not self._refusal:
             status, fields, body = render_error(refusal, style=self._dialect.style)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from serving.admission import Backlog
+from serving.admission import Admission, Backlog
 from serving.errors import Overloaded
 from serving.models import LoadedModel
 from serving.server import WorkerServer
@@ -32,7 +32,7 @@ def flooded(bundle: Path, model: LoadedModel, **changes: object) -> Iterator[tup
         yield url, server
 
 
-def admission_of(server: WorkerServer):  # type: ignore[no-untyped-def]
+def admission_of(server: WorkerServer) -> Admission:
     service = server.worker.resolve(None)
     assert isinstance(service, EmbeddingService)
     return service._admission
