@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from serving.errors import BundleRejected, InputTooLong
+from serving.words import WordIds
 
 TOKENIZER_NAME = "tokenizer.json"
 # Text past this many characters per token the model takes is dropped before tokenising, so that megabytes cost
@@ -25,6 +26,7 @@ class TextTokenizer:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length)
         self._tokenizer = tokenizer
+        self._words = WordIds.of(tokenizer)
         self._max_chars = max_length * _MAX_CHARS_PER_TOKEN
         self.max_length = max_length
 
@@ -62,14 +64,22 @@ class TextTokenizer:
         With `truncate=False` a text that does not fit raises InputTooLong, which names its place and length and
         reports `param` as the request field at fault. With `keep_end` a text loses its beginning, not its end.
         """
-        cut = [text[-self._max_chars :] if keep_end else text[: self._max_chars] for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(cut)
-        if not truncate:
-            for index, encoding in enumerate(encodings):
-                dropped = len(texts[index]) > self._max_chars
-                if encoding.overflowing or dropped:
-                    raise InputTooLong(self._describe_too_long(index, len(texts[index]), dropped, encoding), param)
-        return [np.asarray(_ids_of_end(each) if keep_end else each.ids, dtype=np.int64) for each in encodings]
+        rows = [self._by_word(text, truncate, keep_end) for text in texts]
+        left = [index for index, ids in enumerate(rows) if ids is None]
+        cut = [texts[index][-self._max_chars :] if keep_end else texts[index][: self._max_chars] for index in left]
+        for index, encoding in zip(left, self._tokenizer.encode_batch_fast(cut) if cut else (), strict=True):
+            length = len(texts[index])
+            dropped = length > self._max_chars
+            if not truncate and (encoding.overflowing or dropped):
+                raise InputTooLong(self._describe_too_long(index, length, dropped, encoding), param)
+            rows[index] = _ids_of_end(encoding) if keep_end else encoding.ids
+        return [np.asarray(ids, dtype=np.int64) for ids in rows]
+
+    def _by_word(self, text: str, truncate: bool, keep_end: bool) -> list[int] | None:
+        words = self._words
+        if words is None or len(text) > self._max_chars:
+            return None
+        return words.encode(text, self.max_length, truncate, keep_end)
 
     def decode(self, rows: Sequence[Ids]) -> list[str]:
         """A text for each row of ids, without the frame of special tokens. Encoding it anew may give other ids."""
