@@ -1,7 +1,7 @@
 """From a bundle's list of engines to the one that runs: what was asked for by name, or the best that loads.
 
-The best is the first of GPU_CHAIN that the bundle has and that loads; where none does, the fastest on the CPU. An
-engine that does not load is logged and counted.
+The best is the first of GPU_CHAIN that the bundle has and that loads; where none does, the CPU's kernels of our own;
+else the fastest on the CPU. An engine that does not load while another does is logged and counted.
 """
 
 import logging
@@ -33,6 +33,8 @@ from serving.tokenizer import Ids
 
 BY_DEFAULT = CustomKernelsSettings()
 GPU_CHAIN = ("cuda", "tensorrt", "onnxruntime-cuda")
+# What a bundle has beside these is for processors without them: it is not measured against them.
+_OWN_ON_CPU = ("avx512",)
 _ONNX_ON_GPU = ("fp32", "fp16", "bf16")  # precisions that its CUDA provider computes on the GPU
 
 # Up to this many tokens, padding included, a batch counts as small.
@@ -111,22 +113,30 @@ class Opener:
         Raises EngineUnavailable or BundleRejected when none loads.
         """
         failed: list[ServingError] = []
-        for name in (name for name in GPU_CHAIN if name in self._entries):
-            setup = Setup(name, self._source.num_threads or num_cores(), 1)
+        alone = [[name] for name in (*GPU_CHAIN, *_OWN_ON_CPU) if name in self._entries]
+        others = [name for name in self._entries if [name] not in alone]
+        groups = [*alone, others] if others else alone
+        for number, names in enumerate(groups, start=1):
             try:
-                engine = self._open(setup)
-                _log.info("engine chosen setup=%s measured=%s", setup, _measure_checked(engine, setup, rows))
-                return self._opened(Choice(setup, setup), engine)
+                if names[0] in GPU_CHAIN:
+                    return self._open_on_gpu(names[0], rows)
+                return self._open_best_on_cpu(names, digest, rows, layout)
             except (EngineUnavailable, BundleRejected) as error:
                 failed.append(error)
-                if len(failed) < len(self._entries):
-                    self._report_fallback(name, error)
-        if len(failed) == len(self._entries):
-            raise _combine(failed)
-        return self._open_best_on_cpu(digest, rows, layout)
+                if number < len(groups):
+                    self._report_fallback(names[0], error)
+        raise _combine(failed)
 
-    def _open_best_on_cpu(self, digest: str, rows: Sequence[Ids], layout: Choice | None) -> Opened:
-        entries = [entry for name, entry in self._entries.items() if name not in GPU_CHAIN]
+    def _open_on_gpu(self, name: str, rows: Sequence[Ids]) -> Opened:
+        setup = Setup(name, self._source.num_threads or num_cores(), 1)
+        engine = self._open(setup)
+        _log.info("engine chosen setup=%s measured=%s", setup, _measure_checked(engine, setup, rows))
+        return self._opened(Choice(setup, setup), engine)
+
+    def _open_best_on_cpu(
+        self, names: Sequence[str], digest: str, rows: Sequence[Ids], layout: Choice | None
+    ) -> Opened:
+        entries = [self._entries[name] for name in names]
         setups = list_setups(entries, self._source.num_threads, self._source.num_instances, num_cores())
         path, key = record_path(self._source.path), node_key(digest, setups)
         choice = Choice(setups[0], setups[0]) if len(setups) == 1 else read_choice(path, key)
@@ -201,7 +211,6 @@ class Opener:
                 measured.append(_measure_checked(engine, setup, rows))
             except (EngineUnavailable, BundleRejected) as error:
                 failed[setup.runtime] = error
-                self._report_fallback(setup.runtime, error)
                 continue
             score = measured[-1].score
             if best is None or score < best[0]:
@@ -212,6 +221,8 @@ class Opener:
                 dropped[1].close()
         if best is None:
             raise _combine(list(failed.values()))
+        for name, reason in failed.items():
+            self._report_fallback(name, reason)
         return measured, best[1], best[2]
 
     def _report_fallback(self, runtime: str, error: ServingError) -> None:
@@ -235,7 +246,8 @@ def _list_entries(manifest: Manifest) -> dict[str, EngineEntry]:
     entries: dict[str, EngineEntry] = {}
     for entry in manifest.engines:
         entries.setdefault(entry.runtime, entry)
-    if "onnxruntime" in entries and manifest.precision in _ONNX_ON_GPU and has_nvidia_driver():
+    is_first = manifest.engines[0].runtime == "onnxruntime"  # whose precision the manifest tells
+    if is_first and manifest.precision in _ONNX_ON_GPU and has_nvidia_driver():
         entries["onnxruntime-cuda"] = entries["onnxruntime"]
     first = {name: entries.pop(name) for name in GPU_CHAIN if name in entries}
     return first | entries

@@ -18,6 +18,7 @@ from registry.keys import user_name
 from registry.ledger import append_once
 from registry.manifest import (
     Cosine,
+    EngineEntry,
     FileEntry,
     Lineage,
     Manifest,
@@ -36,6 +37,7 @@ from tasks.benchmark import BATCH_SIZE, SpeedReport
 from tasks.corpus import read_part
 from tasks.measurement.libraries import library_versions
 from tasks.select import Judged, Study
+from tasks.variants import Variant
 
 _NUM_GOLDEN = 64
 
@@ -69,17 +71,23 @@ class Published(BaseModel):
 def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origin: Origin) -> Artifact:
     """Write the complete bundle: engine files, tokenizer, golden set, reports, manifest; verified before it counts.
 
+    An engine bound to a kind of processor has a portable one beside it where the gate passed one.
     Raises ArtifactChanged when what it is made of is not what was judged, StoreFull.
     """
     judged = study.find(name)
-    for artifact in (judged.candidate.artifact, study.corpus, teacher_embeddings):
+    spare = study.find_spare(judged)
+    parts = [row.candidate for row in (judged, spare) if row is not None]
+    for artifact in (*(part.artifact for part in parts), study.corpus, teacher_embeddings):
         artifact.verify()
     with draft("bundle") as work:
         shutil.copytree(judged.candidate.artifact.folder, work.folder, dirs_exist_ok=True)
+        for part in parts[1:]:
+            shutil.copy(part.artifact.folder / part.engine.file, work.folder)
         _write_golden(work.folder, study, judged.candidate.max_seq_length, teacher_embeddings)
         _write_reports(work.folder, judged)
         files = scan_files(work.folder)
-        write_manifest(work.folder, _manifest(study, judged, origin, files))
+        engines = tuple(part.engine for part in parts)
+        write_manifest(work.folder, _manifest(study, judged, origin, files, engines))
         verify_bundle(work.folder)
     return work.artifact
 
@@ -138,7 +146,9 @@ def _write_reports(folder: Path, judged: Judged) -> None:
         (folder / "reports" / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, FileEntry]) -> Manifest:
+def _manifest(
+    study: Study, judged: Judged, origin: Origin, files: dict[str, FileEntry], engines: tuple[EngineEntry, ...]
+) -> Manifest:
     teacher = study.teacher
     checksum = payload_checksum(files)
     variant = judged.candidate.variant
@@ -162,22 +172,21 @@ def _manifest(study: Study, judged: Judged, origin: Origin, files: dict[str, Fil
         validation=_validation(judged, study),
         lineage=Lineage(
             parents=parents,
-            recipe={
-                "variant": variant.name,
-                "steps": json.dumps([step.model_dump() for step in variant.steps]),
-                "build": variant.build,
-                "method": variant.method,
-                "compute": variant.compute,
-            },
+            recipe=_recipe(variant),
             git_commit=origin.git_commit,
             mlflow_run_id=origin.mlflow_run_id,
             versions={**library_versions(), "python": platform.python_version()},
         ),
-        engines=(judged.candidate.engine,),
+        engines=engines,
         files=files,
         created_at=datetime.now(UTC),
         checksum=checksum,
     )
+
+
+def _recipe(variant: Variant) -> dict[str, str]:
+    steps = json.dumps([step.model_dump() for step in variant.steps])
+    return {"variant": variant.name, "steps": steps, **variant.model_dump(include={"build", "method", "compute"})}
 
 
 def _performance(judged: Judged, speeds: SpeedReport) -> Performance:

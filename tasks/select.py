@@ -26,6 +26,8 @@ _BEST: dict[Criterion, str] = {
 }
 # A candidate's queries on the teacher's index may lose this share of the teacher's score and still be a drop-in.
 _MAX_CROSS_LOSS = 0.01
+# Kernels of our own, each for a kind of processor, and the runtime that has one for every kind.
+_BOUND, _PORTABLE = ("avx512", "cuda"), "onnxruntime"
 _DROP_IN_CHECKS = tuple(
     Check(metric=f"cross_{task}_loss", kind="max", limit=_MAX_CROSS_LOSS) for task in ("ndcg_at_10", "recall_at_10")
 )
@@ -101,6 +103,23 @@ class Study(BaseModel):
     def find(self, name: str) -> Judged:
         """The judged candidate of that variant."""
         return next(row for row in self.judged if row.name == name)
+
+    def find_spare(self, winner: Judged) -> Judged | None:
+        """What stands in for `winner` on a processor without its kernels, and for a text on which these fail.
+
+        The smallest candidate of the same model that the gate passes and that runs everywhere: two runs of a recipe
+        agree on it, which they would not on the fastest. None where there is none, or where the winner needs none.
+        """
+        if winner.candidate.engine.runtime not in _BOUND:
+            return None
+        fitting = (
+            row
+            for row in self.judged
+            if row.candidate.engine.runtime == _PORTABLE
+            and row.model.digest == winner.model.digest
+            and row.gate.verdict == "pass"
+        )
+        return min(fitting, key=lambda row: (row.size_mb, row.name), default=None)
 
 
 @task(task_run_name="select", cache_policy=NO_CACHE)

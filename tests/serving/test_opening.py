@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from registry.manifest import digest_of, read_manifest
+from registry.manifest import EngineEntry, digest_of, read_manifest
 from serving.autotune import Choice, Setup, record_path
 from serving.engines import Engine, num_cores, open_engine
+from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
 from serving.opening import Opened, Opener, SwitchedEngine
@@ -63,6 +64,39 @@ def test_remembered_engine_that_does_not_load_is_measured_anew(bundle: Path, tmp
     setup = document["large"] | {"runtime": "tensorrt"}
     record_path(folder).write_text(json.dumps(document | {"large": setup, "small": setup}))
     assert open_best(folder)[1].runtime == "onnxruntime"
+
+
+def test_kernels_of_our_own_are_taken_unmeasured_against_the_rest(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "avx512")
+    opened: list[str] = []
+
+    def open_any(path: Path, entry: EngineEntry, *options: object, **named: object) -> Engine:
+        opened.append(entry.runtime)
+        graph = path / read_manifest(path).engines[0].file
+        return OnnxRuntimeEngine(graph, 1)
+
+    monkeypatch.setattr("serving.opening.open_engine", open_any)
+    opener, setup = open_best(folder)
+    assert setup.runtime == "avx512"
+    assert set(opened) == {"avx512"}
+    spare = opener.open_best(digest_of(folder), ROWS).open_spare
+    assert spare is not None
+    spare().close()
+    assert opened[-1] == "onnxruntime"
+
+
+def test_without_our_own_kernels_the_portable_engine_serves(bundle: Path, tmp_path: Path) -> None:
+    folder = copy_with(bundle, tmp_path, "avx512", "onnxruntime")  # its file is a graph: no such kernels read it
+    fallen: list[str] = []
+    opener = Opener(ModelSource(path=folder), read_manifest(folder), lambda _, name: fallen.append(name))
+    opened = opener.open_best(digest_of(folder), ROWS)
+    opened.engine.close()
+    assert opened.choice.large.runtime == "onnxruntime"
+    assert fallen == ["avx512"]
+    with pytest.raises(EngineUnavailable, match=r"cannot be read|no AVX-512|not compiled"):
+        open_best(folder, engine="avx512")
 
 
 def test_settings_override_the_measurement(bundle: Path, tmp_path: Path) -> None:

@@ -76,6 +76,20 @@ def test_bundle_of_every_variant_verifies(name: str, forge: Forge) -> None:
     engine.close()
 
 
+def test_bundle_of_our_own_kernels_has_a_portable_engine_beside_them(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.select._BOUND", ("openvino",))  # whose files every machine can write
+    spare = forge.study.find_spare(forge.study.find("int8-openvino"))
+    assert spare is not None
+    folder = assemble_bundle.fn(forge.study, "int8-openvino", forge.teacher_embeddings, ORIGIN).folder
+    manifest = verify_bundle(folder)
+    assert [entry.runtime for entry in manifest.engines] == ["openvino", "onnxruntime"]
+    assert manifest.variant == "int8-openvino"
+    for entry in manifest.engines:
+        open_engine(folder, entry).close()
+
+
 def test_publish_pushes_once_and_again_to_the_same_digest(bundle: Path, forge: Forge, tmp_path: Path) -> None:
     artifact = assemble_bundle.fn(forge.study, "fp32-onnx", forge.teacher_embeddings, ORIGIN)
     first = publish.fn(artifact, "fp32-onnx", tmp_path / "registry")

@@ -54,7 +54,7 @@ def quality(cosine: float = 1.0, **others: Measurement) -> Quality:
     return Quality(metrics={"cosine_mean": measured(cosine), **good, **others}, num_texts=10, num_queries=10)
 
 
-def candidate(name: str, disk_bytes: int = 1) -> Candidate:
+def candidate(name: str, disk_bytes: int = 1, runtime: str = "onnxruntime") -> Candidate:
     """As `quantize` describes one; the engine and artifact behind it play no part in selection."""
     return Candidate.model_validate(
         {
@@ -66,7 +66,7 @@ def candidate(name: str, disk_bytes: int = 1) -> Candidate:
                 "method": "x",
             },
             "artifact": {"path": "x", "digest": "x"},
-            "engine": {"runtime": "onnxruntime", "file": "x", "sha256": "0" * 64, "size": 1},
+            "engine": {"runtime": runtime, "file": "x", "sha256": "0" * 64, "size": 1},
             "max_seq_length": 8,
             "calibration_size": 0,
             "calibration_digest": None,
@@ -182,6 +182,22 @@ def test_select_compares_quality_with_the_champion_query_by_query() -> None:
         assert {result.metric for result in gate.results if result.verdict == "fail"} == failed
     unmeasured = select.fn([candidate("fp32-onnx")], [quality()], found, GateLimits(), MODELS, champion_scores=champion)
     assert "ndcg_at_10_loss_vs_champion" in unmeasured[0].gate.reason
+
+
+def test_spare_of_our_own_kernels_is_the_smallest_portable_candidate_that_passes(forge: Forge) -> None:
+    names = ["int8-avx512", "fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino"]
+    sizes, runtimes = [9, 90, 24, 23, 8], ["avx512", *["onnxruntime"] * 3, "openvino"]
+    found = dict.fromkeys([TORCH, *names], (100.0, 4.0))
+    candidates = [candidate(*each) for each in zip(names, sizes, runtimes, strict=True)]
+    qualities = [quality(cosine) for cosine in (0.999, 1.0, 0.995, 0.985, 0.999)]
+    judged = tuple(select.fn(candidates, qualities, speeds(found), GateLimits(), MODELS))
+    study = forge.study.model_copy(update={"judged": judged})
+    spare = study.find_spare(study.find("int8-avx512"))
+    assert spare is not None
+    assert spare.name == "int8-dynamic"  # the smaller one is no pass, the smallest needs another library
+    assert study.find_spare(study.find("fp32-onnx")) is None
+    alone = study.model_copy(update={"judged": (study.find("int8-avx512"), study.find("int8-openvino"))})
+    assert alone.find_spare(alone.find("int8-avx512")) is None
 
 
 def test_choose_of_nothing_is_nothing() -> None:
