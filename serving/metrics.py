@@ -33,7 +33,10 @@ class Metrics:
             registry=self.registry,
         )
         self.errors = Counter(
-            "akidb_embed_errors_total", "Failed embedding requests by error.", ("error",), registry=self.registry
+            "akidb_embed_errors_total",
+            "Failed embedding requests by error; model: none where it failed before its model was known.",
+            (*_MODEL_LABELS, "error"),
+            registry=self.registry,
         )
         self._batch_size = self._histogram("akidb_batch_size", "Texts in an engine run.", _SIZE_BUCKETS)
         self._batch_wait = self._histogram(
@@ -160,7 +163,7 @@ class Metrics:
 
     def failure_counters(self, model: str, version: str, status: int, error: str) -> tuple[Counter, Counter]:
         """What such a failure is counted by."""
-        return self.requests.labels(model, version, str(int(status))), self.errors.labels(error)
+        return self.requests.labels(model, version, str(int(status))), self.errors.labels(model, version, error)
 
     def count_front_restart(self, cause: str) -> None:
         """Count a front process that was killed, or ended."""

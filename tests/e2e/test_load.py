@@ -20,6 +20,7 @@ from benchmarks.load import (
     run_load,
     run_open,
 )
+from registry.manifest import read_manifest
 from serving.models import LoadedModel, load_model
 from serving.settings import ModelSource
 from tests.bundles import GOLDEN_TEXTS, make_bundle
@@ -65,7 +66,9 @@ def test_overload_is_answered_200_or_429_and_service_is_normal_afterwards(fp32_b
         assert closed(url, texts, 50, clients=1).count(200) == 50
         assert get(url, "/readyz").status_code == 200
         metrics = get(url, "/metrics").text
-    assert f'akidb_embed_errors_total{{error="overloaded"}} {float(result.count(429))}' in metrics
+    manifest = read_manifest(fp32_bundle)
+    labels = f'error="overloaded",model="{manifest.model_name}",model_version="{manifest.version}"'
+    assert f"akidb_embed_errors_total{{{labels}}} {float(result.count(429))}" in metrics
 
 
 def test_sigterm_under_load_answers_every_accepted_request_and_readiness_fails_first(bundle: Path) -> None:

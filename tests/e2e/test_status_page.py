@@ -132,11 +132,16 @@ def test_status_page_shares_weights_out_and_compares_only_what_is_served(
     page: Page, shared: RunningWorker, tmp_path: Path
 ) -> None:
     major, minor = versions(shared)
+    wrong = {"authorization": f"Bearer {KEY}", "x-model-version": minor}
+    body = {"text": "red", "dimensions": 10_000}
+    httpx.post(f"{shared.base_url}/api/v1/embed", json=body, headers=wrong, trust_env=False)
     page.goto(shared.base_url)
     expect(page.get_by_role("status")).to_contain_text("wants an API key")
     page.get_by_label("API key").fill(KEY)
     expect(page.get_by_role("row", name=major)).to_contain_text("90 %")
     expect(page.get_by_role("row", name=minor)).to_contain_text("10 %")
+    expect(page.get_by_role("row", name=minor)).to_contain_text("invalid_request")
+    expect(page.get_by_role("row", name=major)).not_to_contain_text("invalid_request")
     listed = httpx.get(f"{shared.base_url}/api/v1/models", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
     document = listed.json()
     draining = {"weight": 0, "state": "draining", "ready": False, "default": False}

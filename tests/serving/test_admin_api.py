@@ -84,7 +84,7 @@ def test_api_key_opens_the_rest_and_refusals_are_counted(admin: Admin) -> None:
         assert answer.status_code == status
     metrics = admin.get("/metrics").text
     assert 'akidb_embed_requests_total{model="none",model_version="none",status="401"} 2.0' in metrics
-    assert 'akidb_embed_errors_total{error="invalid_api_key"} 2.0' in metrics
+    assert 'akidb_embed_errors_total{error="invalid_api_key",model="none",model_version="none"} 2.0' in metrics
 
 
 def test_version_is_loaded_weighed_swapped_in_and_unloaded(admin: Admin, bundles: Path) -> None:
@@ -116,6 +116,21 @@ def test_version_is_loaded_weighed_swapped_in_and_unloaded(admin: Admin, bundles
     key = {"authorization": f"Bearer {KEY}"}
     (openai,) = httpx.get(f"{admin.base_url}/v1/models", headers=key).json()["data"]
     assert openai["versions"] == [{"version": third, "weight": 1, "state": "serving"}]
+
+
+def test_errors_say_whose_they_are_while_two_versions_share_a_model(admin: Admin, bundles: Path) -> None:
+    first, second = (version(bundles, name) for name in ("v0", "v1"))
+    admin.change("/models/load", bundle="v1")
+    for name, number in ((first, 1), (second, 2)):
+        body = {"text": "red cat", "dimensions": 10_000}
+        for _ in range(number):
+            headers = {"x-model-version": name}
+            answer = httpx.post(f"{admin.base_url}/api/v1/embed", json=body, headers=headers, timeout=20)
+            assert answer.status_code == 400
+    metrics = admin.get("/metrics").text
+    for name, number in ((first, 1), (second, 2)):
+        labels = f'error="invalid_request",model="tiny",model_version="{name}"'
+        assert f"akidb_embed_errors_total{{{labels}}} {number}.0" in metrics
 
 
 def test_model_is_loaded_under_a_name_and_unloaded(admin: Admin) -> None:

@@ -89,7 +89,7 @@ def test_front_embeds_counts_logs_and_follows_a_swap(served: tuple[str, WorkerSe
         return line in httpx.get(f"{url}/metrics", timeout=WAIT).text
 
     wait_until(lambda: count(f'akidb_embed_requests_total{{model="tiny",model_version="{version}",status="200"}} 3.0'))
-    wait_until(lambda: count('akidb_embed_errors_total{error="invalid_request"} 2.0'))
+    wait_until(lambda: count('akidb_embed_errors_total{error="invalid_request",model="none",model_version="none"} 2.0'))
 
     swapped = post(url, "/api/v1/admin/models/swap", {"bundle": "v1"}, headers=TOKEN)
     assert swapped.status_code == 200

@@ -110,7 +110,7 @@ def test_requests_are_counted_once_whoever_answered_them(bundle: Path, model: Lo
         wait_until(lambda: value(url, f"akidb_embed_latency_seconds_count{version}") == 12)
         assert value(url, f'akidb_embed_requests_total{version},status="200"') == 12
         wait_until(lambda: value(url, 'akidb_embed_requests_total{model="none",model_version="none",status="400"') == 1)
-        assert value(url, 'akidb_embed_errors_total{error="invalid_request"') == 1
+        assert value(url, 'akidb_embed_errors_total{error="invalid_request",model="none"') == 1
         assert value(url, "akidb_front_restarts_total") == 0
 
 
@@ -124,7 +124,7 @@ def test_keys_are_asked_for_at_the_fronts(bundle: Path, model: LoadedModel) -> N
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/readyz").status_code == 200
         assert httpx.get(f"{url}/api/v1/admin/models", headers=TOKEN).status_code == 200
-        assert value(url, 'akidb_embed_errors_total{error="invalid_api_key"') == 2
+        assert value(url, 'akidb_embed_errors_total{error="invalid_api_key",model="none"') == 2
 
 
 def test_overload_and_deadline_are_the_engine_process_s_to_say(bundle: Path, model: LoadedModel) -> None:

@@ -37,6 +37,10 @@ def metric(url: str, line: str) -> bool:
     return line in httpx.get(f"{url}/metrics").text
 
 
+def labels(model: LoadedModel) -> str:
+    return f'model="tiny",model_version="{model.manifest.version}"'
+
+
 def test_overload_is_refused_with_retry_after(bundle: Path, model: LoadedModel) -> None:
     engine = HeldEngine(model.engine)
     settings = make_settings(bundle, batching={"max_queue_size": 2})
@@ -51,7 +55,7 @@ def test_overload_is_refused_with_retry_after(bundle: Path, model: LoadedModel) 
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
-        assert metric(url, 'akidb_embed_errors_total{error="overloaded"} 2.0')
+        assert metric(url, f'akidb_embed_errors_total{{error="overloaded",{labels(model)}}} 2.0')
         assert metric(url, 'akidb_queue_depth{model="tiny"')
         engine.gate.set()
         assert {answer.result().status_code for answer in (running, *queued)} == {200}
@@ -92,7 +96,7 @@ def test_poison_text_fails_its_own_request_only(bundle: Path, model: LoadedModel
         assert word in error["message"]
         assert error["code"] == "engine_failed"
         assert httpx.get(f"{url}/healthz").status_code == 200
-        assert metric(url, 'akidb_embed_errors_total{error="engine_failed"} 1.0')
+        assert metric(url, f'akidb_embed_errors_total{{error="engine_failed",{labels(model)}}} 1.0')
 
 
 def test_faults_of_the_engine_say_nothing_of_the_text(
