@@ -1,5 +1,6 @@
 """Engines behind one protocol: token ids in, sentence embeddings out."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.cgroup import cpu_quota
 from serving.errors import EngineUnavailable
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import Ids
@@ -48,8 +50,12 @@ class Engine(Protocol):
 
 
 def num_cores() -> int:
-    """Cores this process may run on: fewer than the machine has where a container or `taskset` says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may keep busy: fewer than the machine has where `taskset` or a container's limit says so.
+
+    A limit of two and a half cores' time counts as three.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(cores, cpu_quota()))
 
 
 def has_nvidia_driver() -> bool:
