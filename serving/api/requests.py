@@ -87,7 +87,7 @@ def parse_native(body: bytes, limits: TextLimits) -> EmbedRequest:
         raise InvalidRequest("give exactly one of text and texts", "text")
     if text is not None:
         if type(text) is not str:
-            raise InvalidRequest("text must be a string", "text")
+            raise InvalidRequest(_IDS_REFUSED.format("text") if _are_ids(text) else "text must be a string", "text")
         texts, param = [text], "text"
     else:
         param = "texts"
@@ -168,8 +168,6 @@ def _load(body: bytes, fields: Fields) -> dict[str, Any]:
 def _one_or_several(texts: object, param: str, limits: TextLimits) -> tuple[list[str], bool]:
     """The texts, and whether they came as a single string."""
     is_single = type(texts) is str
-    if type(texts) is list and texts and type(texts[0]) in (int, list):
-        raise InvalidRequest(_IDS_REFUSED.format(param), param)
     several: Any = [texts] if is_single else texts
     _check_texts(several, param, limits)
     return several, is_single
@@ -179,14 +177,25 @@ def _check_texts(texts: object, param: str, limits: TextLimits) -> None:
     if type(texts) is not list:
         raise InvalidRequest(f"{param} must be a {'' if param == 'texts' else 'string or a '}list of strings", param)
     if not 1 <= len(texts) <= limits.max_texts:
+        if _are_ids(texts):  # of one text, which has more of them than a request may have texts
+            raise InvalidRequest(_IDS_REFUSED.format(param), param)
         raise InvalidRequest(f"{param} has {len(texts)} texts, limits 1 and {limits.max_texts}", param)
     for index, text in enumerate(texts):
         if type(text) is not str:
+            if _are_ids(text) or _are_ids(texts):
+                raise InvalidRequest(_IDS_REFUSED.format(param), param)
             raise InvalidRequest(f"text {index} of {param} is not a string", param)
         if not text:
             raise InvalidRequest(f"text {index} of {param} is empty", param)
         if len(text) > limits.max_chars:
             raise InputTooLong(f"text {index} has {len(text)} characters, limit {limits.max_chars}", param)
+
+
+def _are_ids(value: object) -> bool:
+    """Whether `value` is what a client sends that tokenises itself: the ids of one text, or a list that begins so."""
+    while type(value) is list and value and type(value[0]) is list:
+        value = value[0]
+    return type(value) is list and bool(value) and type(value[0]) is int
 
 
 def _optional(document: dict[str, Any], name: str, kind: type, wanted: str) -> Any:

@@ -42,7 +42,9 @@ def test_truncation_drops_the_end_asked_for(url: str, direction: str) -> None:
         ({"inputs": ""}, "text 0 of inputs is empty"),
         ({"inputs": []}, "inputs has 0 texts"),
         ({"inputs": [1, 2]}, "check_embedding_ctx_length=False"),
-        ({"inputs": [["a", "b"]]}, "another model's vocabulary"),
+        ({"inputs": [[1, 2]]}, "another model's vocabulary"),
+        ({"inputs": ["a", [1, 2]]}, "another model's vocabulary"),
+        ({"inputs": [["a", "b"]]}, "text 0 of inputs is not a string"),  # a pair, which only rerankers take
         ({"inputs": "cat " * 40, "truncate": False}, "42 tokens, limit 16"),
         ({"inputs": "a", "normalize": False}, "this model's engine normalises"),
         ({"inputs": "a", "truncation_direction": "up"}, "'Right' or 'Left'"),
