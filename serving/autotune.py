@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-from registry.manifest import EngineEntry
+from registry.manifest import EngineEntry, hash_file
 from serving.engines import GPU_RUNTIMES, Engine
 from serving.tokenizer import Ids, pad_batch
 
@@ -37,6 +38,9 @@ _SWITCH_GAIN = 1.1
 # What the event loop takes of a core under load. Threads of a run wait for one another, and so for a core that it has:
 # what is 6 % faster on its own, two threads on two cores, serves 31 % less than two runs of one.
 _LOOP_BUSY_SECONDS, _LOOP_IDLE_SECONDS = 0.0005, 0.0005
+# The compiled half of the avx512 engine.
+KERNELS = "serving.kernels._avx512"
+_SHOWN_DIGITS = 12
 
 _log = logging.getLogger(__name__)
 
@@ -203,8 +207,12 @@ def record_path(bundle: Path) -> Path:
 
 
 def node_key(digest: str, setups: Sequence[Setup]) -> str:
-    """Names everything the choice depends on: bundle, processor, libraries and the setups that came into question."""
-    libraries = [f"{name}={_version(name)}" for name in ("onnxruntime", "openvino")]
+    """Names everything the choice depends on: bundle, processor, libraries and the setups that came into question.
+
+    Kernels of our own are named by their bytes too: a checkout has one version and many states of them.
+    """
+    libraries = [f"{name}={_version(name)}" for name in ("thorforge", "onnxruntime", "openvino")]
+    libraries.append(f"kernels={_hash_module(KERNELS)}")
     return " ".join((digest, _processor(), f"cores={os.cpu_count()}", *libraries, *map(str, setups)))
 
 
@@ -235,6 +243,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+def _hash_module(name: str) -> str:
+    """The first digits of the digest of a module's file, without importing it."""
+    spec = find_spec(name)
+    return "none" if spec is None or spec.origin is None else hash_file(Path(spec.origin)).sha256[:_SHOWN_DIGITS]
 
 
 def _processor() -> str:

@@ -1,3 +1,4 @@
+import importlib
 import json
 import threading
 from pathlib import Path
@@ -133,5 +134,23 @@ def test_node_key_names_what_the_choice_depends_on() -> None:
     key = node_key("digest", setups)
     assert {"digest", "onnxruntime:1x2"} <= set(key.split())
     assert len({key, node_key("other", setups), node_key("digest", [Setup(ORT, 1, 2)])}) == 3
-    assert "onnxruntime=" in key
+    assert {name for name, _, value in (part.partition("=") for part in key.split()) if value} >= {
+        "thorforge", "onnxruntime", "openvino", "kernels", "cores",
+    }  # fmt: skip
     assert json.dumps(key)
+
+
+def test_node_key_changes_with_our_own_version_and_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("serving.autotune.KERNELS", "kernels_of_a_test")
+    setups, keys = [Setup("avx512", 2, 1)], []
+    keys.append(node_key("digest", setups))
+    for content in ("old = 1\n", "new = 1\n"):
+        (tmp_path / "kernels_of_a_test.py").write_text(content)
+        importlib.invalidate_caches()
+        keys.append(node_key("digest", setups))
+    monkeypatch.setattr("serving.autotune.version", lambda name: "9.9" if name == "thorforge" else "1.0")
+    keys.append(node_key("digest", setups))
+    assert "kernels=none" in keys[0]
+    assert "thorforge=9.9" in keys[3]
+    assert len(set(keys)) == 4
