@@ -82,9 +82,11 @@ class Application:
         endpoint = self._hot.get(path)
         if endpoint is None or method != "POST" or self._worker.is_leaving:
             return None
-        if self._access.refusal({"path": path, "headers": headers}) is not None:
-            return None
-        return endpoint.turn_away(headers)
+        return endpoint.turn_away(headers, self._is_welcome)
+
+    def _is_welcome(self, path: str, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Whether the request shows the key that its path wants."""
+        return self._access.refusal({"path": path, "headers": headers}) is None
 
 
 def _closing(send: Send) -> Send:

@@ -159,6 +159,10 @@ class RemoteService:
         self._standing.drop()
         return decode_vectors(frame.payload)
 
+    def is_flooded(self) -> bool:
+        """Whether a refusal stands."""
+        return self._standing.get(time.perf_counter()) is not None
+
     def turn_away(self) -> Overloaded | None:
         """See `StandingRefusal`."""
         return self._standing.get(time.perf_counter())

@@ -241,15 +241,17 @@ class EmbeddingService:
         """See `StandingRefusal`."""
         return self._admission.standing.get(self._clock())
 
+    def is_flooded(self) -> bool:
+        """Whether it pays to ask `turn_away`."""
+        return self._admission.is_flooded(self._clock())
+
     def turn_away(self) -> Overloaded | None:
         """Why a request of one text that comes now is refused, whatever it asks; None: read it.
 
-        Asked before the request's task is made. Many are read at once, before the first of them is in the queue: those
-        that were let through just now are counted as waiting.
+        Asked in a flood, before the request's task is made. Many are read at once, before the first of them is in the
+        queue: those that were let through just now are counted as waiting.
         """
         now = self._clock()
-        if not self._admission.is_flooded(now):
-            return None
         refusal = self._admission.standing.get(now)
         if refusal is not None:
             return refusal

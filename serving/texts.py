@@ -110,6 +110,10 @@ class Service(Protocol):
         """Vectors of the request's texts; `receive` tells of a client that hangs up. Raises as `EmbeddingService`."""
         ...
 
+    def is_flooded(self) -> bool:
+        """Whether the next request may be refused unread, so that it pays to ask `turn_away`."""
+        ...
+
     def turn_away(self) -> Overloaded | None:
         """Why the next request is refused, whatever it asks."""
         ...

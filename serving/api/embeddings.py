@@ -31,6 +31,8 @@ from serving.texts import Embedded, EmbedRequest, Service, TextModel
 from serving.tracing import TRACEPARENT, RequestTrace, Tracer, find_traceparent, parse_traceparent
 from serving.traffic import VERSION_HEADER
 
+# Whether a request to a path, by its headers, may be answered at all.
+IsWelcome = Callable[[str, Sequence[tuple[bytes, bytes]]], bool]
 Parse = Callable[[bytes, TextLimits], EmbedRequest]
 # The answer's pieces; the last argument is when the request began, on `time.perf_counter`.
 Render = Callable[[EmbedRequest, TextModel, Embedded, float], Awaitable[list[bytes]]]
@@ -105,13 +107,16 @@ class EmbeddingsEndpoint:
         await send_json(send, 200, pieces, headers)
         self._observe(request, service.model, embedded, trace)
 
-    def turn_away(self, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, bytes] | None:
+    def turn_away(self, headers: Sequence[tuple[bytes, bytes]], is_welcome: IsWelcome) -> tuple[int, bytes] | None:
         """Status and rest of the answer to a request that is refused whatever its body says; None: look at it.
 
-        Looked at is every request that has to be traced, or whose headers are not those of a short JSON body.
+        Looked at is every request that has to be traced, or whose headers are not those of a short JSON body, or that
+        is not welcome, which is asked in a flood alone: a request that is let in shows its key when it is answered.
         """
         service = self._worker.sole_service
-        if service is None or self._observers.tracer is not None:
+        if service is None or self._observers.tracer is not None or not service.is_flooded():
+            return None
+        if not is_welcome(self._dialect.path, headers):  # neither told of the flood nor counted as entering
             return None
         refusal = service.turn_away()
         if refusal is None or not _is_plain(headers):

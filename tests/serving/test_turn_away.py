@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from serving.access import KeyRing
 from serving.admission import Admission, Backlog
 from serving.errors import Overloaded
 from serving.models import LoadedModel
@@ -85,6 +86,33 @@ def test_key_is_asked_for_in_a_flood_too(bundle: Path, model: LoadedModel) -> No
         assert httpx.post(url + NATIVE, json={"text": "red"}).status_code == 401
         headers = {"authorization": "Bearer " + "k" * 20}
         assert httpx.post(url + NATIVE, json={"text": "red"}, headers=headers).status_code == 429
+
+
+def test_key_is_asked_for_once_and_without_one_nobody_enters(
+    bundle: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+    accepts = KeyRing.accepts
+    monkeypatch.setattr(KeyRing, "accepts", lambda ring, key: asked.append(key) or accepts(ring, key))
+    known, unknown = ({"authorization": f"Bearer {letter * 20}"} for letter in "ku")
+    with flooded(bundle, model, security={"api_keys": ["k" * 20]}) as (url, server):
+
+        def post(headers: dict[str, str]) -> int:
+            return httpx.post(url + NATIVE, json={"text": "red"}, headers=headers).status_code
+
+        assert (post(known), len(asked)) == (429, 1)
+        service = server.worker.resolve(None)
+        looked: list[None] = []
+        turn_away = service.turn_away
+        monkeypatch.setattr(service, "turn_away", lambda: looked.append(None) or turn_away())
+        assert [post(unknown), post({})] == [401, 401]
+        assert looked == []
+        admission = admission_of(server)
+        admission.standing.drop()
+        admission._flooded_until = 0.0
+        asked.clear()
+        assert (post(known), len(asked)) == (200, 1)
+        assert (post(unknown), len(asked)) == (401, 2)
 
 
 def test_request_in_pieces_is_answered_when_it_is_whole_and_before_a_drain_ends(
