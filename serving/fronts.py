@@ -145,7 +145,7 @@ class Fronts:
         """Add what a front counted."""
         metrics = self._worker.metrics
         for model, version, seconds in counts.answers:
-            metrics.for_model(model, version).count_answers(seconds)
+            metrics.count_answers(model, version, seconds)
         for model, version, status, error, number in counts.failures:
             metrics.count_failures(model, version, status, error, number)
         for outcome in counts.tls_reloads:

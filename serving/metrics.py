@@ -1,6 +1,7 @@
 """Prometheus metrics: names, buckets and labels in one place; children are bound once, off the hot path."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,6 +16,9 @@ _LATENCY_BUCKETS = (
     0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 )  # fmt: skip
 _SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# An engine's speed depends on the size of its runs; each holds those above the one before it.
+_RUN_TOKENS = (64, 256, 1024, 4096, 16384)
+_RUN_SIZES = (*map(str, _RUN_TOKENS), "+Inf")
 _RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
 
 
@@ -51,7 +55,13 @@ class Metrics:
         self._padding = self._histogram(
             "akidb_padding_ratio", "Part of an engine run's tokens that is padding.", _RATIO_BUCKETS
         )
-        self._engine = self._histogram("akidb_engine_seconds", "Length of an engine run.", _LATENCY_BUCKETS)
+        self._engine = Histogram(
+            "akidb_engine_seconds",
+            "Length of an engine run, by the tokens it computed, padding included: 64 at most, 65 to 256, and so on.",
+            (*_MODEL_LABELS, "precision", "tokens"),
+            buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
+        )
         self._tokens = Counter(
             "akidb_tokens_total", "Tokens computed, padding excluded.", _MODEL_LABELS, registry=self.registry
         )
@@ -141,9 +151,9 @@ class Metrics:
     def _gauge(self, name: str, help_text: str) -> Gauge:
         return Gauge(name, help_text, _MODEL_LABELS, registry=self.registry)
 
-    def for_model(self, model: str, version: str) -> "ModelMetrics":
+    def for_model(self, model: str, version: str, precision: str) -> "ModelMetrics":
         """The children of one model, bound once."""
-        return ModelMetrics(self, model, version)
+        return ModelMetrics(self, model, version, precision)
 
     def watch_gpus(self, gpus: Iterable[Gpu]) -> None:
         """Ask each GPU, for what it tells at all, whenever it is scraped."""
@@ -155,6 +165,13 @@ class Metrics:
     def count_refusal(self, status: int, error: str) -> None:
         """Count an embedding request that failed before its model was known."""
         self.count_failures(NO_MODEL, NO_MODEL, status, error)
+
+    def count_answers(self, model: str, version: str, seconds: Collection[float]) -> None:
+        """Count requests that were answered with vectors, by what each took."""
+        self.requests.labels(model, version, "200").inc(len(seconds))
+        latency = self._latency.labels(model, version)
+        for each in seconds:
+            latency.observe(each)
 
     def count_failures(self, model: str, version: str, status: int, error: str, number: int = 1) -> None:
         """Count requests that failed; `error` is the error's code."""
@@ -197,7 +214,7 @@ class Metrics:
 class ModelMetrics:
     """Metrics of one model and version."""
 
-    def __init__(self, metrics: Metrics, model: str, version: str) -> None:
+    def __init__(self, metrics: Metrics, model: str, version: str, precision: str) -> None:
         self._metrics, self._labels = metrics, (model, version)
         self._latency = metrics._latency.labels(model, version)
         self._ok = metrics.requests.labels(model, version, "200")
@@ -205,7 +222,7 @@ class ModelMetrics:
         self._batch_wait = metrics._batch_wait.labels(model, version)
         self._flush = {reason: metrics._flush.labels(model, version, reason) for reason in FLUSH_REASONS}
         self._padding = metrics._padding.labels(model, version)
-        self._engine = metrics._engine.labels(model, version)
+        self._engine = [metrics._engine.labels(model, version, precision, size) for size in _RUN_SIZES]
         self._tokens = metrics._tokens.labels(model, version)
         self._shared = metrics._shared.labels(model, version)
         self._failed_texts = metrics._failed_texts.labels(model, version)
@@ -236,13 +253,8 @@ class ModelMetrics:
 
     def count_answer(self, seconds: float) -> None:
         """Count a request that was answered with vectors."""
-        self.count_answers((seconds,))
-
-    def count_answers(self, seconds: Collection[float]) -> None:
-        """Count requests that were answered with vectors, by what each took."""
-        self._ok.inc(len(seconds))
-        for each in seconds:
-            self._latency.observe(each)
+        self._ok.inc()
+        self._latency.observe(seconds)
 
     def count_failure(self, status: int, error: str) -> None:
         """Count a request that failed; `error` is the error's code."""
@@ -260,9 +272,9 @@ class ModelMetrics:
         self._padding.observe(1 - num_tokens / padded_tokens)
         self._tokens.inc(num_tokens)
 
-    def count_engine_run(self, seconds: float) -> None:
+    def count_engine_run(self, seconds: float, padded_tokens: int) -> None:
         """Count one call of the engine."""
-        self._engine.observe(seconds)
+        self._engine[bisect_left(_RUN_TOKENS, padded_tokens)].observe(seconds)
 
     def count_engine_event(self, event: str) -> None:
         """Count an engine that was replaced, or a text that another engine answered."""

@@ -306,7 +306,7 @@ class EmbeddingService:
         self.metrics.count_batch(
             batch.reason, len(batch.items), batch.num_tokens, batch.padded_tokens, batch.formed_at - oldest
         )
-        self.metrics.count_engine_run(outcome.engine_seconds)
+        self.metrics.count_engine_run(outcome.engine_seconds, batch.padded_tokens)
         if failures:
             self.metrics.count_failed_texts(len(failures))
 

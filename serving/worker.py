@@ -265,7 +265,7 @@ class Worker(Served[EmbeddingService]):
         versions = self.models.get(model.name)
         if versions is not None:
             versions.check(model)
-        metrics = self.metrics.for_model(model.name, model.manifest.version)
+        metrics = self.metrics.for_model(model.name, model.manifest.version, model.manifest.precision)
         service = EmbeddingService(model, self.settings, metrics)
         service.start()
         if versions is None:
