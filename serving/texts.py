@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from serving.tokenizer import Ids, TextTokenizer
 _INLINE_CHARS = 4096
 _INLINE_TEXTS = 16
 
+# How an answer spells a vector.
+Encoding = Literal["float", "base64", "int8", "ubinary"]
 Receive = Callable[[], Awaitable[Any]]
 
 
@@ -33,7 +35,7 @@ class EmbedRequest:
     param: str
     model: str | None = None
     dimensions: int | None = None
-    as_base64: bool = False
+    encoding: Encoding = "float"
     truncate: bool = True
     truncate_left: bool = False
     normalize: bool | None = None

@@ -215,9 +215,9 @@ async def render_native(request: EmbedRequest, model: TextModel, embedded: Embed
     """The answer of `POST /api/v1/embed`."""
     vectors = embedded.vectors
     if request.is_single:
-        pieces = [b'{"embedding":', render_vector(vectors[0], request.as_base64)]
+        pieces = [b'{"embedding":', render_vector(vectors[0], request.encoding)]
     else:
-        pieces = [b'{"embeddings":[', *await render_vectors(vectors, request.as_base64), b"]"]
+        pieces = [b'{"embeddings":[', *await render_vectors(vectors, request.encoding), b"]"]
     tail = {
         "model": model.name,
         "model_version": model.manifest.version,
@@ -235,9 +235,9 @@ async def render_openai(request: EmbedRequest, model: TextModel, embedded: Embed
         return b'{"object":"embedding","index":%d,"embedding":%b}' % (index, row)
 
     if request.is_single:
-        pieces = [wrap(0, render_vector(embedded.vectors[0], request.as_base64))]
+        pieces = [wrap(0, render_vector(embedded.vectors[0], request.encoding))]
     else:
-        pieces = await render_vectors(embedded.vectors, request.as_base64, wrap)
+        pieces = await render_vectors(embedded.vectors, request.encoding, wrap)
     tail = {
         "model": model.name,
         "usage": {"prompt_tokens": embedded.num_tokens, "total_tokens": embedded.num_tokens},

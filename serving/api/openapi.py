@@ -243,6 +243,7 @@ def _embedding_paths(model: str) -> Json:
         "one text": {"text": "The quick brown fox jumps over the lazy dog."},
         "several texts": {"texts": ["red apples", "green pears"], "model": model, "encoding_format": "float"},
         "base64, no truncation": {"text": "hello world", "encoding_format": "base64", "truncate": False},
+        "a quarter of the bytes": {"texts": ["red apples", "green pears"], "encoding_format": "int8"},
     }
     openai: dict[str, Json] = {
         "one text": {"input": "The quick brown fox jumps over the lazy dog.", "model": model},

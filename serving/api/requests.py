@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from serving.errors import InputTooLong, InvalidRequest
-from serving.texts import EmbedRequest
+from serving.texts import EmbedRequest, Encoding
 
 Fields = Mapping[str, dict[str, Any]]
 
@@ -19,6 +19,13 @@ _ENCODING = {
     "enum": ["float", "base64"],
     "default": "float",
     "description": "base64: little-endian float32",
+}
+_NATIVE_ENCODING = {
+    **_ENCODING,
+    "enum": ["float", "base64", "int8", "ubinary"],
+    "description": "base64 of: little-endian float32 (base64); int8, where 127 is the vector's largest value, so that "
+    "cosines are kept and lengths are not (int8); one bit a value, set where it is above 0, the first value in the "
+    "highest bit of the first byte (ubinary)",
 }
 _DIMENSIONS = {
     "type": "integer",
@@ -31,7 +38,7 @@ NATIVE_FIELDS: Fields = {
     "texts": {**_TEXTS, "description": "several texts, answered in their order"},
     "model": {"type": "string", "description": "name of a served model; the default model when absent"},
     "dimensions": _DIMENSIONS,
-    "encoding_format": _ENCODING,
+    "encoding_format": _NATIVE_ENCODING,
     "truncate": {"type": "boolean", "default": True, "description": "false: a text that is too long is an error"},
     "prompt": {"type": "string", "description": "name of a prompt of the model, put before each text"},
     "use_custom_kernels": {
@@ -98,7 +105,7 @@ def parse_native(body: bytes, limits: TextLimits) -> EmbedRequest:
         param=param,
         model=_optional(document, "model", str, "a string"),
         dimensions=_dimensions(document),
-        as_base64=_is_base64(document),
+        encoding=_encoding(document, NATIVE_FIELDS),
         truncate=_optional(document, "truncate", bool, "true or false") is not False,
         prompt=_optional(document, "prompt", str, "a string"),
         use_custom_kernels=_optional(document, "use_custom_kernels", bool, "true or false"),
@@ -122,7 +129,7 @@ def parse_openai(body: bytes, limits: TextLimits) -> EmbedRequest:
         param="input",
         model=model,
         dimensions=_dimensions(document),
-        as_base64=_is_base64(document),
+        encoding=_encoding(document, OPENAI_FIELDS),
     )
 
 
@@ -213,10 +220,13 @@ def _dimensions(document: dict[str, Any]) -> int | None:
     return value
 
 
-def _is_base64(document: dict[str, Any]) -> bool:
-    value = document.get("encoding_format")
-    if value is None or value == "float":
-        return False
-    if value == "base64":
-        return True
-    raise InvalidRequest("encoding_format must be 'float' or 'base64'", "encoding_format")
+def _encoding(document: dict[str, Any], fields: Fields) -> Encoding:
+    value: Any = document.get("encoding_format")
+    if value is None:
+        return "float"
+    *others, last = fields["encoding_format"]["enum"]
+    if value not in others and value != last:
+        wanted = f"{', '.join(map(repr, others))} or {last!r}"
+        raise InvalidRequest(f"encoding_format must be {wanted}", "encoding_format")
+    encoding: Encoding = value
+    return encoding

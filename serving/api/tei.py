@@ -39,7 +39,7 @@ def tei_error(error: ServingError) -> tuple[int, dict[str, Any]]:
 
 async def render_tei(request: EmbedRequest, model: TextModel, embedded: Embedded, started: float) -> list[bytes]:
     """The answer of `POST /embed`: a list of vectors, even for one text."""
-    return [b"[", *await render_vectors(embedded.vectors, as_base64=False), b"]"]
+    return [b"[", *await render_vectors(embedded.vectors, "float"), b"]"]
 
 
 def describe_info(model: LoadedModel, settings: Settings) -> dict[str, Any]:

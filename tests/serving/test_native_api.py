@@ -49,6 +49,25 @@ def test_base64_of_one_text_is_a_string(url: str) -> None:
     assert np.frombuffer(base64.b64decode(packed), dtype="<f4").shape == (8,)
 
 
+@pytest.mark.parametrize("count", [1, 100])
+def test_int8_and_ubinary_are_the_same_vectors_packed(url: str, count: int) -> None:
+    from sentence_transformers.util import quantize_embeddings  # with torch, which the other tests do without
+
+    texts = ["red cat", "blue dog", "hello world one two"] * count
+    floats = np.array(embed(url, texts=texts).json()["embeddings"], dtype=np.float32)
+    small = embed(url, texts=texts, encoding_format="int8").json()
+    assert small["dimension"] == 8
+    rows = np.array([np.frombuffer(base64.b64decode(row), dtype=np.int8) for row in small["embeddings"]])
+    largest = np.abs(floats).max(axis=1, keepdims=True)
+    assert (np.abs(rows).max(axis=1) == 127).all()
+    np.testing.assert_allclose(rows * largest / 127, floats, atol=0.51 / 127)
+    bits = embed(url, texts=texts, encoding_format="ubinary").json()["embeddings"]
+    packed = np.array([np.frombuffer(base64.b64decode(row), dtype=np.uint8) for row in bits])
+    np.testing.assert_array_equal(packed, quantize_embeddings(floats, precision="ubinary"))
+    single = embed(url, text=texts[0], encoding_format="ubinary", dimensions=3).json()
+    assert base64.b64decode(single["embedding"]) == np.packbits(floats[0, :3] > 0).tobytes()
+
+
 def test_text_of_maximum_length_fits_and_a_longer_one_is_cut_or_refused(url: str) -> None:
     fits, over = "cat " * 14, "cat " * 15
     assert embed(url, text=fits, truncate=False).json()["usage"]["total_tokens"] == 16
@@ -100,8 +119,9 @@ def test_null_is_as_good_as_absent(url: str) -> None:
         ({"text": "a", "dimensions": 9}, "dimensions", "dimensions is 9, limits 1 and 8"),
         ({"text": "a", "dimensions": "3"}, "dimensions", "dimensions must be an integer"),
         ({"text": "a", "dimensions": True}, "dimensions", "dimensions must be an integer"),
-        ({"text": "a", "encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
-        ({"text": "a", "encoding_format": 3}, "encoding_format", "'float' or 'base64'"),
+        ({"text": "a", "encoding_format": "int4"}, "encoding_format", "'float', 'base64', 'int8' or 'ubinary'"),
+        ({"text": "a", "encoding_format": 3}, "encoding_format", "'float', 'base64', 'int8' or 'ubinary'"),
+        ({"text": "a", "encoding_format": ["int8"]}, "encoding_format", "'float', 'base64', 'int8' or 'ubinary'"),
         ({"text": "a", "truncate": 1}, "truncate", "truncate must be true or false"),
         ({"text": "a", "prompt": 1}, "prompt", "prompt must be a string"),
         ({"text": "a", "prompt": "passage"}, "prompt", "it has ['query']"),
