@@ -188,7 +188,11 @@ def _parse_text(key: Key, origin: str, text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:
-        example = '{"name": {"version": 1}}' if isinstance(key.default, dict) else '["/path"] or [{"path": "/bundle"}]'
+        example = (
+            '{"name": {"version": 1}}'
+            if isinstance(key.default, dict)
+            else '["/path"], [0, 1] or [{"path": "/bundle"}]'
+        )
         raise ConfigInvalid(f"{origin} is not JSON: {key.name} looks like {example}") from None
 
 

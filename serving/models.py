@@ -97,6 +97,7 @@ def load_model(
     public_key: Path | None = None,
     layout: Choice | None = None,
     kernels: CustomKernelsSettings = BY_DEFAULT,
+    devices: Sequence[int] = (),
 ) -> LoadedModel:
     """Check, load and warm up a bundle.
 
@@ -110,7 +111,7 @@ def load_model(
     except RegistryError as error:
         raise BundleRejected(str(error)) from None
     try:
-        model = _load(source, on_fallback, public_key, layout, kernels)
+        model = _load(source, on_fallback, public_key, layout, kernels, devices)
     except BaseException:
         os.close(held)
         raise
@@ -124,6 +125,7 @@ def _load(
     public_key: Path | None,
     layout: Choice | None,
     kernels: CustomKernelsSettings,
+    devices: Sequence[int],
 ) -> LoadedModel:
     try:
         manifest, digest = verify_bundle(source.path, public_keys=public_key), digest_of(source.path)
@@ -132,7 +134,7 @@ def _load(
     tokenizer = TextTokenizer.from_folder(source.path, manifest.max_seq_length)
     golden = _read_golden(source.path / GOLDEN_NAME, manifest)
     _check_tokenizer(tokenizer, golden)
-    opened = Opener(source, manifest, on_fallback, kernels).open_best(digest, golden.rows, layout)
+    opened = Opener(source, manifest, on_fallback, kernels, devices).open_best(digest, golden.rows, layout)
     try:
         cost = warm_up(opened.engine, golden.rows, manifest)
         if opened.engine.compiles_shapes:

@@ -93,10 +93,14 @@ class Opener:
         manifest: Manifest,
         on_fallback: OnFallback,
         kernels: CustomKernelsSettings = BY_DEFAULT,
+        devices: Sequence[int] = (),
     ) -> None:
-        """Raises EngineUnavailable when the bundle has no engine of the name that was asked for."""
+        """`devices`: GPUs for the cuda engine.
+
+        Raises EngineUnavailable when the bundle has no engine of the name that was asked for.
+        """
         self._source, self._manifest, self._on_fallback = source, manifest, on_fallback
-        self._max_tokens = kernels.max_tokens
+        self._max_tokens, self._devices = kernels.max_tokens, tuple(devices)
         wanted = _choose_name(source, kernels)
         entries = _list_entries(manifest)
         self._entries = {
@@ -106,6 +110,8 @@ class Opener:
         }
         if not self._entries:
             raise EngineUnavailable(f"the bundle has no {wanted} engine, it has {', '.join(entries)}")
+        if devices and "cuda" not in self._entries:
+            _log.warning("embedding.multi_gpu is for the cuda engine alone model=%s", manifest.model_name)
 
     def open_best(self, digest: str, rows: Sequence[Ids], layout: Choice | None = None) -> Opened:
         """The first of the GPU's engines, else the best on the CPU: remembered, of `layout`, or measured on `rows`.
@@ -128,7 +134,8 @@ class Opener:
         raise _combine(failed)
 
     def _open_on_gpu(self, name: str, rows: Sequence[Ids]) -> Opened:
-        setup = Setup(name, self._source.num_threads or num_cores(), 1)
+        num_runs = max(1, len(self._devices)) if name == "cuda" else 1
+        setup = Setup(name, self._source.num_threads or num_cores(), num_runs)
         engine = self._open(setup)
         _log.info("engine chosen setup=%s measured=%s", setup, _measure_checked(engine, setup, rows))
         return self._opened(Choice(setup, setup), engine)
@@ -179,6 +186,7 @@ class Opener:
             max_tokens=self._max_tokens,
             on_gpu=setup.runtime in GPU_CHAIN,
             on_rebuild=lambda: self._on_fallback(self._manifest, f"{setup.runtime} plan"),
+            devices=self._devices,
         )
 
     def open_choice(self, choice: Choice, opened: Mapping[Setup, Engine] = MappingProxyType({})) -> Engine:

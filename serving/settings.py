@@ -26,6 +26,12 @@ def _check_secrets(secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
     return secrets
 
 
+def _check_devices(devices: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(devices)) < len(devices):
+        raise ValueError(f"{list(devices)} has a GPU twice")
+    return devices
+
+
 def check_secret(secret: str, place: str) -> str:
     """Return `secret`. Raises ValueError, which names the `place` alone, for one that no client can send."""
     if not secret.isascii() or not secret.isprintable() or not secret or " " in secret:
@@ -38,6 +44,8 @@ EngineName = Literal["auto", "cuda", "tensorrt", "onnxruntime-cuda", "avx512", "
 NumThreads = Annotated[int, Field(ge=0, le=1024)]
 NumInstances = Annotated[int, Field(ge=0, le=64)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_secrets), AfterValidator(_check_secrets)]
+
+Devices = Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...], AfterValidator(_check_devices)]
 
 
 class _Section(BaseModel):
@@ -138,6 +146,15 @@ class CustomKernelsSettings(_Section):
     )
 
 
+class MultiGpuSettings(_Section):
+    """`[embedding.multi_gpu]`: the cuda engine on several GPUs at once, a copy of the model on each."""
+
+    devices: Devices = Field(
+        default=(),
+        description="GPUs by CUDA's numbers, a JSON list: each computes batches of its own; empty: the first alone",
+    )
+
+
 class ModelSource(_Section):
     """`[[embedding.models.available]]`: a bundle to serve and the engine to run it on."""
 
@@ -230,6 +247,7 @@ class Settings(_Section):
     tracing: TracingSettings = TracingSettings()
     models: ModelsSettings = ModelsSettings()
     custom_kernels: CustomKernelsSettings = CustomKernelsSettings()
+    multi_gpu: MultiGpuSettings = MultiGpuSettings()
     traffic: TrafficSettings = TrafficSettings()
     security: SecuritySettings = SecuritySettings()
 

@@ -314,6 +314,7 @@ class Worker(Served[EmbeddingService]):
             self.settings.models.public_key,
             layout,
             self.settings.custom_kernels,
+            self.settings.multi_gpu.devices,
         )
         _log.info(
             "loaded model=%s version=%s engine=%r tokens_per_second=%.0f overhead_tokens=%.1f",

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -73,13 +73,14 @@ def open_engine(
     on_gpu: bool = False,
     is_exact: bool = False,
     on_rebuild: Callable[[], object] = lambda: None,
+    devices: Sequence[int] = (),
 ) -> Engine:
     """Load the engine `entry` of a bundle folder: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
     With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
-    `max_tokens` is the largest run of the cuda engine, `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it
-    for the arithmetic of the graph as written, slow but the same on every processor. `on_rebuild` hears of a TensorRT
-    plan that was there and had to be built again.
+    `max_tokens` is the largest run of the cuda engine, which is opened on each of `devices` (none: on the current one).
+    `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it for the arithmetic of the graph as written, slow but
+    the same on every processor. `on_rebuild` hears of a TensorRT plan that was there and had to be built again.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
@@ -95,14 +96,20 @@ def open_engine(
         from serving.engines.avx512 import Avx512Engine  # noqa: PLC0415  a runtime loads only when chosen
 
         return Avx512Engine(folder / entry.file, num_threads, num_instances)
-    return _open_gpu_engine(folder / entry.file, entry, max_tokens, on_rebuild)
+    return _open_gpu_engine(folder / entry.file, entry, max_tokens, on_rebuild, devices)
 
 
-def _open_gpu_engine(path: Path, entry: "EngineEntry", max_tokens: int, on_rebuild: Callable[[], object]) -> Engine:
+def _open_gpu_engine(
+    path: Path, entry: "EngineEntry", max_tokens: int, on_rebuild: Callable[[], object], devices: Sequence[int]
+) -> Engine:
     if entry.runtime == "cuda":
         from serving.engines.cuda import CudaEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return CudaEngine(path, entry.compute, max_tokens)
+        if not devices:
+            return CudaEngine(path, entry.compute, max_tokens)
+        from serving.engines.replicas import open_on_devices  # noqa: PLC0415  it imports this module
+
+        return open_on_devices(lambda: CudaEngine(path, entry.compute, max_tokens), devices)
     if entry.runtime == "tensorrt":
         from serving.engines.tensorrt import TensorRtEngine  # noqa: PLC0415  a runtime loads only when chosen
 

@@ -66,6 +66,16 @@ def test_variable_of_a_list_is_json() -> None:
         load_settings([], {"AKIDB_EMBEDDING_MODELS_AVAILABLE": "/bundle"})
 
 
+def test_gpus_are_a_list_of_different_numbers(tmp_path: Path) -> None:
+    assert load_settings(BUNDLE, {"AKIDB_EMBEDDING_MULTI_GPU_DEVICES": "[0, 2]"}).multi_gpu.devices == (0, 2)
+    config = write(tmp_path, "[embedding.multi_gpu]\ndevices = [1]")
+    assert load_settings([*config, *BUNDLE], {}).multi_gpu.devices == (1,)
+    assert load_settings(BUNDLE, {}).multi_gpu.devices == ()
+    for text, message in (("[1, 1]", "has a GPU twice"), ("[-1]", "greater than or equal to 0"), ("2", "tuple")):
+        with pytest.raises(ConfigInvalid, match=f"AKIDB_EMBEDDING_MULTI_GPU_DEVICES: .*{message}"):
+            load_settings(BUNDLE, {"AKIDB_EMBEDDING_MULTI_GPU_DEVICES": text})
+
+
 def test_every_key_has_a_flag_a_variable_and_a_help_text() -> None:
     keys = list(iterate_keys())
     assert all(key.description for key in keys)
