@@ -140,8 +140,8 @@ def test_status_page_shares_weights_out_and_compares_only_what_is_served(
     page.get_by_label("API key").fill(KEY)
     expect(page.get_by_role("row", name=major)).to_contain_text("90 %")
     expect(page.get_by_role("row", name=minor)).to_contain_text("10 %")
-    expect(page.get_by_role("row", name=minor)).to_contain_text("invalid_request")
-    expect(page.get_by_role("row", name=major)).not_to_contain_text("invalid_request")
+    expect(page.get_by_role("row", name=minor)).to_contain_text("invalid request")
+    expect(page.get_by_role("row", name=major)).not_to_contain_text("invalid request")
     listed = httpx.get(f"{shared.base_url}/api/v1/models", headers={"authorization": f"Bearer {KEY}"}, trust_env=False)
     document = listed.json()
     draining = {"weight": 0, "state": "draining", "ready": False, "default": False}
