@@ -170,7 +170,7 @@ def test_client_that_hangs_up_costs_no_engine_run(bundle: Path, model: LoadedMod
 
 def test_drain_answers_what_was_accepted_and_refuses_the_rest(bundle: Path, model: LoadedModel) -> None:
     engine = HeldEngine(model.engine)
-    settings = make_settings(bundle, drain_grace_seconds=0.5)
+    settings = make_settings(bundle, drain_grace_seconds=2)  # several requests fit, also on a busy machine
     with serve(settings, with_engine(model, engine)) as (url, server), ThreadPoolExecutor(3) as clients:
         accepted = clients.submit(embed, url, "red")
         assert engine.entered.wait(WAIT)
