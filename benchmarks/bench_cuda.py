@@ -28,7 +28,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.rows import append_rows, make_row, print_rows
 from benchmarks.torch_baseline import TorchEncoder, compile_ahead, pad, pad_sorted, sort_and_cut
-from serving.engines.bert import AMAX_NAME, Packed, load_weights, read_config
+from serving.engines.bert import Packed, load_weights, read_config
 from serving.engines.cuda import CudaEngine
 from serving.engines.e4m3 import calibrate
 from serving.engines.packing import pack, packed_size
@@ -244,7 +244,7 @@ def _write_model(name: str, scratch: Path) -> Path:
     numbers = np.zeros(packed_size(128, 2), dtype=np.int32)
     pack(np.random.default_rng(0).integers(0, _VOCABULARY, (2, 64)), lengths, 128, 2, numbers)
     batch = Packed.of(torch.from_numpy(numbers), 128, 2)
-    save_file(tensors | {AMAX_NAME: calibrate(load_weights(path, config), config, [batch])}, path)
+    save_file(tensors | calibrate(load_weights(path, config), config, [batch]), path)
     return path
 
 

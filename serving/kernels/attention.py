@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from serving.kernels.attention_mma import attend
+
 HEAD_SIZES = (32, 64)
 _FAR = tl.constexpr(-1.0e30)  # below every score, and finite: a row without a key in a block keeps its sums
 
@@ -88,8 +90,10 @@ def attention(
     """
     num_tokens, hidden = out.shape
     size = hidden // heads
-    rows, keys = 64, 64 if is_long or is_steady else 32
     scale = math.log2(math.e) / math.sqrt(size)
+    if qkv.is_cuda and attend(qkv, starts, ends, size, scale, out, out_factor, is_steady):
+        return
+    rows, keys = 64, 64 if is_long or is_steady else 32
     _attention_kernel[(heads, triton.cdiv(num_tokens, rows))](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
         starts, ends, out, out_factor, num_tokens, scale,

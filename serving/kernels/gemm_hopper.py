@@ -132,12 +132,19 @@ def _multiply_in_turn(
 
 
 @gluon.jit
-def _send(acc, out, buffer, top, left, out_factor, QUANTIZE: gl.constexpr):
-    if QUANTIZE:
-        acc = acc * out_factor  # the conversion cuts what is beyond E4M3
+def _send(acc, out, copy, buffers, top, left, out_factor, QUANTIZE: gl.constexpr):
+    """Write a tile, times the factor where it is E4M3, and once more so where there is a copy. The conversion cuts what
+    is beyond E4M3."""
+    buffer, copy_buffer = buffers
+    if QUANTIZE == "out":
+        acc = acc * out_factor
     buffer.store(acc.to(out.dtype))
+    if QUANTIZE == "copy":
+        copy_buffer.store((acc * out_factor).to(copy.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [top, left], buffer)
+    if QUANTIZE == "copy":
+        tma.async_copy_shared_to_global(copy, [top, left], copy_buffer)
 
 
 @gluon.jit
@@ -147,7 +154,7 @@ def _consume(
     HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """Every GROUPS-th tile of this program: multiply in turn, then finish the tile while the others multiply."""
-    residual, out, epilogue, norms, ring, tiles, barriers, sizes = work
+    residual, out, copy, epilogue, norms, ring, tiles, copies, barriers, sizes = work
     _, _, _, arrived, loaded = barriers
     count, depth, across = sizes
     rows: gl.constexpr = out.block_type.shape[0]
@@ -155,7 +162,7 @@ def _consume(
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // ring[0].dtype.primitive_bitwidth]
     )
-    out_factor = gl.load(epilogue[3]) if QUANTIZE else 1.0
+    out_factor = gl.load(epilogue[3]) if QUANTIZE != "none" else 1.0
     buffer, landed = tiles.index(number), arrived.index(number)
     _, left = _find_tile(0, across, rows, columns)
     of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
@@ -178,7 +185,7 @@ def _consume(
             acc += _normalize(buffer.load(layout).to(gl.float32), of_columns, of_rows, NORM)
         if SUM:
             _store_sums(acc, norms[3], epilogue[4], top, left, layout, HIDDEN)
-        _send(acc, out, buffer, top, left, out_factor, QUANTIZE)
+        _send(acc, out, copy, (buffer, copies.index(number)), top, left, out_factor, QUANTIZE)
     tma.store_wait(0)
 
 
@@ -204,8 +211,8 @@ def _read_rows(
     NORM: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """What the epilogue needs of the rows, read before the turn so that it waits for nothing: what the product is to be
-    multiplied by, and of the norm mean and reciprocal spread, from the sums over each 128 of their columns. A GELU
-    takes half of its argument."""
+    multiplied by, and of the norm mean and reciprocal spread, from the sums over each 128 of their columns. A norm of
+    x holds the scales of E4M3 operands itself. A GELU takes half of its argument."""
     _, x_scales, weight_scale, _, num_rows = epilogue
     sums, _, eps, _ = norms
     rows = top + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
@@ -225,6 +232,8 @@ def _read_rows(
         spread = gl.rsqrt(spread - mean * mean + eps)
     if NORM == "x":
         spread = spread * scale
+        if SCALES == "tensor":
+            mean = mean / gl.load(x_scales)
     return scale, mean, spread
 
 
@@ -281,7 +290,7 @@ def _make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_rows", "tiles"])  # which differ by run: compiled once for all
 def _linear_kernel(
-    x, weight, residual, out, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
+    x, weight, residual, out, copy, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
     num_rows, tiles, across, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, RESIDENT: gl.constexpr,
     BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr,
     NORM: gl.constexpr, SUM: gl.constexpr, HIDDEN: gl.constexpr,
@@ -290,11 +299,14 @@ def _linear_kernel(
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(weight.dtype, [kept] + weight.block_type.shape, weight.layout)  # noqa: RUF005
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)  # noqa: RUF005
+    copies = buffers
+    if QUANTIZE == "copy":
+        copies = gl.allocate_shared_memory(copy.dtype, [GROUPS] + copy.block_type.shape, copy.layout)  # noqa: RUF005
     barriers = _make_barriers(STAGES, GROUPS)
     count = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     ring, sizes = (x_ring, weights), (count, DEPTH, across)
     ends, norms = (bias, x_scales, weight_scale, out_factor, num_rows), (sums, factors, eps, out_sums)
-    work = (residual, out, ends, norms, ring, buffers, barriers, sizes)
+    work = (residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes)
     # fmt: off
     if GROUPS == 2:
         gl.warp_specialize(
@@ -358,14 +370,17 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_programs: int, gelu: bool = False,
     residual: Tensor | None = None, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
     out_factor: Tensor | None = None, norm: RowNorm | None = None, out_sums: Tensor | None = None,
+    copy: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """See `gemm.linear`; `num_programs`: multiprocessors; `residual` [T, N] is added and may be `out`.
 
     `norm` is of the residual where there is one, else of x. `out_sums` takes the sums that a norm of `out` needs.
+    `copy` (E4M3 [T, N]) takes the result times `out_factor`, which then leaves `out` alone.
     """
     (num_rows, width), columns, size = x.shape, weight.shape[0], x.element_size()
     step, across = _STEP_BYTES // size, columns // _COLUMNS
-    form, stages, programs = _plan(width * size, across, num_programs, out.element_size(), size == 1)
+    out_bytes = out.element_size() + (copy is not None)
+    form, stages, programs = _plan(width * size, across, num_programs, out_bytes, size == 1)
     tiles = triton.cdiv(num_rows, form.rows) * across
     result = _describe(out, [form.rows, _COLUMNS])
     scales = "none" if x_scales is None else "tensor" if x_scales.numel() == 1 else "rows"
@@ -376,9 +391,11 @@ def linear(
     return _linear_kernel[(min(programs, tiles),)](
         _describe(x, [form.rows, step]), _describe(weight, [_COLUMNS, step]),
         result if residual is None else _describe(residual, [form.rows, _COLUMNS]), result,
+        result if copy is None else _describe(copy, [form.rows, _COLUMNS]),
         *operands, 0.0 if norm is None else norm.eps, num_rows, tiles, across, DEPTH=width // step, STAGES=stages,
         GROUPS=form.groups, RESIDENT=form is _RESIDENT, BIAS=bias is not None, GELU=gelu,
-        RESIDUAL=residual is not None, SCALES=scales, QUANTIZE=out_factor is not None,
+        RESIDUAL=residual is not None, SCALES=scales,
+        QUANTIZE="copy" if copy is not None else "none" if out_factor is None else "out",
         NORM="none" if norm is None else "x" if residual is None else "residual", SUM=out_sums is not None,
         HIDDEN=columns if residual is not None else width, num_warps=4, maxnreg=form.registers,
     )  # fmt: skip

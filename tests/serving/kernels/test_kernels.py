@@ -148,6 +148,17 @@ def test_pool_equals_reference(lengths: list[int], pooling: str, normalize: bool
     torch.testing.assert_close(out, reference.pool(x, batch.offsets, pooling, normalize), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_pool_applies_the_layer_norm_that_is_still_to_come(pooling: str, device: torch.device) -> None:
+    batch = make_packed([3, 17, 1, 40], device)
+    x, scale, shift = draw(61, 96, device=device), draw(96, device=device), draw(96, device=device)
+    out = poisoned(4, 96, device=device, dtype=torch.float32)
+    pool(x, batch.offsets, pooling, False, out, (scale, shift, EPS))
+    wide = as_float(x, torch.zeros_like(scale), scale, shift)
+    normed = reference.add_norm(wide[0], None, *wide[1:], EPS)
+    torch.testing.assert_close(out, reference.pool(normed, batch.offsets, pooling, False), rtol=1e-5, atol=1e-5)
+
+
 def test_pool_leaves_the_vector_of_an_empty_sequence_alone(device: torch.device) -> None:
     offsets = torch.tensor([0, 2, 2], dtype=torch.int32, device=device)
     out = torch.full((2, 64), 7.0, device=device)
