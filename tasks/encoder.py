@@ -76,7 +76,8 @@ def write_encoder(teacher: Teacher, folder: Path, calibration: Sequence[Ids] = (
     """Write `model.safetensors` (float16) and `config.json` into `folder`; returns the former's path.
 
     With `calibration` texts (token ids) the file also holds the largest input each linear layer saw, and the largest
-    state each norm, which `f8` needs. Raises EngineUnavailable for an architecture or a weight that the cuda engine cannot honour.
+    state each norm, which `f8` needs. Raises EngineUnavailable for an architecture or a weight that the cuda engine
+    cannot honour.
     """
     source = teacher.tokenizer.parent
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))

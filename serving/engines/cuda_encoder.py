@@ -55,14 +55,13 @@ class Encoder:
             return out
         x = self._hidden[: tokens * config.hidden].view(tokens, config.hidden)
         self._embed(batch, x)
-        norm = None
+        norm, up = None, False  # the last layer norm goes up
         if self._folded is not None and tokens >= self._least_folded:
-            self._folded.run(batch, self._states(x), self._carve, is_long)
-            norm = self._folded.last_norm
+            norm, up = self._folded.run(batch, self._states(x), self._carve, is_long)
         else:
             for number in range(config.layers):
                 self._run_layer(number, batch, x, is_long)
-        pool(x, batch.offsets, config.pooling, config.normalize, out, norm)
+        pool(x, batch.offsets, config.pooling, config.normalize, out, norm, up)
         return out
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 Whoever computes a state writes it as it is, with the sums over its rows that its layer norm needs. Who multiplies it by
 a matrix has the norm's scale in the matrix and its shift in the bias, and corrects the product by mean and spread; who
-adds it normalises what it adds. The norm behind the last layer is left to the pooling.
+adds it normalises what it adds. The norm behind the last layer is left to the pooling. Each kernel begins with the rows
+that the one before it wrote last, which the second cache still has: they go down and up in turns.
 
 Where a matrix is E4M3, the state is written in E4M3 as well, by a calibrated scale: a few states reach a hundred times
 as far as the others, and their norm, whose mean and spread come from all of them, does not survive a cut.
@@ -19,6 +20,7 @@ from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.engines.cuda_linears import Linear, quantize
 from serving.engines.e4m3 import choose_input_scale
 from serving.kernels.attention import attention
+from serving.kernels.pool import Norm
 
 _HALF = torch.float16
 Carve = Callable[[int, int, int, torch.dtype], Tensor]
@@ -76,37 +78,43 @@ class FoldedLayers:
             self._layers.append(_fold(layer, own, before))
             before = layer
         last = weights.layers[-1]
-        self.last_norm = last.down_norm_weight.to(device, _HALF), last.down_norm_bias.to(device, _HALF), config.eps
+        self._norm = last.down_norm_weight.to(device, _HALF), last.down_norm_bias.to(device, _HALF)
         # Sums of rows with mean 0 and spread 1, of the states after the attention, and of those after the layer.
         self._sums = torch.zeros(3, max_tokens, config.hidden // 128, 2, device=device)
         self._sums[0, :, :, 1] = 128.0
         self._programs = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def run(self, batch: Packed, states: States, carve: Carve, is_long: bool) -> None:
-        """Take the normalised embeddings through all layers, up to `last_norm`; `carve` gives pieces of the wide area."""
+    def run(self, batch: Packed, states: States, carve: Carve, is_long: bool) -> tuple[Norm, bool]:
+        """Take the normalised embeddings, written downward, through all layers; `carve` gives pieces of the wide area.
+
+        Returns the norm that is still to come, and whether who reads the states is to go upward.
+        """
         config, tokens = self._config, len(states.x)
         before, middle, after = (sums[:tokens] for sums in self._sums)
+        up = True
         for number, layer in enumerate(self._layers):
             follower = self._layers[number + 1].query.linear if number + 1 < config.layers else None
-            context = self._attend(layer, batch, states, carve, is_long, None if number == 0 else before)
-            self._add(context, layer.output, layer.out_bias, states, (before, layer.scale, middle), layer.up.linear)
+            context = self._attend(layer, batch, states, carve, is_long, None if number == 0 else before, up)
+            self._add(context, layer.output, layer.out_bias, states, (before, layer.scale, middle), layer.up.linear, up)
             inner = carve(0, tokens, config.intermediate, layer.down.dtype)
-            self._multiply(layer.up, states, inner, middle, True, layer.down.x_factor)
-            self._add(inner, layer.down, layer.down_bias, states, (middle, layer.middle_scale, after), follower)
-            before = after
+            self._multiply(layer.up, states, inner, middle, not up, True, layer.down.x_factor)
+            self._add(inner, layer.down, layer.down_bias, states, (middle, layer.middle_scale, after), follower, up)
+            before, up = after, not up
+        return (after, *self._norm, config.eps), up
 
     def _attend(
-        self, layer: _Folded, batch: Packed, states: States, carve: Carve, is_long: bool, sums: Tensor | None
+        self, layer: _Folded, batch: Packed, states: States, carve: Carve, is_long: bool, sums: Tensor | None, up: bool
     ) -> Tensor:
         config, tokens, output = self._config, len(states.x), layer.output
         qkv = carve(0, tokens, 3 * config.hidden, _HALF)
         context = carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
-        self._multiply(layer.query, states, qkv, sums, False)
-        attention(qkv, batch.starts, batch.ends, config.heads, context, output.x_factor, is_long, self._is_steady)
+        self._multiply(layer.query, states, qkv, sums, up)
+        bounds = batch.starts, batch.ends
+        attention(qkv, *bounds, config.heads, context, output.x_factor, is_long, self._is_steady, not up)
         return context
 
     def _multiply(
-        self, product: _Product, states: States, out: Tensor, sums: Tensor | None, gelu: bool,
+        self, product: _Product, states: States, out: Tensor, sums: Tensor | None, up: bool, gelu: bool = False,
         out_factor: Tensor | None = None,
     ) -> None:  # fmt: skip
         """A product with the normalised states; without `sums` they are normalised already."""
@@ -117,12 +125,13 @@ class FoldedLayers:
         if sums is not None:
             norm, x_scales = RowNorm(sums, product.sums, self._config.eps), own.x_scale
         linear(
-            x, own.weight, product.bias, out, self._programs, gelu, None, x_scales, own.weight_scale, out_factor, norm
-        )
+            x, own.weight, product.bias, out, self._programs, gelu, None, x_scales, own.weight_scale, out_factor, norm,
+            is_upward=up,
+        )  # fmt: skip
 
     def _add(
         self, x: Tensor, own: Linear, bias: Tensor, states: States, norm: tuple[Tensor, Tensor, Tensor],
-        reader: Linear | None,
+        reader: Linear | None, up: bool,
     ) -> None:  # fmt: skip
         """Add a product to the states, which `norm` normalises on the way (their sums, their scale) and sums anew."""
         from serving.kernels.gemm_hopper import RowNorm, linear  # noqa: PLC0415  Gluon loads only where it can run
@@ -133,7 +142,8 @@ class FoldedLayers:
             copy = {"copy": states.narrow, "out_factor": reader.x_factor}
         linear(
             x, own.weight, bias, states.x, self._programs, residual=states.x, x_scales=own.x_scale,
-            weight_scale=own.weight_scale, norm=RowNorm(sums, scale, self._config.eps), out_sums=out_sums, **copy,
+            weight_scale=own.weight_scale, norm=RowNorm(sums, scale, self._config.eps), out_sums=out_sums, is_upward=up,
+            **copy,
         )  # fmt: skip
 
 

@@ -17,11 +17,13 @@ class CompileFailed(Exception):
 
 
 class CudaKernel:
-    """The kernel `name` of `name`.cu, which takes one struct, and `shared` bytes of shared memory a program."""
+    """The kernel `name` of `name`.cu, which takes one struct; a cluster of `programs` is its whole grid."""
 
-    def __init__(self, name: str, macros: dict[str, int], device: torch.device, threads: int, shared: int):
-        """Compile and load. Raises CompileFailed."""
-        self._threads, self._shared = threads, shared
+    def __init__(
+        self, name: str, macros: dict[str, int], device: torch.device, programs: int, threads: int, shared: int
+    ):
+        """Compile and load. Raises CompileFailed, also where the GPU cannot hold one such cluster."""
+        self._programs, self._threads, self._shared = programs, threads, shared
         torch.cuda.current_stream(device).synchronize()  # torch's context is current from here on
         major, minor = torch.cuda.get_device_capability(device)
         definitions = [f"-D{key}={value}" for key, value in macros.items()]
@@ -33,12 +35,14 @@ class CudaKernel:
             self._load(name, _compile((_FOLDER / f"{name}.cu").read_bytes(), name, options))
         except (ImportError, RuntimeError) as error:  # the latter: no such shared library
             raise CompileFailed(str(error)) from None
+        if self._count_clusters() < 1:
+            raise CompileFailed(f"no {programs} programs of {shared} bytes fit this GPU as one cluster")
 
-    def launch(self, argument: ctypes.Structure, programs: tuple[int, int]) -> None:
-        """A grid of so many programs, once, on torch's current stream; the struct is copied."""
+    def launch(self, argument: ctypes.Structure) -> None:
+        """Once, on torch's current stream; the struct is copied."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         stream, where = torch.cuda.current_stream().cuda_stream, ctypes.addressof(pointers)
-        grid, block = (*programs, 1), (self._threads, 1, 1)
+        grid, block = (self._programs, 1, 1), (self._threads, 1, 1)
         _check(self._driver.cuLaunchKernel(self._function, *grid, *block, self._shared, stream, where, 0))
 
     def _load(self, name: str, image: bytes) -> None:
@@ -51,19 +55,18 @@ class CudaKernel:
         ):
             _check(driver.cuFuncSetAttribute(self._function, attribute, value))
 
-    def require_cluster(self, programs: int) -> None:
-        """Raise CompileFailed where the GPU cannot hold so many programs as one cluster."""
+    def _count_clusters(self) -> int:
+        """How many clusters the GPU can hold at a time."""
         driver = self._driver
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         size = attribute.value.clusterDim
-        size.x, size.y, size.z = programs, 1, 1
+        size.x, size.y, size.z = self._programs, 1, 1
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._programs, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
         config.sharedMemBytes, config.attrs, config.numAttrs = self._shared, [attribute], 1
-        if _check(driver.cuOccupancyMaxActiveClusters(self._function, config)) < 1:
-            raise CompileFailed(f"no {programs} programs of {self._shared} bytes fit this GPU as one cluster")
+        return int(_check(driver.cuOccupancyMaxActiveClusters(self._function, config)))
 
 
 def _compile(source: bytes, name: str, options: list[str]) -> bytes:

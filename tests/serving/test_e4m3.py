@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engines.bert import LINEARS, BertConfig, Packed, Weights, encode, list_linears, name_linear
+from serving.engines.bert import (
+    AMAX_NAME,
+    LINEARS,
+    STATES_NAME,
+    BertConfig,
+    Packed,
+    Weights,
+    encode,
+    list_linears,
+    name_linear,
+)
 from serving.engines.e4m3 import ExactE4M3, calibrate, choose_input_scale, quantize_weight
 from tests.serving.kernels.models import make_encoder, poison, read_model
 from tests.serving.kernels.packs import make_packed

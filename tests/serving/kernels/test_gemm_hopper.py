@@ -30,6 +30,9 @@ def test_linear_equals_reference(rows: int, columns: int, depth: int, gelu: bool
     linear(x, weight, bias, out, PROGRAMS, gelu)
     oracle = reference.linear(x.float(), weight.float(), bias.float(), gelu)
     assert_as_exact_as(out, reference.linear(x, weight, bias, gelu), oracle)
+    upward = poisoned(rows, columns, device=x.device)
+    linear(x, weight, bias, upward, PROGRAMS, gelu, is_upward=True)
+    assert torch.equal(upward, out)
 
 
 @pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
