@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 32
 Norm = tuple[Tensor, Tensor, Tensor, float]
 
 
@@ -73,5 +72,5 @@ def pool(
     _pool_kernel[(len(out),)](
         x, offsets, sums, weight, shift, out, len(out) - 1 if is_upward else -1, eps, HIDDEN=hidden,
         POOLING=pooling, NORM=norm is not None, NORMALIZE=normalize,
-        ROWS=_ROWS // 2 if wide else _ROWS, COLUMNS=columns, num_warps=8,
+        ROWS=32 if wide else 16, COLUMNS=columns, num_warps=16 if wide else 4,
     )  # fmt: skip
