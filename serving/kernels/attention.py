@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-HEAD_SIZES = (32, 64)
+# Stages of the ring of keys and values, and registers a thread: so many that five or six programs share a processor.
+_LIMITS = {32: (3, 80), 64: (2, 96)}
+HEAD_SIZES = tuple(_LIMITS)
 _FAR = tl.constexpr(-1.0e30)  # below every score, and finite: a row without a key in a block keeps its sums
 
 
@@ -23,7 +25,8 @@ def _attend(q, k, v, m, total, acc, first, last, begin, scale, BN: tl.constexpr,
     scores = tl.dot(q, k.T)
     if MASKED:
         rows = begin + tl.arange(0, BN)
-        own = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
+        place, count = rows[None, :] - first[:, None], tl.maximum(last - first, 0)  # negative places are large ones
+        own = place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)[:, None]
         scores = tl.where(own, scores, float("-inf"))
     highest = tl.maximum(m, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - highest[:, None])
@@ -91,11 +94,11 @@ def attention(
     num_tokens, hidden = out.shape
     size = hidden // heads
     rows, keys = 64, 64 if is_long or is_steady else 32
-    scale = math.log2(math.e) / math.sqrt(size)
+    scale, (stages, registers) = math.log2(math.e) / math.sqrt(size), _LIMITS[size]
     down = triton.cdiv(num_tokens, rows)
     _attention_kernel[(heads, down)](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
         starts, ends, out, out_factor, num_tokens, down - 1 if is_upward else -1, scale,
         HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, STEADY=is_steady,
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=stages, maxnreg=registers,
     )  # fmt: skip

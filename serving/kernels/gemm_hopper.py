@@ -131,7 +131,7 @@ def _send(acc, out, copy, buffers, top, left, out_factor, QUANTIZE: gl.constexpr
     """Write a tile, times the factor where it is E4M3, and once more so where there is a copy. The conversion cuts what
     is beyond E4M3."""
     buffer, copy_buffer = buffers
-    if QUANTIZE == "out" and acc.dtype == gl.float32:
+    if QUANTIZE == "out":
         acc = acc * out_factor
     buffer.store(acc.to(out.dtype))
     if QUANTIZE == "copy":
@@ -174,7 +174,7 @@ def _consume(
             of_columns = read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
         of_rows = read_rows(epilogue, norms, top, layout, rows, GELU, SCALES, NORM, HIDDEN)
         acc = _multiply_in_turn(number, turn, ring, barriers, depth, layout, GROUPS, RESIDENT)
-        acc = finish(acc, of_columns, of_rows, out_factor, BIAS, GELU, SCALES, QUANTIZE, NORM)
+        acc = finish(acc, of_columns, of_rows, BIAS, GELU, SCALES, NORM)
         if RESIDUAL:
             mbarrier.wait(landed, turn // GROUPS & 1)
             acc += normalize(buffer.load(layout).to(gl.float32), of_columns, of_rows, NORM)

@@ -14,42 +14,6 @@ def _gelu(half):
     return half + half * tanh
 
 
-# The same in pairs of float16, which is finer than E4M3: float32 in, E4M3 of the GELU times a factor out. The constants
-# are 2 _A and 8 _B.
-_NARROW_GELU = gl.constexpr("""{
-.reg .b32 x<2>, y<2>, a, b, factor;
-.reg .b16 low, high;
-mov.b32 a, 0x3E643E64;
-mov.b32 b, 0x348C348C;
-cvt.rn.f16x2.f32 x0, $2, $1;
-cvt.rn.f16x2.f32 x1, $4, $3;
-cvt.rn.f16x2.f32 factor, $5, $5;
-mul.rn.f16x2 y0, x0, x0;
-mul.rn.f16x2 y1, x1, x1;
-fma.rn.f16x2 y0, y0, b, a;
-fma.rn.f16x2 y1, y1, b, a;
-mul.rn.f16x2 y0, y0, x0;
-mul.rn.f16x2 y1, y1, x1;
-tanh.approx.f16x2 y0, y0;
-tanh.approx.f16x2 y1, y1;
-fma.rn.f16x2 y0, x0, y0, x0;
-fma.rn.f16x2 y1, x1, y1, x1;
-mul.rn.f16x2 y0, y0, factor;
-mul.rn.f16x2 y1, y1, factor;
-cvt.rn.satfinite.e4m3x2.f16x2 low, y0;
-cvt.rn.satfinite.e4m3x2.f16x2 high, y1;
-mov.b32 $0, {low, high};
-}""")
-
-
-@gluon.jit
-def _gelu_narrow(half, factor):
-    factors = gl.full(half.shape, factor, gl.float32, half.type.layout)
-    return gl.inline_asm_elementwise(
-        _NARROW_GELU, "=r,f,f,f,f,f,f,f,f", [half, factors], dtype=gl.float8e4nv, is_pure=True, pack=4
-    )
-
-
 @gluon.jit
 def read_columns(
     bias_at, factors, left, layout: gl.constexpr, COLUMNS: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
@@ -99,11 +63,8 @@ def read_rows(
 
 
 @gluon.jit
-def finish(
-    acc, of_columns, of_rows, out_factor, BIAS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr,
-    QUANTIZE: gl.constexpr, NORM: gl.constexpr,
-):  # fmt: skip
-    """Layer norm or scales of the operands, bias and activation; E4M3 where a GELU is all that was missing to it."""
+def finish(acc, of_columns, of_rows, BIAS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr, NORM: gl.constexpr):
+    """Layer norm or scales of the operands, bias and activation."""
     bias, factor = of_columns
     scale, mean, spread = of_rows
     if NORM == "x":
@@ -112,9 +73,7 @@ def finish(
         acc = acc * scale[:, None]
     if BIAS:
         acc = acc + bias[None, :]
-    if GELU and QUANTIZE == "out":
-        acc = _gelu_narrow(acc, out_factor)
-    elif GELU:
+    if GELU:
         acc = _gelu(acc)
     return acc
 
