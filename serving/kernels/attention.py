@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Stages of the ring of keys and values, and registers a thread: so many that five or six programs share a processor.
-_LIMITS = {32: (3, 80), 64: (2, 96)}
-HEAD_SIZES = tuple(_LIMITS)
+HEAD_SIZES = (32, 64)
+# By head size and steadiness: stages of the ring of keys and values, and registers a thread where fewer than the
+# compiler takes measured faster, because more programs share a processor.
+_LIMITS = {(32, False): (3, 80), (32, True): (3, 80), (64, False): (3, None), (64, True): (2, 112)}
 _FAR = tl.constexpr(-1.0e30)  # below every score, and finite: a row without a key in a block keeps its sums
 
 
@@ -94,7 +95,7 @@ def attention(
     num_tokens, hidden = out.shape
     size = hidden // heads
     rows, keys = 64, 64 if is_long or is_steady else 32
-    scale, (stages, registers) = math.log2(math.e) / math.sqrt(size), _LIMITS[size]
+    scale, (stages, registers) = math.log2(math.e) / math.sqrt(size), _LIMITS[size, is_steady]
     down = triton.cdiv(num_tokens, rows)
     _attention_kernel[(heads, down)](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
