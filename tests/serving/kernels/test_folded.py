@@ -1,6 +1,7 @@
 """Layers folded into their neighbours are the layers: the algebra, on a twin of Hopper's GEMM in plain PyTorch."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from serving.engines.bert import BertConfig, Packed, Weights, encode, list_linears
+from serving.engines.bert import STATES_NAME, BertConfig, Packed, Weights, encode, list_linears
 from serving.engines.cuda_folded import FoldedLayers, States
 from serving.engines.cuda_linears import Linear, load_linears
-from serving.engines.e4m3 import MATRICES
+from serving.engines.e4m3 import MATRICES, calibrate
 from serving.kernels import reference
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
 from tests.serving.kernels.packs import make_packed, poisoned
 
-HALF = torch.float16
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the GEMM itself")
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +76,38 @@ def run_folded(config: BertConfig, weights: Weights, batch: Packed, linears: lis
     return out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the GEMM itself")
-@pytest.mark.parametrize(("narrow", "least"), [("none", 0.9999), ("all", 0.98), ("every second", 0.98)])
-def test_folded_layers_equal_the_oracle(
-    narrow: str, least: float, model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, weights = model
+@pytest.fixture
+def twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GEMM in plain PyTorch."""
     row_norm = lambda sums, factors, eps: SimpleNamespace(sums=sums, factors=factors, eps=eps)  # noqa: E731
     monkeypatch.setitem(sys.modules, "serving.kernels.gemm_hopper", SimpleNamespace(linear=linear, RowNorm=row_norm))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=4))
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+def test_folded_layers_survive_a_state_that_reaches_far(model: tuple[BertConfig, Weights]) -> None:
+    """As MiniLM has one: a hundred times as far as the others, and part of the mean and spread of its row."""
+    config, weights = model
+    batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
+    shift = torch.zeros(config.hidden)
+    shift[7] = 100.0
+    first = replace(weights.layers[0], down_bias=weights.layers[0].down_bias + shift)
+    weights = replace(weights, layers=(first, *weights.layers[1:]))
+    states = calibrate(weights, config, [batch])[STATES_NAME]
+    assert states[0, 1] > 99.0
+    layers = [replace(layer, state_amax=amax) for layer, amax in zip(weights.layers, states, strict=True)]
+    weights = replace(weights, layers=tuple(layers))
+    linears = [load_linears(number, layer, [], torch.device("cpu")) for number, layer in enumerate(weights.layers)]
+    vectors = run_folded(config, weights, batch, linears)
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize(("narrow", "least"), [("none", 0.9999), ("all", 0.98), ("every second", 0.98)])
+def test_folded_layers_equal_the_oracle(narrow: str, least: float, model: tuple[BertConfig, Weights]) -> None:
+    config, weights = model
     batch, cpu = make_packed([5, 1, 90, 33], torch.device("cpu")), torch.device("cpu")
     float16 = {"none": list_linears(3), "all": [], "every second": list_linears(3)[::2]}[narrow]
     if narrow == "none":
