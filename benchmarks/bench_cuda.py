@@ -1,6 +1,7 @@
 """The cuda engine against plain torch float16 on one GPU, the systems taking turns; quality on real MiniLM weights.
 
-`python -m benchmarks.bench_cuda [--cases NAME ...] [--minilm FOLDER] [--commit TEXT] [--out FILE]`. Engine figures
+`python -m benchmarks.bench_cuda [--cases NAME ...] [--minilm FOLDER] [--commit TEXT] [--out FILE] [--processes N]`.
+A case's rows are written as soon as it is measured. Engine figures
 start with packed ids on the GPU and end with vectors there, as the baseline's do; `host_tokens_per_s` starts and ends
 in host memory. `--minilm` names a folder with the engine's files and `texts.npz` (ids, lengths, and the vectors of
 sentence-transformers in float32) and adds the quality rows. Weights are random otherwise.
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,8 +27,8 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from benchmarks.rows import append_rows, make_row, print_rows
-from benchmarks.torch_baseline import TorchEncoder, pad, pad_sorted
-from serving.engines.bert import AMAX_NAME, Packed, load_weights, read_config
+from benchmarks.torch_baseline import TorchEncoder, compile_ahead, pad, pad_sorted, sort_and_cut
+from serving.engines.bert import Packed, load_weights, read_config
 from serving.engines.cuda import CudaEngine
 from serving.engines.e4m3 import calibrate
 from serving.engines.packing import pack, packed_size
@@ -63,24 +65,41 @@ def main() -> int:
     parser.add_argument("--minilm", type=Path, help="folder of real MiniLM files: adds the quality rows")
     parser.add_argument("--commit", help="commit to write into the rows, where there is no checkout")
     parser.add_argument("--out", type=Path, help="rows go to this file instead of benchmarks/results/cuda.jsonl")
+    parser.add_argument("--processes", type=int, default=1, help="that compile the baseline beside each other first")
     arguments = parser.parse_args()
     about = _describe(arguments.commit)
+    if arguments.processes > 1:
+        compile_ahead([job for case in arguments.cases for job in _list_jobs(case)], _VOCABULARY, arguments.processes)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        for case in arguments.cases:
-            rows += _run_case(case, Path(scratch), about)
+        measurements = [partial(_run_case, case, Path(scratch), about) for case in arguments.cases]
         if arguments.minilm:
-            rows += _quality_rows(arguments.minilm, about)
-    _print_table(rows)
-    append_rows("cuda", rows, arguments.out)
+            measurements.insert(0, partial(_quality_rows, arguments.minilm, about))
+        for measure in measurements:
+            measured = measure()
+            append_rows("cuda", measured, arguments.out)
+            _print_table(measured)
+            rows += measured
     print_rows(rows)
     return 0
 
 
+def _list_jobs(case: str) -> list[tuple[dict[str, int], list[int]]]:
+    """What `compile_ahead` is to compile for a case."""
+    sizes, lengths = _read_case(case)
+    batches = [lengths, *sort_and_cut(lengths)] if case.endswith(_MIXED) else [lengths]
+    return [(_MODELS[sizes], batch) for batch in batches]
+
+
+def _read_case(case: str) -> tuple[str, list[int]]:
+    """Model and lengths."""
+    name = next(model for model in _MODELS if case.startswith(model))
+    return name, _mixed_lengths() if _CASES[case] == _MIXED else list(_CASES[case])
+
+
 def _run_case(case: str, scratch: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Baseline, fp16 and fp8 of one case."""
-    name = next(model for model in _MODELS if case.startswith(model))
-    lengths = _mixed_lengths() if _CASES[case] == _MIXED else list(_CASES[case])
+    name, lengths = _read_case(case)
     path = _write_model(name, scratch)
     baselines, peaks = _open_baselines(name, lengths, case)
     systems: dict[str, Callable[[], object]] = dict(baselines)
@@ -225,7 +244,7 @@ def _write_model(name: str, scratch: Path) -> Path:
     numbers = np.zeros(packed_size(128, 2), dtype=np.int32)
     pack(np.random.default_rng(0).integers(0, _VOCABULARY, (2, 64)), lengths, 128, 2, numbers)
     batch = Packed.of(torch.from_numpy(numbers), 128, 2)
-    save_file(tensors | {AMAX_NAME: calibrate(load_weights(path, config), config, [batch])}, path)
+    save_file(tensors | calibrate(load_weights(path, config), config, [batch]), path)
     return path
 
 
@@ -268,7 +287,8 @@ def _describe(commit: str | None) -> dict[str, Any]:
 def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         against = f"{row['ratio']:8.3f} x {row['baseline']} ({row['baseline_value']:,.3f})" if "ratio" in row else ""
-        print(f"{row['case']:26} {row['metric']:18} {row['value']:18,.4f} {row['unit']:9} {against}")
+        line = f"{row['case']:26} {row['metric']:18} {row['value']:18,.4f} {row['unit']:9} {against}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The baseline of bench_cuda: a BERT encoder in plain torch float16 with SDPA, in its three fastest forms."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -41,6 +43,19 @@ class TorchEncoder:
         return normalize((states * weights).sum(1) / weights.sum(1).clamp(min=1), dim=-1)
 
 
+def compile_ahead(jobs: Sequence[tuple[dict[str, int], list[int]]], vocabulary: int, processes: int) -> None:
+    """Compile for padded batches of these lengths in processes beside each other: a later compilation finds the code in
+    torch's cache. A job is a model's sizes and a batch's lengths."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_compile, *zip(*jobs, strict=True), [vocabulary] * len(jobs)))
+
+
+def _compile(sizes: dict[str, int], lengths: list[int], vocabulary: int) -> None:
+    with torch.inference_mode():
+        TorchEncoder(sizes)._compiled(*pad(lengths, vocabulary))
+        torch.cuda.synchronize()
+
+
 def pad(lengths: Sequence[int], vocabulary: int) -> Batch:
     """One padded batch of random ids."""
     sizes = torch.tensor(lengths, device="cuda")
@@ -50,8 +65,13 @@ def pad(lengths: Sequence[int], vocabulary: int) -> Batch:
 
 def pad_sorted(lengths: Sequence[int], vocabulary: int, size: int = 128) -> list[Batch]:
     """Batches of `size` texts of like length, the longest first, as sentence-transformers makes them."""
+    return [pad(part, vocabulary) for part in sort_and_cut(lengths, size)]
+
+
+def sort_and_cut(lengths: Sequence[int], size: int = 128) -> list[list[int]]:
+    """The lengths of each of those batches."""
     order = sorted(lengths, reverse=True)
-    return [pad(order[start : start + size], vocabulary) for start in range(0, len(order), size)]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _capture(run: Callable[[], Any]) -> Callable[[], None]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from registry.manifest import EngineEntry, hash_file
 from serving.engines.avx512 import SMOOTHED, check_sizes
 from serving.engines.bert import (
-    AMAX_NAME,
     CONFIG_NAME,
     E4M3_NAME,
     E4M3_VERSION,
@@ -76,8 +75,9 @@ def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibrat
 def write_encoder(teacher: Teacher, folder: Path, calibration: Sequence[Ids] = ()) -> Path:
     """Write `model.safetensors` (float16) and `config.json` into `folder`; returns the former's path.
 
-    With `calibration` texts (token ids) the file also holds the largest input each linear layer saw, which `f8`
-    needs. Raises EngineUnavailable for an architecture or a weight that the cuda engine cannot honour.
+    With `calibration` texts (token ids) the file also holds the largest input each linear layer saw, and the largest
+    state each norm, which `f8` needs. Raises EngineUnavailable for an architecture or a weight that the cuda engine
+    cannot honour.
     """
     source = teacher.tokenizer.parent
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def write_encoder(teacher: Teacher, folder: Path, calibration: Sequence[Ids] = (
         name: value.half() for name, value in load_file(source / ENCODER_NAME).items() if value.is_floating_point()
     }
     if len(calibration):
-        tensors[AMAX_NAME] = calibrate(weights, config, (Packed.of_rows([row]) for row in calibration))
+        tensors |= calibrate(weights, config, (Packed.of_rows([row]) for row in calibration))
     path = folder / ENCODER_NAME
     save_file(tensors, path)
     return path

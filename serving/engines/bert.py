@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from serving.engines.packing import Limits, pack, packed_size
 from serving.errors import EngineUnavailable
@@ -18,6 +19,7 @@ from serving.tokenizer import Ids, pad_batch
 
 CONFIG_NAME = "config.json"
 AMAX_NAME = "activation_amax"  # [layers, 4]: largest input of the query, output, up and down projections
+STATES_NAME = "state_amax"  # [layers, 2]: largest state before the norm behind the attention, and before the last
 # Linear layers of a layer in the order they run, queries, keys and values as one: the columns of `activation_amax`.
 LINEARS = ("attention/self", "attention/output/dense", "intermediate/dense", "output/dense")
 E4M3_NAME, E4M3_VERSION = "e4m3", 1  # of config.json: which linear layers E4M3 leaves in float16
@@ -57,7 +59,8 @@ class BertConfig:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights [out, in] and vectors of one layer; `amax` (float32 [4]) are its calibrated inputs, for E4M3."""
+    """Weights [out, in] and vectors of one layer; for E4M3 the calibrated `amax` (float32 [4]) of its inputs, and
+    `state_amax` ([2]) of its states before their norms."""
 
     qkv_weight: Tensor
     qkv_bias: Tensor
@@ -72,6 +75,7 @@ class Layer:
     down_norm_weight: Tensor
     down_norm_bias: Tensor
     amax: Tensor | None
+    state_amax: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,21 +208,28 @@ class _Reader:
         hidden = config.hidden
         types = self._tensor("embeddings.token_type_embeddings.weight", None, hidden)
         positions = self._tensor("embeddings.position_embeddings.weight", config.positions, hidden)
-        amax = None
-        if AMAX_NAME in self._names:
-            amax = self._file.get_tensor(AMAX_NAME).float()
-            self._check(AMAX_NAME, amax, (config.layers, len(LINEARS)))
+        amax = self._calibrated(AMAX_NAME, (config.layers, len(LINEARS)))
+        states = self._calibrated(STATES_NAME, (config.layers, 2))
         return Weights(
             words=self._tensor("embeddings.word_embeddings.weight", config.vocabulary, hidden).to(self._dtype),
             positions=(positions + types[0]).to(self._dtype),
             norm_weight=self._tensor("embeddings.LayerNorm.weight", hidden).to(self._dtype),
             norm_bias=self._tensor("embeddings.LayerNorm.bias", hidden).to(self._dtype),
             layers=tuple(
-                self._layer(number, config, None if amax is None else amax[number]) for number in range(config.layers)
+                self._layer(number, config, *(None if each is None else each[number] for each in (amax, states)))
+                for number in range(config.layers)
             ),
         )
 
-    def _layer(self, number: int, config: BertConfig, amax: Tensor | None) -> Layer:
+    def _calibrated(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """What calibration wrote, if it did."""
+        if name not in self._names:
+            return None
+        tensor: Tensor = self._file.get_tensor(name).float()
+        self._check(name, tensor, shape)
+        return tensor
+
+    def _layer(self, number: int, config: BertConfig, amax: Tensor | None, state_amax: Tensor | None) -> Layer:
         hidden, inner, layer = config.hidden, config.intermediate, f"encoder.layer.{number}."
         names = [f"{layer}attention.self.{part}." for part in ("query", "key", "value")]
         parts = {
@@ -235,7 +246,7 @@ class _Reader:
             "down_norm_weight": self._tensor(f"{layer}output.LayerNorm.weight", hidden),
             "down_norm_bias": self._tensor(f"{layer}output.LayerNorm.bias", hidden),
         }
-        return Layer(**{name: part.to(self._dtype) for name, part in parts.items()}, amax=amax)
+        return Layer(**{name: part.to(self._dtype) for name, part in parts.items()}, amax=amax, state_amax=state_amax)
 
     def _tensor(self, name: str, *shape: int | None) -> Tensor:
         """A tensor in float32; None in `shape` is any size."""
@@ -254,12 +265,21 @@ class _Reader:
 
 # Of a layer, one of its linear layers and that one's input [T, K]: what the linear layer computes with instead.
 See = Callable[[int, int, Tensor], Tensor]
+# Of a layer, one of its two norms and that one's input [T, H].
+Watch = Callable[[int, int, Tensor], None]
 
 
-def encode(weights: Weights, config: BertConfig, batch: Packed, see: See = lambda layer, linear, x: x) -> Tensor:
+def encode(
+    weights: Weights,
+    config: BertConfig,
+    batch: Packed,
+    see: See = lambda layer, linear, x: x,
+    watch: Watch = lambda layer, norm, state: None,
+) -> Tensor:
     """Plain PyTorch, in the dtype of the weights: float32 [B, H]. The oracle of the kernels.
 
-    `see` is given the numbers of every linear layer with its input, and gives what it computes with.
+    `see` is given the numbers of every linear layer with its input, and gives what it computes with; `watch` is given
+    those of every norm with its input.
     """
     x = reference.embed_norm(
         batch.ids, batch.starts, weights.words, weights.positions, weights.norm_weight, weights.norm_bias, config.eps
@@ -267,11 +287,11 @@ def encode(weights: Weights, config: BertConfig, batch: Packed, see: See = lambd
     for number, layer in enumerate(weights.layers):
         qkv = reference.linear(see(number, 0, x), layer.qkv_weight, layer.qkv_bias)
         context = see(number, 1, reference.attention(qkv, batch.starts, batch.ends, config.heads))
-        product = reference.linear(context, layer.out_weight, torch.zeros_like(layer.out_bias))
-        middle = reference.add_norm(product, x, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps)
+        state = reference.linear(context, layer.out_weight, torch.zeros_like(layer.out_bias)) + x + layer.out_bias
+        watch(number, 0, state)
+        middle = layer_norm(state, state.shape[1:], layer.out_norm_weight, layer.out_norm_bias, config.eps)
         inner = see(number, 3, reference.linear(see(number, 2, middle), layer.up_weight, layer.up_bias, gelu=True))
-        product = reference.linear(inner, layer.down_weight, torch.zeros_like(layer.down_bias))
-        x = reference.add_norm(
-            product, middle, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps
-        )
+        state = reference.linear(inner, layer.down_weight, torch.zeros_like(layer.down_bias)) + middle + layer.down_bias
+        watch(number, 1, state)
+        x = layer_norm(state, state.shape[1:], layer.down_norm_weight, layer.down_norm_bias, config.eps)
     return reference.pool(x, batch.offsets, config.pooling, config.normalize)

@@ -1,15 +1,14 @@
 """The encoder's forward pass on the kernels, in float16 or E4M3, inside a workspace that is allocated once."""
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from serving.engines.bert import BertConfig, Layer, Packed, Weights, name_linear
-from serving.engines.cuda_folded import FoldedLayers
-from serving.engines.e4m3 import MATRICES, choose_input_scale, quantize_weight
+from serving.engines.bert import BertConfig, Layer, Packed, Weights
+from serving.engines.cuda_folded import FoldedLayers, States
+from serving.engines.cuda_linears import Linear, load_linears
+from serving.engines.e4m3 import MATRICES
 from serving.kernels.add_norm import add_norm
 from serving.kernels.attention import attention
 from serving.kernels.compiled import CompileFailed
@@ -31,6 +30,8 @@ class Encoder:
     The workspace holds the hidden states and one wide area, where queries, keys, values and their context lie until
     the intermediate takes their place: bytes a token are 2H + 8H or 2H + 2I, whichever is more.
     """
+
+    _least_folded = MANY_ROWS  # tokens of a run that takes the folded layers
 
     def __init__(self, weights: Weights, config: BertConfig, device: torch.device, max_tokens: int, max_rows: int):
         """Raises torch.OutOfMemoryError when weights and workspace do not fit."""
@@ -54,12 +55,13 @@ class Encoder:
             return out
         x = self._hidden[: tokens * config.hidden].view(tokens, config.hidden)
         self._embed(batch, x)
-        if self._folded is not None and tokens >= MANY_ROWS:
-            self._folded.run(batch, x, self._carve, is_long)
+        norm, up = None, False  # the last layer norm goes up
+        if self._folded is not None and tokens >= self._least_folded:
+            norm, up = self._folded.run(batch, self._states(x), self._carve, is_long)
         else:
             for number in range(config.layers):
                 self._run_layer(number, batch, x, is_long)
-        pool(x, batch.offsets, config.pooling, config.normalize, out)
+        pool(x, batch.offsets, config.pooling, config.normalize, out, norm, up)
         return out
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
@@ -95,10 +97,13 @@ class Encoder:
     def _make_folded(self, weights: Weights) -> FoldedLayers | None:
         """The layers for many tokens, on the GPUs that have their GEMM."""
         narrow = self.config.hidden <= _MAX_FOLDED and self.config.hidden % 128 == 0
-        if not narrow or self.max_tokens < MANY_ROWS or not is_hopper(self._words.device):
+        if not narrow or self.max_tokens < self._least_folded or not is_hopper(self._words.device):
             return None
-        _, output, _, down = self._stacks
-        return FoldedLayers(weights, self.config, output, down, self.max_tokens)
+        linears = [[Linear(matrix) for matrix in matrices] for matrices in self._matrices]
+        return FoldedLayers(weights, self.config, linears, self.max_tokens, is_steady=False)
+
+    def _states(self, x: Tensor) -> States:
+        return States(x)
 
     def _wide_bytes(self) -> int:
         """Of a token's part of the wide area."""
@@ -127,29 +132,17 @@ class Encoder:
         return self._wide[first_byte : first_byte + size].view(dtype).view(rows, columns)
 
 
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    """A weight [N, K]: float16, or E4M3 with float32 [1] scales: its own, and that of its input with the inverse."""
-
-    weight: Tensor
-    weight_scale: Tensor | None = None
-    x_scale: Tensor | None = None
-    x_factor: Tensor | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What its input has to be."""
-        return self.weight.dtype
-
-
 class Fp8Encoder(Encoder):
     """The linear layers in E4M3 but those of `config.float16`; everything between them in float16 and float32.
 
     Whoever produces an input of an E4M3 layer quantises it in the same pass. The inputs of the query and up
     projections take a scale a row; context and intermediate, whose rows no one program sees whole, a calibrated one.
-    E4M3 makes a step of 6 % of a difference in the last bit, so the kernels are steady: a text has the same vector
-    alone and in a batch because the same arithmetic runs.
+    On Hopper the layers are folded, for any number of tokens: E4M3 magnifies the last bit, so a text has the same
+    vector alone and in a batch only if the same arithmetic runs.
     """
+
+    _least_folded = 1
+    _linears: list[list[Linear]]
 
     def __init__(self, weights: Weights, config: BertConfig, device: torch.device, max_tokens: int, max_rows: int):
         """Raises torch.OutOfMemoryError. Every layer must have been calibrated."""
@@ -160,12 +153,20 @@ class Fp8Encoder(Encoder):
     def _make_few(self) -> None:
         return None
 
-    def _make_folded(self, weights: Weights) -> None:
-        return None
+    def _make_folded(self, weights: Weights) -> FoldedLayers | None:
+        is_calibrated = all(layer.state_amax is not None for layer in weights.layers)
+        if self.config.hidden % 128 or not is_calibrated or not is_hopper(self._words.device):
+            return None
+        folded = FoldedLayers(weights, self.config, self._linears, self.max_tokens, is_steady=True)
+        self._linears = self._linears[:1]  # of which the embeddings ask what the first layer reads
+        return folded
+
+    def _states(self, x: Tensor) -> States:
+        return States(x, self._narrow[: x.numel()].view(x.shape), self._row_scales[: len(x)])
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
         self._linears = [
-            _load_linears(number, layer, self.config.float16, device) for number, layer in enumerate(weights.layers)
+            load_linears(number, layer, self.config.float16, device) for number, layer in enumerate(weights.layers)
         ]
 
     def _wide_bytes(self) -> int:
@@ -176,7 +177,7 @@ class Fp8Encoder(Encoder):
         operand = self._operand(self._linears[0][0], x)
         embed_norm(batch.ids, batch.starts, self._words, self._positions, *self._norm, self.config.eps, x, *operand)
 
-    def _operand(self, reader: _Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _operand(self, reader: Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `reader` takes of the states x, and its scales: quantised ones a row, or x itself and none."""
         if reader.dtype == _HALF:
             return x, None
@@ -207,22 +208,3 @@ def _move_vectors(layer: Layer, device: torch.device) -> Layer:
     empty = torch.empty(0)
     moved = {name: getattr(layer, name).to(device, _HALF) for name in names}
     return Layer(**moved, **{name: empty for name in Layer.__slots__ if name not in moved})
-
-
-def _load_linears(number: int, layer: Layer, float16: Collection[str], device: torch.device) -> list[_Linear]:
-    """A layer's linear layers in the form their kernels take."""
-    assert layer.amax is not None, "calibrated"
-    linears = []
-    for linear_number, matrix in enumerate(MATRICES):
-        weight = getattr(layer, matrix)
-        if name_linear(number, linear_number) in float16:
-            linears.append(_Linear(weight.to(device, _HALF)))
-        else:
-            linears.append(_quantize(weight, layer.amax[linear_number], device))
-    return linears
-
-
-def _quantize(weight: Tensor, amax: Tensor, device: torch.device) -> _Linear:
-    values, weight_scale = quantize_weight(weight)
-    x_scale = choose_input_scale(amax)
-    return _Linear(values.to(device), weight_scale.to(device), x_scale.to(device), (1.0 / x_scale).to(device))

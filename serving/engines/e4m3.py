@@ -6,7 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from serving.engines.bert import LINEARS, BertConfig, Layer, Packed, Weights, encode, name_linear
+from serving.engines.bert import (
+    AMAX_NAME,
+    LINEARS,
+    STATES_NAME,
+    BertConfig,
+    Layer,
+    Packed,
+    Weights,
+    encode,
+    name_linear,
+)
 from serving.kernels import reference
 
 # Of a layer, in the order of LINEARS.
@@ -18,21 +28,24 @@ _MARGIN = 2.0  # between the largest input calibration saw and the largest E4M3 
 _SMALLEST_SCALE = 1e-12
 
 
-def calibrate(weights: Weights, config: BertConfig, batches: Iterable[Packed]) -> Tensor:
-    """The largest input that each linear layer sees: float32 [layers, 4], `activation_amax` of the engine's file."""
-    amax = torch.zeros(config.layers, len(LINEARS))
+def calibrate(weights: Weights, config: BertConfig, batches: Iterable[Packed]) -> dict[str, Tensor]:
+    """Tensors of the engine's file: the largest input that each linear layer sees, and the largest state each norm."""
+    amax, states = torch.zeros(config.layers, len(LINEARS)), torch.zeros(config.layers, 2)
+
+    def keep(largest: Tensor, x: Tensor) -> None:
+        largest.copy_(torch.maximum(largest, x.abs().amax().float()))
 
     def see(layer: int, linear: int, x: Tensor) -> Tensor:
-        amax[layer, linear] = torch.maximum(amax[layer, linear], x.abs().amax().float())
+        keep(amax[layer, linear], x)
         return x
 
     for batch in batches:
-        encode(weights, config, batch, see)
-    return amax
+        encode(weights, config, batch, see, lambda layer, norm, state: keep(states[layer, norm], state))
+    return {AMAX_NAME: amax, STATES_NAME: states}
 
 
 def choose_input_scale(amax: Tensor) -> Tensor:
-    """Float32 [1] by which an input that calibration saw up to `amax` is divided."""
+    """Float32 [1] by which what calibration saw up to `amax` is divided."""
     return (amax * _MARGIN / reference.E4M3_MAX).clamp(min=_SMALLEST_SCALE).reshape(1)
 
 
@@ -43,7 +56,10 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ExactE4M3:
-    """What the engine computes in E4M3, every product and sum in float32: no kernel's own rounding, no GPU's."""
+    """What the engine computes in E4M3, every product and sum in float32: no kernel's own rounding, no GPU's.
+
+    Folded layers round the states of `BY_ROW` before their norm instead of behind it, as finely: see `cuda_folded`.
+    """
 
     def __init__(self, weights: Weights, config: BertConfig) -> None:
         """All linear layers but those of `config.float16` are rounded, and must have been calibrated."""

@@ -14,6 +14,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 HEAD_SIZES = (32, 64)
+# By head size and steadiness: stages of the ring of keys and values, and registers a thread where fewer than the
+# compiler takes measured faster, because more programs share a processor.
+_LIMITS = {(32, False): (3, 80), (32, True): (3, 80), (64, False): (3, None), (64, True): (2, 112)}
 _FAR = tl.constexpr(-1.0e30)  # below every score, and finite: a row without a key in a block keeps its sums
 
 
@@ -23,7 +26,8 @@ def _attend(q, k, v, m, total, acc, first, last, begin, scale, BN: tl.constexpr,
     scores = tl.dot(q, k.T)
     if MASKED:
         rows = begin + tl.arange(0, BN)
-        own = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
+        place, count = rows[None, :] - first[:, None], tl.maximum(last - first, 0)  # negative places are large ones
+        own = place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)[:, None]
         scores = tl.where(own, scores, float("-inf"))
     highest = tl.maximum(m, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - highest[:, None])
@@ -46,13 +50,14 @@ def _walk(
     return m, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last"])
 def _attention_kernel(
-    queries, keys, starts, ends, out, out_factor, num_tokens, scale,
+    queries, keys, starts, ends, out, out_factor, num_tokens, last, scale,
     HIDDEN: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QUANTIZE: tl.constexpr,
     STEADY: tl.constexpr,
 ):  # fmt: skip
-    column, tile = tl.program_id(0) * D, tl.program_id(1) * BM
+    column, place = tl.program_id(0) * D, tl.program_id(1)
+    tile = tl.where(last < 0, place, last - place) * BM
     rows = tile + tl.arange(0, BM)
     live = rows < num_tokens
     bottom = tl.minimum(tile + BM, num_tokens) - 1
@@ -78,21 +83,23 @@ def _attention_kernel(
 
 def attention(
     qkv: Tensor, starts: Tensor, ends: Tensor, heads: int, out: Tensor, out_factor: Tensor | None = None,
-    is_long: bool = False, is_steady: bool = False,
+    is_long: bool = False, is_steady: bool = False, is_upward: bool = True,
 ) -> None:  # fmt: skip
     """See `reference.attention`: qkv [T, 3H], starts and ends int32 [T] ascending, out [T, H].
 
     With `out_factor` (float32 [1]) out is E4M3 and takes the result times it. `is_long` chooses the tile
     that measured faster where a token attends to 128 and more; a sequence's result has the same bits wherever it lies
-    if it `is_steady`. Head sizes: HEAD_SIZES.
+    if it `is_steady`. `is_upward` begins with the last rows, which whoever wrote qkv downward left in the second cache.
+    Head sizes: HEAD_SIZES.
     """
     num_tokens, hidden = out.shape
     size = hidden // heads
     rows, keys = 64, 64 if is_long or is_steady else 32
-    scale = math.log2(math.e) / math.sqrt(size)
-    _attention_kernel[(heads, triton.cdiv(num_tokens, rows))](
+    scale, (stages, registers) = math.log2(math.e) / math.sqrt(size), _LIMITS[size, is_steady]
+    down = triton.cdiv(num_tokens, rows)
+    _attention_kernel[(heads, down)](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
-        starts, ends, out, out_factor, num_tokens, scale,
+        starts, ends, out, out_factor, num_tokens, down - 1 if is_upward else -1, scale,
         HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, STEADY=is_steady,
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=stages, maxnreg=registers,
     )  # fmt: skip

@@ -75,9 +75,11 @@ def make_macros(rows: int, pooling: str, normalize: bool) -> dict[str, int]:
 
 def pack_weights(weights: Stacked) -> Tensor:
     """The matrices as fragments in the order in which each program uses them: float16 [layers, programs, 12, _UNIT]."""
-    layers = range(len(weights.up_weight))
-    packed = [_pack_layer(weights, layer, program) for layer in layers for program in range(_HEADS)]
-    return torch.stack(packed).view(len(layers), _HEADS, -1, _UNIT)
+    packed = torch.empty(len(weights.up_weight), _HEADS, 12, _UNIT, dtype=torch.float16, device=weights.words.device)
+    for layer, programs in enumerate(packed):  # in place: all at once would hold the weights a third time
+        for program, units in enumerate(programs):
+            units.copy_(_pack_layer(weights, layer, program))
+    return packed
 
 
 def _pack_layer(weights: Stacked, layer: int, program: int) -> Tensor:

@@ -26,12 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from serving.kernels.gemm_hopper_epilogue import finish, normalize, read_columns, read_rows, store_sums
+
 _COLUMNS = 128  # of a tile
 _STEP_BYTES = 128  # of a tile's row in the ring: one swizzle span
 _SHARED_BYTES = 230_000  # for rings and results; the rest is barriers
 _meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # triton 3.7 renamed it
-
-_A, _B = gl.constexpr(0.79862082), gl.constexpr(0.0355207)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +50,20 @@ _RESIDENT_BYTES = 98_304  # of a column of tiles' weights: half of the shared me
 
 
 @gluon.jit
-def _gelu(half):
-    """The fast form of `gemm.gelu`, of half of x."""
-    inner = half * (2.0 * _A + half * half * (8.0 * _B))
-    tanh = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [inner], dtype=gl.float32, is_pure=True, pack=1)
-    return half + half * tanh
-
-
-@gluon.jit
-def _find_tile(turn, across, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Top row and left column of this program's tile; tiles go across the columns first, for the second cache."""
+def _find_tile(turn, sizes, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Top row and left column of this program's tile; tiles go across the columns first, for the second cache, and down
+    the rows, or up from the `last` where there is one."""
+    _, _, across, last = sizes
     tile = gl.program_id(0) + turn * gl.num_programs(0)
-    return tile // across * ROWS, tile % across * COLUMNS
+    row = tile // across
+    return gl.where(last < 0, row, last - row) * ROWS, tile % across * COLUMNS
 
 
 @gluon.jit
 def _produce(x, weight, ring, barriers, sizes, RESIDENT: gl.constexpr):
     """Fill the ring, tile after tile of this program; resident weights once."""
     ready, empty, _, _, loaded = barriers
-    count, depth, across = sizes
+    count, depth, _, _ = sizes
     x_ring, weights = ring
     stages: gl.constexpr = x_ring.type.shape[0]
     rows: gl.constexpr = x.block_type.shape[0]
@@ -76,13 +71,13 @@ def _produce(x, weight, ring, barriers, sizes, RESIDENT: gl.constexpr):
     step: gl.constexpr = x.block_type.shape[1]
     kept: gl.constexpr = weights.type.shape[0]
     if RESIDENT:
-        _, left = _find_tile(0, across, rows, columns)
+        _, left = _find_tile(0, sizes, rows, columns)
         mbarrier.expect(loaded, weight.block_type.nbytes * kept)
         for part in gl.static_range(kept):
             tma.async_copy_global_to_shared(weight, [left, part * step], loaded, weights.index(part))
     slot, phase = 0, 1
     for turn in range(count):
-        top, left = _find_tile(turn, across, rows, columns)
+        top, left = _find_tile(turn, sizes, rows, columns)
         for k in range(depth):
             bar = ready.index(slot)
             mbarrier.wait(empty.index(slot), phase)
@@ -132,12 +127,19 @@ def _multiply_in_turn(
 
 
 @gluon.jit
-def _send(acc, out, buffer, top, left, out_factor, QUANTIZE: gl.constexpr):
-    if QUANTIZE:
-        acc = acc * out_factor  # the conversion cuts what is beyond E4M3
+def _send(acc, out, copy, buffers, top, left, out_factor, QUANTIZE: gl.constexpr):
+    """Write a tile, times the factor where it is E4M3, and once more so where there is a copy. The conversion cuts what
+    is beyond E4M3."""
+    buffer, copy_buffer = buffers
+    if QUANTIZE == "out":
+        acc = acc * out_factor
     buffer.store(acc.to(out.dtype))
+    if QUANTIZE == "copy":
+        copy_buffer.store((acc * out_factor).to(copy.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [top, left], buffer)
+    if QUANTIZE == "copy":
+        tma.async_copy_shared_to_global(copy, [top, left], copy_buffer)
 
 
 @gluon.jit
@@ -147,118 +149,39 @@ def _consume(
     HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """Every GROUPS-th tile of this program: multiply in turn, then finish the tile while the others multiply."""
-    residual, out, epilogue, norms, ring, tiles, barriers, sizes = work
+    residual, out, copy, epilogue, norms, ring, tiles, copies, barriers, sizes = work
     _, _, _, arrived, loaded = barriers
-    count, depth, across = sizes
+    count, depth, _, _ = sizes
     rows: gl.constexpr = out.block_type.shape[0]
     columns: gl.constexpr = out.block_type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // ring[0].dtype.primitive_bitwidth]
     )
-    out_factor = gl.load(epilogue[3]) if QUANTIZE else 1.0
+    out_factor = gl.load(epilogue[3]) if QUANTIZE != "none" else 1.0
     buffer, landed = tiles.index(number), arrived.index(number)
-    _, left = _find_tile(0, across, rows, columns)
-    of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
+    _, left = _find_tile(0, sizes, rows, columns)
+    of_columns = read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
     if RESIDENT:
         mbarrier.wait(loaded, 0)
     for turn in range(number, count, GROUPS):
-        top, left = _find_tile(turn, across, rows, columns)
+        top, left = _find_tile(turn, sizes, rows, columns)
         tma.store_wait(0)
         _meet()
         if RESIDUAL:
             mbarrier.expect(landed, residual.block_type.nbytes)
             tma.async_copy_global_to_shared(residual, [top, left], landed, buffer)
         if not RESIDENT:
-            of_columns = _read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
-        of_rows = _read_rows(epilogue, norms, top, layout, rows, GELU, SCALES, NORM, HIDDEN)
+            of_columns = read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
+        of_rows = read_rows(epilogue, norms, top, layout, rows, GELU, SCALES, NORM, HIDDEN)
         acc = _multiply_in_turn(number, turn, ring, barriers, depth, layout, GROUPS, RESIDENT)
-        acc = _finish(acc, of_columns, of_rows, BIAS, GELU, SCALES, NORM)
+        acc = finish(acc, of_columns, of_rows, BIAS, GELU, SCALES, NORM)
         if RESIDUAL:
             mbarrier.wait(landed, turn // GROUPS & 1)
-            acc += _normalize(buffer.load(layout).to(gl.float32), of_columns, of_rows, NORM)
+            acc += normalize(buffer.load(layout).to(gl.float32), of_columns, of_rows, NORM)
         if SUM:
-            _store_sums(acc, norms[3], epilogue[4], top, left, layout, HIDDEN)
-        _send(acc, out, buffer, top, left, out_factor, QUANTIZE)
+            store_sums(acc, norms[3], epilogue[4], top, left, layout, HIDDEN)
+        _send(acc, out, copy, (buffer, copies.index(number)), top, left, out_factor, QUANTIZE)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _read_columns(
-    bias_at, factors, left, layout: gl.constexpr, COLUMNS: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
-    NORM: gl.constexpr,
-):  # fmt: skip
-    """What the epilogue needs of the columns: the bias, half of it for a GELU, and the norm's factors."""
-    columns = left + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    bias = gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(0, layout))
-    factor = gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(0, layout))
-    if BIAS:
-        bias = gl.load(bias_at + columns).to(gl.float32) * (0.5 if GELU else 1.0)
-    if NORM != "none":
-        factor = gl.load(factors + columns)
-    return bias, factor
-
-
-@gluon.jit
-def _read_rows(
-    epilogue, norms, top, layout: gl.constexpr, ROWS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr,
-    NORM: gl.constexpr, HIDDEN: gl.constexpr,
-):  # fmt: skip
-    """What the epilogue needs of the rows, read before the turn so that it waits for nothing: what the product is to be
-    multiplied by, and of the norm mean and reciprocal spread, from the sums over each 128 of their columns. A GELU
-    takes half of its argument."""
-    _, x_scales, weight_scale, _, num_rows = epilogue
-    sums, _, eps, _ = norms
-    rows = top + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    live = rows < num_rows
-    scale = gl.full([ROWS], 0.5 if GELU else 1.0, gl.float32, gl.SliceLayout(1, layout))
-    mean = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    spread = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
-    if SCALES == "rows":
-        scale = scale * gl.load(x_scales + rows, live, other=0.0) * gl.load(weight_scale)
-    elif SCALES == "tensor":
-        scale = scale * (gl.load(x_scales) * gl.load(weight_scale))
-    if NORM != "none":
-        for part in gl.static_range(HIDDEN // 128):
-            place = sums + (rows * (HIDDEN // 128) + part) * 2
-            mean += gl.load(place, live, other=0.0) / HIDDEN
-            spread += gl.load(place + 1, live, other=0.0) / HIDDEN
-        spread = gl.rsqrt(spread - mean * mean + eps)
-    if NORM == "x":
-        spread = spread * scale
-    return scale, mean, spread
-
-
-@gluon.jit
-def _finish(acc, of_columns, of_rows, BIAS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr, NORM: gl.constexpr):
-    """Layer norm or scales of the operands, bias and activation."""
-    bias, factor = of_columns
-    scale, mean, spread = of_rows
-    if NORM == "x":
-        acc = (acc - mean[:, None] * factor[None, :]) * spread[:, None]
-    elif SCALES != "none" or GELU:
-        acc = acc * scale[:, None]
-    if BIAS:
-        acc = acc + bias[None, :]
-    if GELU:
-        acc = _gelu(acc)
-    return acc
-
-
-@gluon.jit
-def _normalize(residual, of_columns, of_rows, NORM: gl.constexpr):
-    """The residual behind its norm, whose shift is in the bias."""
-    if NORM == "residual":
-        residual = (residual - of_rows[1][:, None]) * of_rows[2][:, None] * of_columns[1][None, :]
-    return residual
-
-
-@gluon.jit
-def _store_sums(x, sums, num_rows, top, left, layout: gl.constexpr, HIDDEN: gl.constexpr):
-    """Sum and sum of squares of each row over this tile's columns, for the layer norm of who reads them."""
-    rows = top + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
-    place = sums + (rows * (HIDDEN // 128) + left // 128) * 2
-    gl.store(place, gl.sum(x, axis=1), rows < num_rows)
-    gl.store(place + 1, gl.sum(x * x, axis=1), rows < num_rows)
 
 
 @gluon.jit
@@ -279,22 +202,25 @@ def _make_barriers(STAGES: gl.constexpr, GROUPS: gl.constexpr):
     return ready, empty, turns, arrived, loaded
 
 
-@gluon.jit(do_not_specialize=["num_rows", "tiles"])  # which differ by run: compiled once for all
+@gluon.jit(do_not_specialize=["num_rows", "tiles", "last"])  # which differ by run: compiled once for all
 def _linear_kernel(
-    x, weight, residual, out, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
-    num_rows, tiles, across, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, RESIDENT: gl.constexpr,
-    BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr,
-    NORM: gl.constexpr, SUM: gl.constexpr, HIDDEN: gl.constexpr,
+    x, weight, residual, out, copy, bias, x_scales, weight_scale, out_factor, sums, factors, out_sums, eps,
+    num_rows, tiles, across, last, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    RESIDENT: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr,
+    QUANTIZE: gl.constexpr, NORM: gl.constexpr, SUM: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
     kept: gl.constexpr = DEPTH if RESIDENT else STAGES
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(weight.dtype, [kept] + weight.block_type.shape, weight.layout)  # noqa: RUF005
     buffers = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)  # noqa: RUF005
+    copies = buffers
+    if QUANTIZE == "copy":
+        copies = gl.allocate_shared_memory(copy.dtype, [GROUPS] + copy.block_type.shape, copy.layout)  # noqa: RUF005
     barriers = _make_barriers(STAGES, GROUPS)
     count = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-    ring, sizes = (x_ring, weights), (count, DEPTH, across)
+    ring, sizes = (x_ring, weights), (count, DEPTH, across, last)
     ends, norms = (bias, x_scales, weight_scale, out_factor, num_rows), (sums, factors, eps, out_sums)
-    work = (residual, out, ends, norms, ring, buffers, barriers, sizes)
+    work = (residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes)
     # fmt: off
     if GROUPS == 2:
         gl.warp_specialize(
@@ -358,15 +284,20 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_programs: int, gelu: bool = False,
     residual: Tensor | None = None, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
     out_factor: Tensor | None = None, norm: RowNorm | None = None, out_sums: Tensor | None = None,
+    copy: Tensor | None = None, is_upward: bool = False,
 ) -> Any:  # fmt: skip
     """See `gemm.linear`; `num_programs`: multiprocessors; `residual` [T, N] is added and may be `out`.
 
     `norm` is of the residual where there is one, else of x. `out_sums` takes the sums that a norm of `out` needs.
+    `copy` (E4M3 [T, N]) takes the result times `out_factor`, which then leaves `out` alone.
+    `is_upward` begins with the last rows: those that whoever wrote x downward left in the second cache.
     """
     (num_rows, width), columns, size = x.shape, weight.shape[0], x.element_size()
     step, across = _STEP_BYTES // size, columns // _COLUMNS
-    form, stages, programs = _plan(width * size, across, num_programs, out.element_size(), size == 1)
-    tiles = triton.cdiv(num_rows, form.rows) * across
+    out_bytes = out.element_size() + (copy is not None)
+    form, stages, programs = _plan(width * size, across, num_programs, out_bytes, size == 1)
+    down = triton.cdiv(num_rows, form.rows)
+    tiles = down * across
     result = _describe(out, [form.rows, _COLUMNS])
     scales = "none" if x_scales is None else "tensor" if x_scales.numel() == 1 else "rows"
     sums, factors = (None, None) if norm is None else (norm.sums, norm.factors)
@@ -376,9 +307,12 @@ def linear(
     return _linear_kernel[(min(programs, tiles),)](
         _describe(x, [form.rows, step]), _describe(weight, [_COLUMNS, step]),
         result if residual is None else _describe(residual, [form.rows, _COLUMNS]), result,
-        *operands, 0.0 if norm is None else norm.eps, num_rows, tiles, across, DEPTH=width // step, STAGES=stages,
+        result if copy is None else _describe(copy, [form.rows, _COLUMNS]),
+        *operands, 0.0 if norm is None else norm.eps, num_rows, tiles, across,
+        down - 1 if is_upward else -1, DEPTH=width // step, STAGES=stages,
         GROUPS=form.groups, RESIDENT=form is _RESIDENT, BIAS=bias is not None, GELU=gelu,
-        RESIDUAL=residual is not None, SCALES=scales, QUANTIZE=out_factor is not None,
+        RESIDUAL=residual is not None, SCALES=scales,
+        QUANTIZE="copy" if copy is not None else "none" if out_factor is None else "out",
         NORM="none" if norm is None else "x" if residual is None else "residual", SUM=out_sums is not None,
         HIDDEN=columns if residual is not None else width, num_warps=4, maxnreg=form.registers,
     )  # fmt: skip

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from serving.engines.bert import BertConfig, Packed, encode, load_weights, read_config
+from serving.engines.bert import STATES_NAME, BertConfig, Packed, encode, load_weights, read_config
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import write_encoder
@@ -52,12 +54,14 @@ def test_encode_equals_sentence_transformers_on_the_real_minilm(tmp_path: Path) 
     np.testing.assert_allclose(vectors, expected, atol=2e-6)
 
 
-def test_write_encoder_calibrates_every_linear_layer(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_write_encoder_calibrates_every_linear_layer_and_norm(tiny_teacher: Path, tmp_path: Path) -> None:
     teacher = load_teacher.fn(str(tiny_teacher))
     rows = TextTokenizer.from_folder(teacher.tokenizer.parent, 32).encode(make_sentences(4))
     path = write_encoder(teacher, tmp_path / "files", rows)
     weights = load_weights(path, read_config(path.with_name("config.json")))
-    assert all(layer.amax is not None and bool((layer.amax > 0).all()) for layer in weights.layers)
+    for calibrated in [each for layer in weights.layers for each in (layer.amax, layer.state_amax)]:
+        assert calibrated is not None
+        assert bool((calibrated > 0).all())
 
 
 @pytest.mark.parametrize(
@@ -112,6 +116,14 @@ def test_load_weights_refuses_a_short_file(encoder: Path, damage: Callable[[byte
 def test_load_weights_names_the_missing_tensor(encoder: Path) -> None:
     config = read_config(change_config(encoder, num_hidden_layers=3))
     with pytest.raises(EngineUnavailable, match=r"holds no tensor encoder\.layer\.2\."):
+        load_weights(encoder, config)
+
+
+def test_load_weights_does_without_calibrated_states_but_not_with_those_of_another_model(encoder: Path) -> None:
+    config = read_config(encoder.with_name("config.json"))
+    assert all(layer.state_amax is None for layer in load_weights(encoder, config).layers)
+    save_file(load_file(encoder) | {STATES_NAME: torch.ones(config.layers + 1, 2)}, encoder)
+    with pytest.raises(EngineUnavailable, match=r"state_amax is \(3, 2\), config\.json says \(2, 2\)"):
         load_weights(encoder, config)
 
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engines.bert import LINEARS, BertConfig, Packed, Weights, encode, list_linears, name_linear
+from serving.engines.bert import (
+    AMAX_NAME,
+    LINEARS,
+    STATES_NAME,
+    BertConfig,
+    Packed,
+    Weights,
+    encode,
+    list_linears,
+    name_linear,
+)
 from serving.engines.e4m3 import ExactE4M3, calibrate, choose_input_scale, quantize_weight
 from tests.serving.kernels.models import make_encoder, poison, read_model
 from tests.serving.kernels.packs import make_packed
@@ -64,9 +74,13 @@ def test_kept_layer_needs_no_calibration(linear: int, model: tuple[BertConfig, W
 def test_calibrate_finds_the_largest_input_of_every_batch(model: tuple[BertConfig, Weights]) -> None:
     config, weights = model
     batches = [make_packed([lengths], torch.device("cpu")) for lengths in (40, 7)]
-    together = calibrate(weights, config, batches)
-    assert together.shape == (LAYERS, len(LINEARS))
-    assert torch.equal(together, torch.maximum(*(calibrate(weights, config, [each]) for each in batches)))
+    together, *singles = (calibrate(weights, config, each) for each in (batches, batches[:1], batches[1:]))
+    assert {name: tuple(each.shape) for name, each in together.items()} == {
+        AMAX_NAME: (LAYERS, len(LINEARS)),
+        STATES_NAME: (LAYERS, 2),
+    }
+    for name, largest in together.items():
+        assert torch.equal(largest, torch.maximum(*(single[name] for single in singles)))
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(3, 4), torch.tensor([[1e-3, -7.0]])], ids=["zeros", "values"])

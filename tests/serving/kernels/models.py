@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from serving.engines.bert import (
-    AMAX_NAME,
     E4M3_NAME,
     E4M3_VERSION,
     BertConfig,
@@ -53,8 +52,7 @@ def make_encoder(
     path, tensors = folder / "model.safetensors", dict(model.state_dict())
     save_file(tensors, path)
     config, weights = read_model(path)
-    amax = calibrate(weights, config, [make_packed([60, 60], torch.device("cpu"))])
-    save_file(tensors | {AMAX_NAME: amax}, path)
+    save_file(tensors | calibrate(weights, config, [make_packed([60, 60], torch.device("cpu"))]), path)
     return path
 
 

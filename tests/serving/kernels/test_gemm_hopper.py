@@ -30,6 +30,9 @@ def test_linear_equals_reference(rows: int, columns: int, depth: int, gelu: bool
     linear(x, weight, bias, out, PROGRAMS, gelu)
     oracle = reference.linear(x.float(), weight.float(), bias.float(), gelu)
     assert_as_exact_as(out, reference.linear(x, weight, bias, gelu), oracle)
+    upward = poisoned(rows, columns, device=x.device)
+    linear(x, weight, bias, upward, PROGRAMS, gelu, is_upward=True)
+    assert torch.equal(upward, out)
 
 
 @pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)
@@ -90,3 +93,34 @@ def test_linear_applies_the_layer_norm_of_the_residual_and_sums_what_it_writes()
     linear(x, weight, bias, y, PROGRAMS, residual=y, norm=norm, out_sums=sums)
     assert_as_exact_as(y, plain, oracle)
     torch.testing.assert_close(sums, row_sums(oracle), rtol=1e-2, atol=0.5)
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = (x.float().abs().amax() / 448).reshape(1)
+    return reference.quantize_tensor(x, scale), scale
+
+
+def test_linear_applies_the_layer_norm_of_its_e4m3_input() -> None:
+    from serving.kernels.gemm_hopper import RowNorm, linear
+
+    x, weight, bias = draw(2100, 384), draw(1536, 384, scale=0.05), draw(1536)
+    (values, x_scale), (small, weight_scale) = quantize(x), quantize(weight)
+    norm, out = RowNorm(row_sums(x), small.float().sum(1), 1e-12), poisoned(2100, 1536, device=x.device)
+    linear(values, small, bias, out, PROGRAMS, True, None, x_scale, weight_scale, norm=norm)
+    normed = (values.float() * x_scale - x.float().mean(1, keepdim=True)) / x.float().std(1, correction=0, keepdim=True)
+    oracle = reference.linear(normed, small.float() * weight_scale, bias.float(), gelu=True)
+    assert relative_error(out, oracle) < 1e-3
+
+
+@pytest.mark.parametrize("depth", [384, 1536])
+def test_linear_copies_its_result_in_e4m3(depth: int) -> None:
+    from serving.kernels.gemm_hopper import linear
+
+    x, weight, residual = draw(2100, depth), draw(384, depth, scale=0.02), draw(2100, 384)
+    (values, x_scale), (small, weight_scale) = quantize(x), quantize(weight)
+    copy, factor = torch.zeros(2100, 384, dtype=torch.float8_e4m3fn, device=x.device), torch.tensor([20.0]).cuda()
+    oracle = (values.float() * x_scale) @ (small.float() * weight_scale).T + residual.float()
+    scales = {"x_scales": x_scale, "weight_scale": weight_scale}
+    linear(values, small, None, residual, PROGRAMS, residual=residual, out_factor=factor, copy=copy, **scales)
+    assert relative_error(residual, oracle) < 1e-3
+    assert relative_error(copy.float() / factor, oracle) < 0.03

@@ -47,6 +47,9 @@ def test_attention_equals_reference(lengths: list[int], size: int, device: torch
     attention(qkv, batch.starts, batch.ends, heads, out)
     plain = reference.attention(qkv, batch.starts, batch.ends, heads)
     assert_as_exact_as(out, plain, reference.attention(qkv.float(), batch.starts, batch.ends, heads))
+    downward = poisoned(tokens, hidden, device=device)
+    attention(qkv, batch.starts, batch.ends, heads, downward, is_upward=False)
+    assert torch.equal(downward, out)
 
 
 def test_attention_survives_scores_far_from_zero(device: torch.device) -> None:
@@ -146,6 +149,18 @@ def test_pool_equals_reference(lengths: list[int], pooling: str, normalize: bool
     out = poisoned(len(lengths), 96, device=device, dtype=torch.float32)
     pool(x, batch.offsets, pooling, normalize, out)
     torch.testing.assert_close(out, reference.pool(x, batch.offsets, pooling, normalize), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def test_pool_applies_the_layer_norm_that_is_still_to_come(pooling: str, device: torch.device) -> None:
+    batch = make_packed([3, 17, 1, 40], device)
+    x, scale, shift = draw(61, 384, device=device), draw(384, device=device), draw(384, device=device)
+    out, parts = poisoned(4, 384, device=device, dtype=torch.float32), x.float().view(61, 3, 128)
+    sums = torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
+    pool(x, batch.offsets, pooling, False, out, (sums, scale, shift, EPS))
+    wide = as_float(x, torch.zeros_like(scale), scale, shift)
+    normed = reference.add_norm(wide[0], None, *wide[1:], EPS)
+    torch.testing.assert_close(out, reference.pool(normed, batch.offsets, pooling, False), rtol=1e-5, atol=1e-5)
 
 
 def test_pool_leaves_the_vector_of_an_empty_sequence_alone(device: torch.device) -> None:
