@@ -169,6 +169,14 @@ def test_distill_config_refuses_a_budget_of_zero_and_what_it_does_not_know(wrong
         DistillConfig.model_validate({"depth": 2, **wrong})
 
 
+@pytest.mark.parametrize("key", ["learning_rate", "epochs", "max_minutes", "hidden_weight", "contrastive_weight"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_step_settings_are_finite(key: str, value: float) -> None:
+    for config in (DistillConfig(depth=2), PruneConfig(ratio=0.3)):
+        with pytest.raises(ValidationError, match=key):
+            type(config).model_validate(config.model_dump() | {key: value})
+
+
 def test_join_neighbours_gives_the_share_asked_for_of_longer_texts() -> None:
     texts = [f"text {number}" for number in range(90)]
     joined = join_neighbours(texts, 0.1)
