@@ -93,7 +93,7 @@ def choose_layers(
         while len(kept) > depth:
             choices = [choice for choice in combinations(kept, len(kept) - step) if found.fits(choice)]
             if not choices:
-                raise StepRejected(f"no {len(kept) - step} layers of {teacher.name} have the parameters of its first ones")
+                raise StepRejected(f"no {len(kept) - step} layers of {teacher.name} are built like its first ones")
             kept = max(choices, key=measure)
             advance(step)
     found.take(kept)
@@ -101,7 +101,7 @@ def choose_layers(
 
 
 def write_student(start: Teacher, student: Any, layers: "Layers", rows: Sequence[Ids], folder: Path) -> None:
-    """The model folder of `start` with the weights of `student`, which was left with `layers`, and what it says of them.
+    """The model folder of `start` with the weights of `student`, which was left with `layers`, and their settings.
 
     Raises StepRejected where the model that is read back embeds `rows` otherwise.
     """
@@ -119,6 +119,6 @@ def write_student(start: Teacher, student: Any, layers: "Layers", rows: Sequence
     error = abs(embed_rows(load_sentence_transformer(folder), rows) - embed_rows(student, rows)).max()
     if not error <= _READ_BACK_LIMIT:
         raise StepRejected(
-            f"layers {' '.join(map(str, layers))} of {start.name}, a model of type {config.model_type!r}, embed otherwise "
-            f"once they are read back: off by {error:.1e}, limit {_READ_BACK_LIMIT:.0e}"
+            f"layers {' '.join(map(str, layers))} of {start.name}, a model of type {config.model_type!r}, embed "
+            f"otherwise once they are read back: off by {error:.1e}, limit {_READ_BACK_LIMIT:.0e}"
         )

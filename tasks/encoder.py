@@ -32,11 +32,13 @@ from serving.engines.bert import (
 from serving.engines.e4m3 import ExactE4M3, calibrate
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.models.teacher import Teacher
+from tasks.corpus import read_calibration
+from tasks.models.teacher import BERT_TYPES, Teacher
 from tasks.quantization.built import LayerDamage
 from tasks.quantization.calibrate import Batches
 from tasks.quantization.sensitivity import Probe, rank_layers
-from tasks.quantize import Candidate, calibration_texts
+from tasks.quantize import Candidate
+from tasks.steps import PruneConfig
 from tasks.variants import Variant
 
 ENCODER_NAME, INTEGERS_NAME = "model.safetensors", "encoder.safetensors"
@@ -46,8 +48,8 @@ _FLOAT_BITS = 16  # of the layers that are not rounded
 
 @task(task_run_name="encoder-{variant.name}", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibration_size: int) -> Candidate:
-    """A variant of the cuda or the avx512 engine from the weights. Raises QuantizationFailed and EngineUnavailable."""
-    texts = calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
+    """A variant of the cuda or the avx512 engine from the weights. Raises CorpusRejected and EngineUnavailable."""
+    texts = read_calibration(corpus, calibration_size, variant.name) if variant.is_calibrated else []
     rows = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length).encode(texts) if texts else []
     with draft(variant.name) as work:
         (work.folder / TOKENIZER_NAME).write_bytes(teacher.tokenizer.read_bytes())
@@ -112,12 +114,24 @@ def check_fits(teacher: Teacher) -> None:
     _read_for_avx512(teacher)
 
 
+def check_shapes(variant: Variant, teacher: Teacher) -> None:
+    """Raises EngineUnavailable where the variant's engine cannot honour the teacher's configuration after its steps."""
+    is_pruned = any(isinstance(step, PruneConfig) for step in variant.steps)
+    path, config = _parse(teacher, {"model_type": BERT_TYPES[-1]} if is_pruned else {})
+    if variant.runtime == "avx512":
+        check_sizes(path, config.hidden, config.intermediate, config.heads)
+
+
+def _parse(teacher: Teacher, changes: Mapping[str, Any]) -> tuple[Path, BertConfig]:
+    path = teacher.tokenizer.parent / CONFIG_NAME
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return path, parse_config(fields | {"pooling": teacher.pooling, "normalize": teacher.normalize} | changes, path)
+
+
 def _read_for_avx512(teacher: Teacher) -> tuple[Weights, BertConfig]:
-    source = teacher.tokenizer.parent
-    fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-    config = parse_config(fields | {"pooling": teacher.pooling, "normalize": teacher.normalize}, source / CONFIG_NAME)
-    check_sizes(source / CONFIG_NAME, config.hidden, config.intermediate, config.heads)
-    return load_weights(source / ENCODER_NAME, config), config
+    path, config = _parse(teacher, {})
+    check_sizes(path, config.hidden, config.intermediate, config.heads)
+    return load_weights(path.with_name(ENCODER_NAME), config), config
 
 
 def save_integers(weights: Weights, config: BertConfig, calibration: Sequence[Ids], path: Path) -> None:

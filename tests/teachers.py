@@ -1,4 +1,4 @@
-"""A real, tiny teacher: a random model that sentence-transformers itself writes as a model folder; a BERT unless asked."""
+"""A real, tiny teacher: a random BERT, or one of another family, that sentence-transformers itself writes."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,13 @@ _DECODER = {"head_dim": 8, "num_key_value_heads": 2}
 _EXTRA: dict[str, dict[str, Any]] = {
     "bert": {"initializer_range": 0.1},  # with the usual 0.02 random layers give every text nearly the same embedding
     "distilbert": _DISTILBERT,
-    "modernbert": {"bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "initializer_range": 0.1},
+    "modernbert": {
+        "bos_token_id": 2,
+        "cls_token_id": 2,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+        "initializer_range": 0.1,
+    },
     "qwen3": _DECODER,
     "gemma3_text": _DECODER,
     "t5": _T5,

@@ -14,7 +14,7 @@ from serving.engines.e4m3 import ExactE4M3
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import build_encoder, keep_sensitive, write_encoder
-from tasks.errors import QuantizationFailed
+from tasks.errors import CorpusRejected
 from tasks.models.teacher import load_teacher
 from tasks.quantize import Candidate
 from tasks.settings import QdqConfig
@@ -53,7 +53,7 @@ def test_int8_avx512_of_the_real_minilm_is_a_candidate(forge: Forge) -> None:
 
 
 def test_build_encoder_refuses_too_few_calibration_texts(forge: Forge) -> None:
-    with pytest.raises(QuantizationFailed, match="cuda-fp8 asks for 999999 calibration texts"):
+    with pytest.raises(CorpusRejected, match="cuda-fp8 asks for 999999 calibration texts"):
         build_encoder.fn(KERNEL_VARIANTS["cuda-fp8"], forge.study.teacher, forge.study.corpus, 999_999)
 
 
