@@ -6,13 +6,14 @@ So is a default variant of an engine of our own that does not know the model.
 from collections.abc import Iterable
 
 from flows.config import OptimizeConfig
+from serving.engines import avx512, cuda_node
 from serving.errors import EngineUnavailable
 from tasks.build import NotBuilt, build_engine, choose_build, describe_tensorrt, list_recipes, with_engine
 from tasks.errors import NothingBuilt
 from tasks.models.teacher import Teacher
 from tasks.quantize import Candidate
 from tasks.settings import BuildConfig
-from tasks.variants import KERNEL_VARIANTS
+from tasks.variants import KERNEL_VARIANTS, Variant
 
 
 def without_misfits(config: OptimizeConfig, teacher: Teacher) -> tuple[OptimizeConfig, list[NotBuilt]]:
@@ -33,6 +34,17 @@ def without_misfits(config: OptimizeConfig, teacher: Teacher) -> tuple[OptimizeC
         kept = tuple(name for name in config.variants if name not in ours)
         return config.model_copy(update={"variants": kept}), [NotBuilt(variant=n, reason=str(error)) for n in ours]
     return config, []
+
+
+def check_engine(variant: Variant, teacher: Teacher) -> None:
+    """Raises EngineUnavailable where a variant of an engine of our own cannot run here, or not with the model."""
+    from tasks.encoder import check_shapes  # noqa: PLC0415  torch: seconds that no other variant pays
+
+    check_shapes(variant, teacher)
+    is_avx512 = variant.runtime == "avx512"
+    problem = avx512.find_problem() if is_avx512 else cuda_node.find_problem(cuda_node.examine_node(), variant.compute)
+    if problem:
+        raise EngineUnavailable(f"{variant.name} cannot run here: {problem}")
 
 
 def build_engines(candidates: Iterable[Candidate], config: BuildConfig) -> tuple[list[Candidate], list[NotBuilt]]:

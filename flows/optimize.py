@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
 from flows.engines import build_engines, without_misfits
-from flows.models import make_models
+from flows.models import export_models, make_models
+from flows.preflight import check_recipes
 from flows.workers import dask_workers
 from registry.cache import fetched
 from registry.channel import read_channel
@@ -66,8 +67,10 @@ def optimize(config: OptimizeConfig) -> Outcome:
     with tracked as tracker, dask_workers(config.dask_scheduler), production as champion:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         variants, hardware = [v.within(limits) for v in config.recipes()], describe_hardware()
+        check_recipes(teacher, variants, corpus, config.calibration_size)
+        plain = export_onnx(teacher)  # what cannot be exported says so before anything is trained
         models = make_models(teacher, variants, corpus)
-        exported = {steps: export_onnx(model) for steps, model in models.items()}
+        exported = export_models(models, plain)
         how = (teacher.max_seq_length, corpus, config.calibration_size)
         building = [_submit_build(variant, models, exported, how) for variant in variants]
         teacher_embeddings = embed_teacher.submit(teacher, corpus).result()
