@@ -1,6 +1,6 @@
 """Models: what the steps of recipes make of the teacher. Recipes that begin alike share what they have in common."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from prefect import Task
 
@@ -18,20 +18,20 @@ Steps = tuple[Step, ...]
 _TASKS: dict[str, Task[..., Artifact]] = {"distill": distill, "prune": prune, "trim": trim_vocabulary}
 
 
-def make_models(teacher: Teacher, variants: Iterable[Variant], corpus: Artifact) -> dict[Steps, Teacher]:
-    """The model that each sequence of steps ends in, described as a teacher is; of no steps, the teacher itself.
+def make_models(
+    teacher: Teacher, variants: Iterable[Variant], corpus: Artifact
+) -> tuple[dict[Steps, Teacher], dict[Steps, Artifact]]:
+    """The model that each sequence of steps ends in, described as a teacher is, and its exported graph.
 
-    All first steps are one sweep, then all second ones, and so on.
+    All first steps are one sweep, then all second ones, and so on. Of no steps it is the teacher itself, whose graph
+    comes first: what cannot be exported says so before anything is trained.
     """
     models: dict[Steps, Teacher] = {(): teacher}
-    wanted = dict.fromkeys(variant.steps for variant in variants)
-    for count in range(1, max(map(len, wanted)) + 1):
+    exported: dict[Steps, Artifact] = {(): export_onnx(teacher)}
+    wanted = dict.fromkeys(variant.steps for variant in variants if variant.steps)
+    for count in range(1, max(map(len, wanted), default=0) + 1):
         beginnings = dict.fromkeys(steps[:count] for steps in wanted if len(steps) >= count)
         made = run_each({b: (_TASKS[b[-1].kind], (models[b[:-1]], teacher, b[-1], corpus)) for b in beginnings})
         models |= {steps: load_teacher(str(model.folder), teacher.name) for steps, model in made.items()}
-    return {steps: models[steps] for steps in wanted}
-
-
-def export_models(models: Mapping[Steps, Teacher], plain: Artifact) -> dict[Steps, Artifact]:
-    """The graph of every model; `plain` is that of the teacher, which no step has changed."""
-    return {(): plain} | run_each({steps: (export_onnx, (model,)) for steps, model in models.items() if steps})
+    exported |= run_each({steps: (export_onnx, (models[steps],)) for steps in wanted})
+    return models, exported

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.config import OptimizeConfig
 from flows.engines import build_engines, without_misfits
-from flows.models import export_models, make_models
+from flows.models import make_models
 from flows.preflight import check_recipes
 from flows.workers import dask_workers
 from registry.cache import fetched
@@ -25,7 +25,6 @@ from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
 from tasks.evaluate import evaluate, score_champion
-from tasks.export import export_onnx
 from tasks.measurement.hardware import describe_hardware
 from tasks.models.teacher import Teacher, embed_teacher, load_teacher
 from tasks.production.delivery import cache_folder
@@ -68,9 +67,7 @@ def optimize(config: OptimizeConfig) -> Outcome:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         variants, hardware = [v.within(limits) for v in config.recipes()], describe_hardware()
         check_recipes(teacher, variants, corpus, config.calibration_size)
-        plain = export_onnx(teacher)  # what cannot be exported says so before anything is trained
-        models = make_models(teacher, variants, corpus)
-        exported = export_models(models, plain)
+        models, exported = make_models(teacher, variants, corpus)
         how = (teacher.max_seq_length, corpus, config.calibration_size)
         building = [_submit_build(variant, models, exported, how) for variant in variants]
         teacher_embeddings = embed_teacher.submit(teacher, corpus).result()
