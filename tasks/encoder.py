@@ -13,7 +13,7 @@ from prefect import task
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from registry.manifest import EngineEntry, hash_file
+from registry.manifest import EngineEntry, Runtime, hash_file
 from serving.engines.avx512 import SMOOTHED, check_sizes
 from serving.engines.bert import (
     AMAX_NAME,
@@ -105,32 +105,23 @@ def write_integers(teacher: Teacher, folder: Path, calibration: Sequence[Ids]) -
     architecture or a weight that our kernels cannot honour.
     """
     path = folder / INTEGERS_NAME
-    save_integers(*_read_for_avx512(teacher), calibration, path)
+    save_integers(*_read(teacher, "avx512"), calibration, path)
     return path
 
 
-def check_fits(teacher: Teacher) -> None:
-    """Raises EngineUnavailable for an architecture or a weight that the avx512 engine's kernels cannot honour."""
-    _read_for_avx512(teacher)
-
-
-def check_shapes(variant: Variant, teacher: Teacher) -> None:
-    """Raises EngineUnavailable where the variant's engine cannot honour the teacher's configuration after its steps."""
+def check_fits(variant: Variant, teacher: Teacher) -> None:
+    """Raises EngineUnavailable where the variant's engine cannot honour the teacher as the variant's steps leave it."""
     is_pruned = any(isinstance(step, PruneConfig) for step in variant.steps)
-    path, config = _parse(teacher, {"model_type": BERT_TYPES[-1]} if is_pruned else {})
-    if variant.runtime == "avx512":
-        check_sizes(path, config.hidden, config.intermediate, config.heads)
+    _read(teacher, variant.runtime, {"model_type": BERT_TYPES[-1]} if is_pruned else {})
 
 
-def _parse(teacher: Teacher, changes: Mapping[str, Any]) -> tuple[Path, BertConfig]:
+def _read(teacher: Teacher, runtime: Runtime, changes: Mapping[str, Any] | None = None) -> tuple[Weights, BertConfig]:
+    """The weights and the configuration, with `changes` to it. Raises EngineUnavailable."""
     path = teacher.tokenizer.parent / CONFIG_NAME
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    return path, parse_config(fields | {"pooling": teacher.pooling, "normalize": teacher.normalize} | changes, path)
-
-
-def _read_for_avx512(teacher: Teacher) -> tuple[Weights, BertConfig]:
-    path, config = _parse(teacher, {})
-    check_sizes(path, config.hidden, config.intermediate, config.heads)
+    fields = json.loads(path.read_text(encoding="utf-8")) | {"pooling": teacher.pooling, "normalize": teacher.normalize}
+    config = parse_config(fields | dict(changes or {}), path)
+    if runtime == "avx512":
+        check_sizes(path, config.hidden, config.intermediate, config.heads)
     return load_weights(path.with_name(ENCODER_NAME), config), config
 
 

