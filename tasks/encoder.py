@@ -30,10 +30,11 @@ from serving.engines.bert import (
     read_config,
 )
 from serving.engines.e4m3 import ExactE4M3, calibrate
+from serving.errors import EngineUnavailable
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import read_calibration
-from tasks.models.teacher import BERT_TYPES, Teacher
+from tasks.models.teacher import Teacher
 from tasks.quantization.built import LayerDamage
 from tasks.quantization.calibrate import Batches
 from tasks.quantization.sensitivity import Probe, rank_layers
@@ -111,15 +112,20 @@ def write_integers(teacher: Teacher, folder: Path, calibration: Sequence[Ids]) -
 
 def check_fits(variant: Variant, teacher: Teacher) -> None:
     """Raises EngineUnavailable where the variant's engine cannot honour the teacher as the variant's steps leave it."""
-    is_pruned = any(isinstance(step, PruneConfig) for step in variant.steps)
-    _read(teacher, variant.runtime, {"model_type": BERT_TYPES[-1]} if is_pruned else {})
+    pruning = next((step for step in variant.steps if isinstance(step, PruneConfig)), None)
+    if pruning:
+        raise EngineUnavailable(
+            f"{variant.name}: {pruning} leaves {teacher.name} layers of different shapes, "
+            f"which the {variant.runtime} engine does not run: build it for onnxruntime or openvino"
+        )
+    _read(teacher, variant.runtime)
 
 
-def _read(teacher: Teacher, runtime: Runtime, changes: Mapping[str, Any] | None = None) -> tuple[Weights, BertConfig]:
-    """The weights and the configuration, with `changes` to it. Raises EngineUnavailable."""
+def _read(teacher: Teacher, runtime: Runtime) -> tuple[Weights, BertConfig]:
+    """The weights and the configuration. Raises EngineUnavailable."""
     path = teacher.tokenizer.parent / CONFIG_NAME
     fields = json.loads(path.read_text(encoding="utf-8")) | {"pooling": teacher.pooling, "normalize": teacher.normalize}
-    config = parse_config(fields | dict(changes or {}), path)
+    config = parse_config(fields, path)
     if runtime == "avx512":
         check_sizes(path, config.hidden, config.intermediate, config.heads)
     return load_weights(path.with_name(ENCODER_NAME), config), config
