@@ -68,7 +68,7 @@ class OptimizeConfig(BaseModel):
     calibration_size: int = Field(default=200, ge=1, description="texts that static quantisation is calibrated on")
     dask_scheduler: str | None = Field(
         default=None,
-        description="Dask scheduler whose workers build and judge variants (tcp://host:port); by default threads",
+        description="Dask scheduler whose workers train, build and judge (tcp://host:port); by default this process",
     )
     registry: str | None = Field(
         default=None,

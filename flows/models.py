@@ -1,44 +1,37 @@
 """Models: what the steps of recipes make of the teacher. Recipes that begin alike share what they have in common."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
+from prefect import Task
+
+from flows.workers import run_each
 from tasks.artifacts import Artifact
-from tasks.distill import check_depth, distill, read_depth
+from tasks.distill import distill
+from tasks.export import export_onnx
 from tasks.models.teacher import Teacher, load_teacher
-from tasks.prune import prune, require_known
+from tasks.prune import prune
 from tasks.pruning.vocabulary import trim_vocabulary
-from tasks.steps import DistillConfig, PruneConfig, Step
+from tasks.steps import Step
 from tasks.variants import Variant
 
 Steps = tuple[Step, ...]
-_TASKS: dict[str, Callable[[Teacher, Teacher, Any, Artifact], Artifact]] = {
-    "distill": distill,
-    "prune": prune,
-    "trim": trim_vocabulary,
-}
+_TASKS: dict[str, Task[..., Artifact]] = {"distill": distill, "prune": prune, "trim": trim_vocabulary}
 
 
-def make_models(teacher: Teacher, variants: Iterable[Variant], corpus: Artifact) -> dict[Steps, Teacher]:
-    """The model that each sequence of steps ends in, described as a teacher is; of no steps, the teacher itself."""
+def make_models(
+    teacher: Teacher, variants: Iterable[Variant], corpus: Artifact
+) -> tuple[dict[Steps, Teacher], dict[Steps, Artifact]]:
+    """The model that each sequence of steps ends in, described as a teacher is, and its exported graph.
+
+    All first steps are one sweep, then all second ones, and so on. Of no steps it is the teacher itself, whose graph
+    comes first: what cannot be exported says so before anything is trained.
+    """
     models: dict[Steps, Teacher] = {(): teacher}
-    wanted = dict.fromkeys(variant.steps for variant in variants)
-    for steps in wanted:
-        check_steps(teacher, steps)
-    for steps in wanted:
-        for count in range(1, len(steps) + 1):
-            if steps[:count] not in models:
-                start, step = models[steps[: count - 1]], steps[count - 1]
-                made = _TASKS[step.kind](start, teacher, step, corpus)
-                models[steps[:count]] = load_teacher(str(made.folder), teacher.name)
-    return {steps: models[steps] for steps in wanted}
-
-
-def check_steps(teacher: Teacher, steps: Steps) -> None:
-    """Raises StepRejected for what can be told to be impossible before hours are spent on the steps before it."""
-    depth = read_depth(teacher) if steps else 0
-    for step in steps:
-        if isinstance(step, DistillConfig):
-            depth = check_depth(teacher.name, step, depth)
-        if isinstance(step, PruneConfig):
-            require_known(teacher)
+    exported: dict[Steps, Artifact] = {(): export_onnx(teacher)}
+    wanted = dict.fromkeys(variant.steps for variant in variants if variant.steps)
+    for count in range(1, max(map(len, wanted), default=0) + 1):
+        beginnings = dict.fromkeys(steps[:count] for steps in wanted if len(steps) >= count)
+        made = run_each({b: (_TASKS[b[-1].kind], (models[b[:-1]], teacher, b[-1], corpus)) for b in beginnings})
+        models |= {steps: load_teacher(str(model.folder), teacher.name) for steps, model in made.items()}
+    exported |= run_each({steps: (export_onnx, (models[steps],)) for steps in wanted})
+    return models, exported

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.config import OptimizeConfig
 from flows.engines import build_engines, without_misfits
 from flows.models import make_models
+from flows.preflight import check_recipes
 from flows.workers import dask_workers
 from registry.cache import fetched
 from registry.channel import read_channel
@@ -24,7 +25,6 @@ from tasks.artifacts import Artifact
 from tasks.benchmark import benchmark
 from tasks.corpus import build_corpus, corpus_fingerprint
 from tasks.evaluate import evaluate, score_champion
-from tasks.export import export_onnx
 from tasks.measurement.hardware import describe_hardware
 from tasks.models.teacher import Teacher, embed_teacher, load_teacher
 from tasks.production.delivery import cache_folder
@@ -66,8 +66,8 @@ def optimize(config: OptimizeConfig) -> Outcome:
     with tracked as tracker, dask_workers(config.dask_scheduler), production as champion:
         corpus = build_corpus(config.corpus, config.sts, fingerprint)
         variants, hardware = [v.within(limits) for v in config.recipes()], describe_hardware()
-        models = make_models(teacher, variants, corpus)
-        exported = {steps: export_onnx(model) for steps, model in models.items()}
+        check_recipes(teacher, variants, corpus, config.calibration_size)
+        models, exported = make_models(teacher, variants, corpus)
         how = (teacher.max_seq_length, corpus, config.calibration_size)
         building = [_submit_build(variant, models, exported, how) for variant in variants]
         teacher_embeddings = embed_teacher.submit(teacher, corpus).result()

@@ -3,16 +3,21 @@
 import asyncio
 import platform
 import uuid
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+from prefect import Task
 from prefect.context import FlowRunContext
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.errors import SchedulerUnreachable
 from tasks.state import state_dir
 
 _CONNECT_SECONDS = 10
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
+Call = tuple[Task[..., R], tuple[Any, ...]]
 _ON_THREADS = "leave dask_scheduler out to run on threads of this process"
 
 
@@ -33,6 +38,20 @@ def dask_workers(address: str | None) -> Iterator[None]:
     assert context is not None, "used inside a flow"
     with runner, context.model_copy(update={"task_runner": runner}):
         yield
+
+
+def run_each(calls: Mapping[K, Call[R]]) -> dict[K, R]:
+    """The results of tasks that do not depend on one another: side by side on a Dask scheduler's workers, else in turn.
+
+    Without workers they run in the flow's own thread, because an interrupt would wait for the end of a training that
+    runs in another, and two trainings at once would take each other's cores.
+    """
+    context = FlowRunContext.get()
+    assert context is not None, "used inside a flow"
+    if isinstance(context.task_runner, ThreadPoolTaskRunner):
+        return {key: task(*arguments) for key, (task, arguments) in calls.items()}
+    futures = {key: task.submit(*arguments) for key, (task, arguments) in calls.items()}
+    return {key: future.result() for key, future in futures.items()}
 
 
 def check_workers(address: str) -> None:

@@ -117,6 +117,24 @@ def read_part(corpus: Artifact, part: Part) -> list[str]:
         return [json.loads(line)["text"] for line in stream]
 
 
+def read_calibration(corpus: Artifact, size: int, asker: str) -> list[str]:
+    """The first `size` calibration texts. Raises CorpusRejected when there are fewer, or one is evaluated on."""
+    texts = read_part(corpus, "calibration")[:size]
+    if len(texts) < size:
+        raise CorpusRejected(
+            f"{asker} asks for {size} calibration texts, the corpus has {len(texts)}: "
+            "set calibration_size lower or give a larger corpus"
+        )
+    judged = {text for part in evaluation_sets(corpus)[0].values() for text in part}
+    shared = judged.intersection(texts)
+    if shared:
+        raise CorpusRejected(
+            f"{len(shared)} of {size} calibration texts are evaluation texts too, limit 0: a verdict would flatter "
+            f"{asker}; build the corpus anew"
+        )
+    return texts
+
+
 def read_retrieval(corpus: Artifact) -> Retrieval | None:
     """The corpus's evaluation pairs or qrels as a retrieval task, or None where it has none."""
     folder = corpus.folder / "retrieval"

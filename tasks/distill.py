@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from math import comb
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
@@ -17,11 +17,13 @@ from tasks.models.teacher import Teacher, load_sentence_transformer
 from tasks.progress import progress
 from tasks.steps import DistillConfig, copy_model, describe_step, transformer_folder, write_step
 
+if TYPE_CHECKING:
+    from tasks.distillation.layers import Layers
+
 # Beyond this many choices of layers, each of which takes about a second to measure, they are dropped one at a time,
 # the least missed first.
 _MAX_CHOICES = 300
-
-Layers = tuple[int, ...]
+_NUM_READ_BACK, _READ_BACK_LIMIT = 16, 1e-4
 
 
 @task(task_run_name="distill-{config.depth}", cache_policy=CACHED, persist_result=True, result_serializer="json")
@@ -35,8 +37,9 @@ def distill(start: Teacher, teacher: Teacher, config: DistillConfig, corpus: Art
     rows = training_rows(start, corpus, config)
     student = load_sentence_transformer(start.folder)
     with draft("distill") as work:
-        kept, scores = choose_layers(student, teacher, config.depth, rows[-num_held_out(rows) :])
-        write_student(start, student, kept, work.folder)
+        held_out = rows[-num_held_out(rows) :]
+        kept, scores = choose_layers(student, teacher, config.depth, held_out)
+        write_student(start, student, kept, held_out[:_NUM_READ_BACK], work.folder)
         trained = teach(work.folder, teacher, rows, config)
         details = {"layers": kept, "choices": scores, **trained.model_dump(mode="json", exclude={"seconds"})}
         write_step(work.folder, describe_step(work.folder, config, start, teacher, corpus, details))
@@ -66,58 +69,56 @@ _DEPTH_KEYS = ("num_hidden_layers", "n_layers", "num_layers")
 
 def choose_layers(
     student: Any, teacher: Teacher, depth: int, held_out: Sequence[Ids]
-) -> tuple[Layers, dict[str, float]]:
+) -> tuple["Layers", dict[str, float]]:
     """The layers that embed most like the teacher before any training, and the cosine of each choice measured.
 
-    The choice matters: of MiniLM's six, the layers 0, 2, 5 start out at another level than 3, 4, 5.
+    The choice matters: of MiniLM's six, the layers 0, 2, 5 start out at another level than 3, 4, 5. `student` is left
+    with the layers chosen. Raises StepRejected where no choice fits the architecture.
     """
-    from tasks.distillation.training import embed_rows  # noqa: PLC0415  a cached run need not load torch
+    from tasks.distillation.layers import LayerList  # noqa: PLC0415  a cached run need not load torch
+    from tasks.distillation.training import embed_rows  # noqa: PLC0415
 
-    holder, name = find_layers(student)
-    layers = list(getattr(holder, name))
+    found = LayerList(student)
     expected = embed_rows(load_sentence_transformer(teacher.folder), held_out)
     scores: dict[Layers, float] = {}
 
-    def measure(choice: Layers) -> float:
-        _set_layers(student, [layers[place] for place in choice])
+    def measure(choice: "Layers") -> float:
+        found.take(choice)
         scores[choice] = float((embed_rows(student, held_out) * expected).sum(axis=1).mean())
         return scores[choice]
 
-    kept = tuple(range(len(layers)))
-    step = len(layers) - depth if comb(len(layers), depth) <= _MAX_CHOICES else 1
-    with progress("choose layers", len(layers) - depth) as advance:
+    kept = tuple(range(len(found.layers)))
+    step = len(kept) - depth if comb(len(kept), depth) <= _MAX_CHOICES else 1
+    with progress("choose layers", len(kept) - depth) as advance:
         while len(kept) > depth:
-            kept = max(combinations(kept, len(kept) - step), key=measure)
+            choices = [choice for choice in combinations(kept, len(kept) - step) if found.fits(choice)]
+            if not choices:
+                raise StepRejected(f"no {len(kept) - step} layers of {teacher.name} are built like its first ones")
+            kept = max(choices, key=measure)
             advance(step)
-    _set_layers(student, [layers[place] for place in kept])
+    found.take(kept)
     return kept, {" ".join(map(str, choice)): round(score, 6) for choice, score in scores.items()}
 
 
-def find_layers(model: Any) -> tuple[Any, str]:
-    """The module that holds the encoder's list of layers, and the list's name in it. Raises StepRejected."""
-    import torch  # noqa: PLC0415
+def write_student(start: Teacher, student: Any, layers: "Layers", rows: Sequence[Ids], folder: Path) -> None:
+    """The model folder of `start` with the weights of `student`, which was left with `layers`, and their settings.
 
-    encoder = model[0].auto_model
-    for holder in encoder.modules():
-        for name, child in holder.named_children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) == encoder.config.num_hidden_layers:
-                return holder, name
-    raise StepRejected(f"a {encoder.config.model_type} model has no list of layers that distillation could choose from")
+    Raises StepRejected where the model that is read back embeds `rows` otherwise.
+    """
+    from tasks.distillation.layers import list_settings  # noqa: PLC0415  a cached run need not load torch
+    from tasks.distillation.training import embed_rows  # noqa: PLC0415
 
-
-def _set_layers(model: Any, layers: Sequence[Any]) -> None:
-    import torch  # noqa: PLC0415
-
-    holder, name = find_layers(model)
-    setattr(holder, name, torch.nn.ModuleList(layers))
-    model[0].auto_model.config.num_hidden_layers = len(layers)
-
-
-def write_student(start: Teacher, student: Any, layers: Layers, folder: Path) -> None:
-    """The model folder of `start` with the student's weights and number of layers."""
     copy_model(start.folder, folder)
     place = transformer_folder(folder)
+    config = student[0].auto_model.config
     before = json.loads((place / "config.json").read_text(encoding="utf-8"))
     key = next(key for key in _DEPTH_KEYS if key in before)
     student[0].auto_model.save_pretrained(place)
-    (place / "config.json").write_text(json.dumps(before | {key: len(layers)}, indent=1) + "\n", encoding="utf-8")
+    fields = before | {key: len(layers)} | list_settings(config, len(layers))
+    (place / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    error = abs(embed_rows(load_sentence_transformer(folder), rows) - embed_rows(student, rows)).max()
+    if not error <= _READ_BACK_LIMIT:
+        raise StepRejected(
+            f"layers {' '.join(map(str, layers))} of {start.name}, a model of type {config.model_type!r}, embed "
+            f"otherwise once they are read back: off by {error:.1e}, limit {_READ_BACK_LIMIT:.0e}"
+        )

@@ -13,7 +13,7 @@ from prefect import task
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from registry.manifest import EngineEntry, hash_file
+from registry.manifest import EngineEntry, Runtime, hash_file
 from serving.engines.avx512 import SMOOTHED, check_sizes
 from serving.engines.bert import (
     CONFIG_NAME,
@@ -29,13 +29,16 @@ from serving.engines.bert import (
     read_config,
 )
 from serving.engines.e4m3 import ExactE4M3, calibrate
+from serving.errors import EngineUnavailable
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
+from tasks.corpus import read_calibration
 from tasks.models.teacher import Teacher
 from tasks.quantization.built import LayerDamage
 from tasks.quantization.calibrate import Batches
 from tasks.quantization.sensitivity import Probe, rank_layers
-from tasks.quantize import Candidate, calibration_texts
+from tasks.quantize import Candidate
+from tasks.steps import PruneConfig
 from tasks.variants import Variant
 
 ENCODER_NAME, INTEGERS_NAME = "model.safetensors", "encoder.safetensors"
@@ -45,8 +48,8 @@ _FLOAT_BITS = 16  # of the layers that are not rounded
 
 @task(task_run_name="encoder-{variant.name}", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibration_size: int) -> Candidate:
-    """A variant of the cuda or the avx512 engine from the weights. Raises QuantizationFailed and EngineUnavailable."""
-    texts = calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
+    """A variant of the cuda or the avx512 engine from the weights. Raises CorpusRejected and EngineUnavailable."""
+    texts = read_calibration(corpus, calibration_size, variant.name) if variant.is_calibrated else []
     rows = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length).encode(texts) if texts else []
     with draft(variant.name) as work:
         (work.folder / TOKENIZER_NAME).write_bytes(teacher.tokenizer.read_bytes())
@@ -103,21 +106,29 @@ def write_integers(teacher: Teacher, folder: Path, calibration: Sequence[Ids]) -
     architecture or a weight that our kernels cannot honour.
     """
     path = folder / INTEGERS_NAME
-    save_integers(*_read_for_avx512(teacher), calibration, path)
+    save_integers(*_read(teacher, "avx512"), calibration, path)
     return path
 
 
-def check_fits(teacher: Teacher) -> None:
-    """Raises EngineUnavailable for an architecture or a weight that the avx512 engine's kernels cannot honour."""
-    _read_for_avx512(teacher)
+def check_fits(variant: Variant, teacher: Teacher) -> None:
+    """Raises EngineUnavailable where the variant's engine cannot honour the teacher as the variant's steps leave it."""
+    pruning = next((step for step in variant.steps if isinstance(step, PruneConfig)), None)
+    if pruning:
+        raise EngineUnavailable(
+            f"{variant.name}: {pruning} leaves {teacher.name} layers of different shapes, "
+            f"which the {variant.runtime} engine does not run: build it for onnxruntime or openvino"
+        )
+    _read(teacher, variant.runtime)
 
 
-def _read_for_avx512(teacher: Teacher) -> tuple[Weights, BertConfig]:
-    source = teacher.tokenizer.parent
-    fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
-    config = parse_config(fields | {"pooling": teacher.pooling, "normalize": teacher.normalize}, source / CONFIG_NAME)
-    check_sizes(source / CONFIG_NAME, config.hidden, config.intermediate, config.heads)
-    return load_weights(source / ENCODER_NAME, config), config
+def _read(teacher: Teacher, runtime: Runtime) -> tuple[Weights, BertConfig]:
+    """The weights and the configuration. Raises EngineUnavailable."""
+    path = teacher.tokenizer.parent / CONFIG_NAME
+    fields = json.loads(path.read_text(encoding="utf-8")) | {"pooling": teacher.pooling, "normalize": teacher.normalize}
+    config = parse_config(fields, path)
+    if runtime == "avx512":
+        check_sizes(path, config.hidden, config.intermediate, config.heads)
+    return load_weights(path.with_name(ENCODER_NAME), config), config
 
 
 def save_integers(weights: Weights, config: BertConfig, calibration: Sequence[Ids], path: Path) -> None:

@@ -3,7 +3,7 @@
 TaskError
 ├── TeacherRejected   the model folder is missing, damaged, or needs what we will not run
 ├── CorpusRejected    the corpus is missing, empty, too small, or holds what is not text
-├── ExportFailed      the exported graph is not the teacher
+├── ExportFailed      the model cannot be exported, or the exported graph is not it
 ├── StepRejected      a recipe's step asks for what its model or its corpus cannot give
 ├── TrainingFailed    a training run broke down
 ├── QuantizationFailed  a variant could not be built
@@ -32,7 +32,7 @@ class CorpusRejected(TaskError):
 
 
 class ExportFailed(TaskError):
-    """The exported graph does not equal the teacher."""
+    """The model cannot be exported, or the exported graph does not equal it."""
 
 
 class StepRejected(TaskError):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def export_onnx(teacher: Teacher) -> Artifact:
 
     Weights above 1 GiB go to `model.onnx.data`.
 
-    Raises ExportFailed when the graph's embeddings differ from sentence-transformers' by more than 1e-5.
+    Raises ExportFailed for a model that cannot be traced, named by the module that stopped it, and when the graph's
+    embeddings differ from sentence-transformers' by more than 1e-5.
     """
     model = load_sentence_transformer(teacher.folder)
     with draft("export") as work:
@@ -85,16 +87,43 @@ def _export(model: Any, teacher: Teacher, path: Path) -> None:
     with _attention_written_out(model[0].auto_model), warnings.catch_warnings(), torch.inference_mode():
         # The tracer warns of itself being deprecated and of shape checks that hold for every input.
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            EmbeddingGraph().eval(),
-            (ids, mask),
-            str(path),
-            dynamo=False,
-            opset_version=_OPSET,
-            input_names=["input_ids", "attention_mask"],
-            output_names=["sentence_embedding"],
-            dynamic_axes={**axes, "sentence_embedding": {0: "batch"}},
-        )
+        graph = EmbeddingGraph().eval()
+        with _failure_named(teacher.name, graph):
+            torch.onnx.export(
+                graph,
+                (ids, mask),
+                str(path),
+                dynamo=False,
+                opset_version=_OPSET,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["sentence_embedding"],
+                dynamic_axes={**axes, "sentence_embedding": {0: "batch"}},
+            )
+
+
+@contextmanager
+def _failure_named(name: str, graph: Any) -> Iterator[None]:
+    """Raises ExportFailed for whatever stops the exporter inside, with the module of `graph` that it came from."""
+    try:
+        yield
+    except Exception as error:  # torch raises what its tracer, its converter and the model itself raise
+        place = _find_module(graph, error)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportFailed(f"{name} cannot be exported to ONNX{f', {place}' if place else ''}: {reason}") from error
+
+
+def _find_module(graph: Any, error: Exception) -> str | None:
+    """The innermost module that ran when tracing failed, or whose operator was being converted when that did."""
+    names = {id(module): path for path, module in graph.named_modules() if path}
+    for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        node: Any = frame.f_locals.get("node")
+        if hasattr(node, "scopeName"):  # a.Graph::/b.Encoder::encoder/c.Gate::gate
+            parts = (part.rpartition("::")[2] for part in node.scopeName().split("/"))
+            return ".".join(part for part in parts if part)
+        path = names.get(id(frame.f_locals.get("self")))
+        if path:
+            return path
+    return None
 
 
 @contextmanager

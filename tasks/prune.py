@@ -10,34 +10,33 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.corpus import read_part
+from tasks.corpus import read_calibration
 from tasks.distillation.teach import require_same_tokenizer, teach, training_rows
 from tasks.errors import StepRejected
 from tasks.models.teacher import BERT_TYPES, Teacher, load_sentence_transformer
 from tasks.models.weights import write_weights
 from tasks.progress import progress
+from tasks.pruning.budget import WIDTH_MULTIPLE, count_removable, require_budget
 from tasks.pruning.vocabulary import count_pieces, seen_texts
 from tasks.steps import PruneConfig, copy_model, describe_step, transformer_folder, write_step
 
 if TYPE_CHECKING:
     from tasks.pruning.importance import Removals
 
-WIDTH_MULTIPLE = 32  # a width that is no multiple of it is no faster than the next one that is
-
 
 @task(task_run_name="prune-{config.ratio}", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifact) -> Artifact:
     """`start` with `config.ratio` of its layers' parameters removed, taught by `teacher` on the distillation part.
 
-    Raises StepRejected before anything is measured, TrainingFailed.
+    Raises StepRejected and CorpusRejected before anything is measured, TrainingFailed.
     """
     from tasks.pruning.cut import cut  # noqa: PLC0415  a cached run need not load torch
     from tasks.pruning.importance import measure, order_all  # noqa: PLC0415
     from tasks.pruning.reconstruct import reconstruct  # noqa: PLC0415
 
-    require_known(start)
+    require_prunable(start, config)
     require_same_tokenizer(start, teacher)
-    texts = _calibration_texts(corpus, config)
+    texts = read_calibration(corpus, config.calibration_size, f"{start.name}: {config}")
     rows = training_rows(start, corpus, config)
     model = load_sentence_transformer(start.folder)
     with progress("measure heads and neurons", len(texts)) as advance:
@@ -55,21 +54,13 @@ def prune(start: Teacher, teacher: Teacher, config: PruneConfig, corpus: Artifac
     return work.artifact
 
 
-def require_known(start: Teacher) -> None:
-    """Raises StepRejected for a type of model whose layers pruning cannot cut."""
-    kind = json.loads((start.tokenizer.parent / "config.json").read_text(encoding="utf-8")).get("model_type")
+def require_prunable(start: Teacher, config: PruneConfig) -> None:
+    """Raises StepRejected for a type of model whose layers pruning cannot cut, and for more than can be cut of them."""
+    fields = json.loads((start.tokenizer.parent / "config.json").read_text(encoding="utf-8"))
+    kind = fields.get("model_type")
     if kind not in BERT_TYPES:
         raise StepRejected(f"{start.name} is of type {kind!r}: pruning knows {' and '.join(BERT_TYPES)}")
-
-
-def _calibration_texts(corpus: Artifact, config: PruneConfig) -> list[str]:
-    texts = read_part(corpus, "calibration")[: config.calibration_size]
-    if len(texts) < config.calibration_size:
-        raise StepRejected(
-            f"pruning asks for {config.calibration_size} calibration texts, the corpus has {len(texts)}: "
-            "set calibration_size lower or give a larger corpus"
-        )
-    return texts
+    require_budget(count_removable(fields), config.ratio * start.num_encoder_parameters)
 
 
 def choose_removals(removals: "Removals", budget: float) -> "Removals":
@@ -78,11 +69,7 @@ def choose_removals(removals: "Removals", budget: float) -> "Removals":
     Raises StepRejected when what each layer must keep leaves less than the budget.
     """
     possible = sum(removal.num_parameters for queue in removals.values() for removal in queue)
-    if possible < budget:
-        raise StepRejected(
-            f"pruning asks for {budget:.0f} of the layers' parameters to go, {possible} can: "
-            f"every layer keeps one head and {WIDTH_MULTIPLE} neurons; set ratio lower"
-        )
+    require_budget(possible, budget)
     taken = dict.fromkeys(removals, 0)
     while budget > 0:
         nexts = {place: queue[taken[place]] for place, queue in removals.items() if taken[place] < len(queue)}

@@ -10,8 +10,7 @@ from registry.manifest import EngineEntry, Quantization, hash_file
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import TOKENIZER_NAME, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.corpus import evaluation_sets, read_part
-from tasks.errors import QuantizationFailed
+from tasks.corpus import read_calibration
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
 from tasks.quantization.built import Built, InputRange, LayerDamage
@@ -70,10 +69,10 @@ def quantize(
 ) -> Candidate:
     """Build one variant from the exported graph, calibrated on the first `calibration_size` calibration texts.
 
-    Raises QuantizationFailed.
+    Raises CorpusRejected, QuantizationFailed.
     """
     disable_telemetry()
-    texts = calibration_texts(variant, corpus, calibration_size) if variant.is_calibrated else []
+    texts = read_calibration(corpus, calibration_size, variant.name) if variant.is_calibrated else []
     tokenizer = TextTokenizer.from_folder(exported.folder, max_length)
     # Shortest first: OpenVINO compiles kernels for every change of shape, half the time of quantising.
     batches = [pad_batch([ids]) for ids in sorted(tokenizer.encode(texts), key=len)] if texts else []
@@ -97,24 +96,6 @@ def quantize(
         damages=built.damages,
         ranges=built.ranges,
     )
-
-
-def calibration_texts(variant: Variant, corpus: Artifact, size: int) -> list[str]:
-    """The first `size` calibration texts. Raises QuantizationFailed when there are fewer, or one is evaluated on."""
-    texts = read_part(corpus, "calibration")[:size]
-    if len(texts) < size:
-        raise QuantizationFailed(
-            f"{variant.name} asks for {size} calibration texts, the corpus has {len(texts)}: "
-            "set calibration_size lower or give a larger corpus"
-        )
-    judged = {text for part in evaluation_sets(corpus)[0].values() for text in part}
-    shared = judged.intersection(texts)
-    if shared:
-        raise QuantizationFailed(
-            f"{len(shared)} of {size} calibration texts are evaluation texts too, limit 0: a verdict would flatter "
-            f"{variant.name}; build the corpus anew"
-        )
-    return texts
 
 
 _BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], Built]] = {

@@ -31,17 +31,22 @@ class Training(BaseModel):
     num_texts: int | None = Field(
         default=None, ge=1, description="texts of the distillation part to train on; by default all of it"
     )
-    epochs: float = Field(default=4.0, gt=0, description="how often each text is met")
+    epochs: float = Field(default=4.0, gt=0, allow_inf_nan=False, description="how often each text is met")
     max_minutes: float = Field(
-        default=28.0, gt=0, description="wall-clock budget: the learning rate has fallen to zero when it is spent"
+        default=28.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="wall-clock budget: the learning rate has fallen to zero when it is spent",
     )
     batch_size: int = Field(default=64, ge=2, description="texts a step, on all devices together")
-    learning_rate: float = Field(default=7e-4, gt=0, description="at its peak, after the warm-up")
+    learning_rate: float = Field(default=7e-4, gt=0, allow_inf_nan=False, description="at its peak, after the warm-up")
     joined_share: float = Field(
         default=0.1, ge=0, lt=1, description="long texts, made of neighbouring ones, added as this share of all texts"
     )
-    hidden_weight: float = Field(default=1.0, ge=0, description="weight of the token states' loss")
-    contrastive_weight: float = Field(default=0.0, ge=0, description="weight of telling a text from others in a batch")
+    hidden_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="weight of the token states' loss")
+    contrastive_weight: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="weight of telling a text from others in a batch"
+    )
     seed: int = Field(default=0, ge=0, description="of the order of texts")
 
 
@@ -67,8 +72,8 @@ class PruneConfig(Training):
         lt=1,
         description="share of the word embeddings' rank to remove, before they are widened again",
     )
-    epochs: float = Field(default=1.0, gt=0, description="how often each text is met")
-    max_minutes: float = Field(default=10.0, gt=0, description="wall-clock budget of the teaching")
+    epochs: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how often each text is met")
+    max_minutes: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="wall-clock budget of the teaching")
 
     def __str__(self) -> str:
         return (

@@ -33,6 +33,14 @@ def training_rows(start: Teacher, corpus: Artifact, training: Training) -> list[
 
     The last `num_held_out` are to measure on: texts as they came. Raises StepRejected where the corpus has too few.
     """
+    texts = read_training_texts(corpus, training)
+    joined = join_neighbours(texts, training.joined_share)
+    tokenizer = TextTokenizer.from_folder(start.tokenizer.parent, start.max_seq_length)
+    return tokenizer.encode([*joined, *texts])
+
+
+def read_training_texts(corpus: Artifact, training: Training) -> list[str]:
+    """The distillation texts that are asked for. Raises StepRejected where the corpus has too few."""
     texts = read_part(corpus, "distillation")
     wanted = training.num_texts or len(texts)
     if wanted > len(texts):
@@ -40,9 +48,7 @@ def training_rows(start: Teacher, corpus: Artifact, training: Training) -> list[
             f"{wanted} texts to train on were asked for, the corpus has {len(texts)}: "
             "lower num_texts or give a larger corpus"
         )
-    joined = join_neighbours(texts[:wanted], training.joined_share)
-    tokenizer = TextTokenizer.from_folder(start.tokenizer.parent, start.max_seq_length)
-    return tokenizer.encode([*joined, *texts[:wanted]])
+    return texts[:wanted]
 
 
 def require_same_tokenizer(start: Teacher, teacher: Teacher) -> None:

@@ -27,6 +27,8 @@ BERT_TYPES = ("bert", "pruned_bert")
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _BATCH = 32
+# What transformers writes as a tokenizer's length where it has none is 1e30; a model without positions may say -1.
+_NO_LIMIT = 10**9
 
 
 class Teacher(BaseModel):
@@ -125,7 +127,6 @@ def load_sentence_transformer(folder: Path) -> Any:
     Raises TeacherRejected, also for missing weights, which transformers would fill with random numbers.
     """
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415  torch takes seconds; a cached run needs none
-    from transformers import AutoModel  # noqa: PLC0415
     from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415
 
     from tasks.models.pruned_bert import register_pruned_bert  # noqa: PLC0415
@@ -138,7 +139,8 @@ def load_sentence_transformer(folder: Path) -> Any:
         model = SentenceTransformer(str(folder), device="cpu", model_kwargs=weights, **safe).eval()
         # A second load, tenths of a second: sentence-transformers does not pass on what was missing.
         transformer = folder / _read_modules(folder)[0]["path"]
-        _, found = AutoModel.from_pretrained(transformer, output_loading_info=True, **weights, **safe)
+        kind = type(model[0].auto_model)  # of T5 the encoder alone
+        _, found = kind.from_pretrained(transformer, output_loading_info=True, **weights, **safe)
     except TeacherRejected:
         raise
     except Exception as error:  # transformers and safetensors raise whatever their readers raise
@@ -251,14 +253,24 @@ def _dimension(pooling: dict[str, Any], config: dict[str, Any]) -> int:
 
 
 def _max_length(transformer: Path, config: dict[str, Any]) -> int:
-    """As sentence-transformers decides it: its own setting, or the smaller of the tokenizer's and the model's."""
+    """As sentence-transformers decides it: its own setting, or the smaller of the tokenizer's and the model's.
+
+    Raises TeacherRejected where none of them says: T5 has no positions to run out of.
+    """
     own = transformer / "sentence_bert_config.json"
     length = _read_object(own).get("max_seq_length") if own.is_file() else None
     if length:
         return int(length)
-    tokenizer = transformer / "tokenizer_config.json"
-    limit = _read_object(tokenizer).get("model_max_length") if tokenizer.is_file() else None
-    return int(min(limit or config["max_position_embeddings"], config["max_position_embeddings"]))
+    path = transformer / "tokenizer_config.json"
+    tokenizer = _read_object(path) if path.is_file() else {}
+    limits = (tokenizer.get("model_max_length"), config.get("max_position_embeddings"))
+    found = [int(limit) for limit in limits if limit and 0 < limit < _NO_LIMIT]
+    if not found:
+        raise TeacherRejected(
+            f"{transformer} does not say how many tokens a text may have: set max_seq_length in {own.name} "
+            "or model_max_length in tokenizer_config.json"
+        )
+    return min(found)
 
 
 def _prompts(folder: Path) -> dict[str, str]:

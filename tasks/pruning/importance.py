@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tasks.progress import Advance
+from tasks.pruning.budget import count_column
 
 Kind = Literal["heads", "neurons"]
 Place = tuple[int, Kind]  # an output projection: its layer, and what feeds it
@@ -119,10 +120,8 @@ def order_all(model: Any, statistics: Mapping[Place, Statistics], multiple: int)
     found = {}
     for (number, kind), measured in statistics.items():
         weight = output_projections(encoder.encoder.layer[number])[kind].weight.detach()
-        # A column, and for each module that makes its input (query, key and value, or one) a row and a bias.
-        column = hidden + (3 if kind == "heads" else 1) * (hidden + 1)
         unit, block = (head, head) if kind == "heads" else (1, multiple)
-        found[number, kind] = order_removals(measured, weight, unit, block, column)
+        found[number, kind] = order_removals(measured, weight, unit, block, count_column(kind, hidden))
     return found
 
 

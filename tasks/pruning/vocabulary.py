@@ -32,12 +32,10 @@ def trim_vocabulary(start: Teacher, teacher: Teacher, config: TrimConfig, corpus
     Pieces that they use equally often, or never, stay in the order of the vocabulary, which for BERT's is by frequency
     in what it was made of. Raises StepRejected.
     """
+    num_pieces = require_trimmable(start, config)
     description = json.loads(start.tokenizer.read_text(encoding="utf-8"))
-    _require_word_pieces(start, description)
     counts = count_pieces(start.tokenizer, seen_texts(corpus))
-    kept = choose_pieces(
-        start.name, description, counts, round((1 - config.ratio) * len(description["model"]["vocab"]))
-    )
+    kept = choose_pieces(start.name, description, counts, num_pieces)
     with draft("trim") as work:
         copy_model(start.folder, work.folder)
         place = transformer_folder(work.folder)
@@ -51,6 +49,18 @@ def trim_vocabulary(start: Teacher, teacher: Teacher, config: TrimConfig, corpus
         }
         write_step(work.folder, describe_step(work.folder, config, start, teacher, corpus, details))
     return work.artifact
+
+
+def require_trimmable(start: Teacher, config: TrimConfig, pieces_before: int | None = None) -> int:
+    """How many pieces `config` leaves of the vocabulary of `start`, or of `pieces_before` that earlier trimming left.
+
+    Raises StepRejected where the vocabulary is not one of word pieces, or what must stay is more.
+    """
+    description = json.loads(start.tokenizer.read_text(encoding="utf-8"))
+    _require_word_pieces(start, description)
+    num_pieces = round((1 - config.ratio) * (pieces_before or len(description["model"]["vocab"])))
+    _pin_pieces(start.name, description, num_pieces)
+    return num_pieces
 
 
 def seen_texts(corpus: Artifact) -> list[str]:
@@ -89,6 +99,16 @@ def _require_word_pieces(start: Teacher, description: dict[str, Any]) -> None:
 def choose_pieces(name: str, description: dict[str, Any], counts: Counter[int], num_pieces: int) -> list[int]:
     """Ids to keep, ascending. Raises StepRejected where that leaves out what must stay."""
     vocabulary: dict[str, int] = description["model"]["vocab"]
+    pinned = _pin_pieces(name, description, num_pieces)
+    # Numbers of tokens that never were given a meaning, and that no text is split into.
+    unused = {number for piece, number in vocabulary.items() if piece.startswith("[unused")} - pinned
+    ranked = sorted(set(vocabulary.values()) - pinned - unused, key=lambda number: (-counts[number], number))
+    return sorted(pinned | set(ranked[: num_pieces - len(pinned)]))
+
+
+def _pin_pieces(name: str, description: dict[str, Any], num_pieces: int) -> set[int]:
+    """Ids of the pieces that stay whatever is asked for. Raises StepRejected where that is less."""
+    vocabulary: dict[str, int] = description["model"]["vocab"]
     prefix = description["model"]["continuing_subword_prefix"]
     pinned = {token["id"] for token in description["added_tokens"]}
     pinned |= {number for piece, number in vocabulary.items() if len(piece.removeprefix(prefix)) == 1}
@@ -97,10 +117,7 @@ def choose_pieces(name: str, description: dict[str, Any], counts: Counter[int], 
             f"trimming to {num_pieces} pieces: {len(pinned)} special tokens and single characters of {name} stay"
         )
     _require_spelling(name, vocabulary, prefix, pinned)
-    # Numbers of tokens that never were given a meaning, and that no text is split into.
-    unused = {number for piece, number in vocabulary.items() if piece.startswith("[unused")} - pinned
-    ranked = sorted(set(vocabulary.values()) - pinned - unused, key=lambda number: (-counts[number], number))
-    return sorted(pinned | set(ranked[: num_pieces - len(pinned)]))
+    return pinned
 
 
 def _require_spelling(name: str, vocabulary: dict[str, int], prefix: str, pinned: set[int]) -> None:

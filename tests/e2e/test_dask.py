@@ -17,7 +17,19 @@ from tests.servers import PrefectServer, free_port, run_prefect_server, run_proc
 
 pytestmark = pytest.mark.e2e
 
-VARIANTS = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
+VARIANTS = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino", "student", "shorter")
+# Two trainings that do not depend on one another, and a step after one of them.
+RECIPES = """
+[[optimize.recipe]]
+name = "student"
+build = "fp32-onnx"
+steps = [{ kind = "distill", depth = 1 }]
+
+[[optimize.recipe]]
+name = "shorter"
+build = "fp32-onnx"
+steps = [{ kind = "distill", depth = 1, seed = 1 }, { kind = "trim", ratio = 0.1 }]
+"""
 SECONDS = 900
 # A scheduler that gets no processor for half a minute is not a lost one.
 PATIENCE = {f"DASK_DISTRIBUTED__COMM__TIMEOUTS__{name}": "300s" for name in ("CONNECT", "TCP")}
@@ -48,22 +60,22 @@ def wait_for_workers(address: str, count: int) -> None:
 
 
 def kill_a_busy_worker(address: str, workers: Workers, run: subprocess.Popen[bytes]) -> None:
-    """Once both workers have had a task, kill the one that has one."""
+    """Once both workers have had a training at the same time, kill one of them."""
     from distributed import Client
 
-    seen: set[str] = set()
     with Client(address, timeout=SECONDS, set_as_default=False) as client:
         names = {at: str(worker["name"]) for at, worker in client.scheduler_info()["workers"].items()}
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
-            assert run.poll() is None, "the run ended before both workers had a task"
-            busy = {names[at] for at, tasks in client.processing().items() if tasks}
-            seen |= busy
-            if busy and seen == set(workers):
-                workers[busy.pop()].send_signal(signal.SIGKILL)
+            assert run.poll() is None, "the run ended before both workers were training"
+            busy = {names[at]: tasks for at, tasks in client.processing().items() if tasks}
+            if busy.keys() == workers.keys() and all(
+                key.startswith("distill") for keys in busy.values() for key in keys
+            ):
+                workers["one"].send_signal(signal.SIGKILL)
                 return
             time.sleep(0.05)
-    raise AssertionError(f"only {seen} of the workers had a task")
+    raise AssertionError(f"the workers were never training both, last seen: {busy}")
 
 
 def test_killed_dask_worker_costs_a_retry_and_not_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -79,7 +91,9 @@ def test_killed_dask_worker_costs_a_retry_and_not_the_run(tiny_teacher: Path, tm
         "--model",
         str(tiny_teacher),
     ]
-    command += ["--corpus", str(corpus), "--calibration-size", "8"]
+    settings = tmp_path / "recipes.toml"
+    settings.write_text(RECIPES)
+    command += ["--corpus", str(corpus), "--calibration-size", "8", "--config", str(settings)]
     command += [word for name in VARIANTS for word in ("--variant", name)]
     with run_prefect_server(project.env, free_port()) as server, dask(project, server) as (address, workers):
         wait_for_workers(address, 2)

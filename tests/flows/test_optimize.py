@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers.models.bert.modeling_bert import BertIntermediate
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
@@ -26,7 +28,7 @@ from registry.manifest import read_manifest, verify_bundle
 from registry.moves import move_channel
 from registry.store import FolderStore
 from tasks.benchmark import CHAMPION, TORCH
-from tasks.errors import CorpusRejected, StepRejected, TrackingFailed
+from tasks.errors import CorpusRejected, ExportFailed, StepRejected, TrackingFailed
 from tasks.models.teacher import open_teacher
 from tasks.reporting.record import RunRecord
 from tasks.variants import Recipe
@@ -293,12 +295,28 @@ def test_optimize_judges_a_student_against_the_teacher_and_counts_its_parameters
     assert page.count("<svg") == 3
 
 
-def test_optimize_refuses_a_student_too_deep_before_anything_is_trained(runs: Runs) -> None:
-    deep = Recipe.model_validate(STUDENT | {"name": "deep", "steps": [{"kind": "distill", "depth": 2}]})
-    config = runs.config.model_copy(update={"variants": ("student1", "deep"), "recipe": (*runs.config.recipe, deep)})
-    with final_states() as states, pytest.raises(StepRejected, match="a student of 2 layers is not smaller than tiny"):
+def test_optimize_refuses_what_only_a_later_step_would_before_anything_is_trained(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
+    steps = [{"kind": "distill", "depth": 1, "epochs": 0.3}, {"kind": "trim", "ratio": 0.999}]
+    trimmed = Recipe.model_validate(STUDENT | {"name": "trimmed", "steps": steps})
+    variants = ("student1", "trimmed")
+    config = runs.config.model_copy(update={"variants": variants, "recipe": (*runs.config.recipe, trimmed)})
+    with final_states() as states, pytest.raises(StepRejected, match=r"trimming to 0 pieces: .* of tiny stay"):
         run_optimize(config)
-    assert "distill-1" not in states
+    assert states == {"load-teacher": "Completed", "corpus": "Cached"}
+
+
+def test_optimize_exports_the_teacher_before_anything_is_trained(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THORFORGE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(BertIntermediate, "forward", lambda module, hidden: torch.special.bessel_j0(hidden))
+    config = runs.config.model_copy(update={"variants": ("student1",)})
+    with final_states() as states, pytest.raises(ExportFailed, match="tiny cannot be exported to ONNX, encoder"):
+        run_optimize(config, refresh=True)
+    assert states == {"load-teacher": "Completed", "corpus": "Completed", "export": "Failed"}
 
 
 def test_reproduce_makes_a_variant_again_to_the_same_digests_and_publishes_nothing(

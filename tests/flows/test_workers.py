@@ -1,13 +1,16 @@
 """A Dask scheduler that cannot be used says so before anything runs; tests/e2e/test_dask.py runs the flow on one."""
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect import flow, task
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workers
-from flows.workers import check_workers, dask_workers
+from flows.workers import check_workers, dask_workers, run_each
 from tasks.errors import SchedulerUnreachable
 
 
@@ -37,3 +40,17 @@ def test_unreachable_scheduler_is_named_and_threads_are_offered(
 def test_without_a_scheduler_nothing_is_asked() -> None:
     with dask_workers(None):
         pass
+
+
+@task
+def find_thread(number: int) -> tuple[int, int]:
+    return number, threading.get_ident()
+
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
+def sweep() -> dict[str, tuple[int, int]]:
+    return run_each({str(number): (find_thread, (number,)) for number in range(3)})
+
+
+def test_without_a_scheduler_a_sweep_runs_where_an_interrupt_reaches_it(prefect: None) -> None:
+    assert sweep() == {str(number): (number, threading.get_ident()) for number in range(3)}

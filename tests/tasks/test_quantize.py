@@ -6,7 +6,7 @@ import pytest
 
 from registry.manifest import hash_file
 from tasks.artifacts import draft
-from tasks.errors import QuantizationFailed
+from tasks.errors import CorpusRejected, QuantizationFailed
 from tasks.evaluate import evaluate, open_candidate
 from tasks.quantize import quantize
 from tasks.variants import VARIANTS
@@ -63,7 +63,7 @@ def test_quantize_is_the_same_every_time(forge: Forge) -> None:
 
 
 def test_quantize_without_enough_calibration_texts_says_how_many_there_are(forge: Forge) -> None:
-    with pytest.raises(QuantizationFailed, match=r"int8-static asks for 5000 calibration texts, the corpus has \d+"):
+    with pytest.raises(CorpusRejected, match=r"int8-static asks for 5000 calibration texts, the corpus has \d+"):
         quantize.fn(VARIANTS["int8-static"], forge.exported, 48, forge.study.corpus, 5000)
 
 
@@ -72,7 +72,7 @@ def test_quantize_refuses_calibration_texts_that_are_evaluated_on(forge: Forge) 
         shutil.copytree(forge.study.corpus.folder, work.folder, dirs_exist_ok=True)
         judged = (work.folder / "evaluation.jsonl").read_text()
         (work.folder / "calibration.jsonl").write_text(judged)
-    with pytest.raises(QuantizationFailed, match=r"16 of 16 calibration texts are evaluation texts too, limit 0"):
+    with pytest.raises(CorpusRejected, match=r"16 of 16 calibration texts are evaluation texts too, limit 0"):
         quantize.fn(VARIANTS["int8-static"], forge.exported, 48, work.artifact, 16)
 
 

@@ -70,6 +70,14 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
         "lists Dense, which the export does not know",
     ),
     "auto_map": (edit_json("config.json", auto_map={"AutoModel": "x.Y"}), r"remote code \(auto_map\)"),
+    "no maximum length": (
+        lambda f: (
+            edit_json("sentence_bert_config.json", max_seq_length=None)(f),
+            edit_json("tokenizer_config.json", model_max_length=int(1e30))(f),
+            edit_json("config.json", max_position_embeddings=None)(f),
+        ),
+        "does not say how many tokens a text may have: set max_seq_length",
+    ),
     "no config.json": (lambda f: (f / "config.json").unlink(), r"config\.json does not exist"),
     "config.json is a list": (write_bytes("config.json", b"[]"), r"config\.json is not a JSON object"),
     "no tokenizer.json": (lambda f: (f / "tokenizer.json").unlink(), r"no tokenizer\.json"),
