@@ -149,7 +149,7 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator
 
     teacher = embed("teacher", open_teacher(study.teacher.folder))
     for judged in study.judged:
-        encode, engine = open_candidate(judged.candidate, is_exact=judged.candidate.variant.is_qdq)
+        encode, engine = open_candidate(judged.candidate, judged.candidate.variant.is_exact)
         metrics = compare_retrieval(embed(judged.name, encode), teacher, retrieval)
         engine.close()
         rows = []

@@ -33,9 +33,12 @@ class Variant(BaseModel):
     qdq: QdqConfig | None = None
 
     @property
-    def is_qdq(self) -> bool:
-        """Whether onnxruntime rounds in Q and DQ nodes: it is judged on exact arithmetic, no processor's kernels."""
-        return self.qdq is not None and self.runtime == "onnxruntime"
+    def is_exact(self) -> bool:
+        """Whether it is judged on the exact arithmetic of its graph, not on what a processor's kernels make of it.
+
+        Not so what serves on one processor alone: avx512 adds up its integers in 32 bits, which is exact as it is.
+        """
+        return self.precision in {"int8", "fp8"} and self.runtime in {"onnxruntime", "openvino"}
 
     def within(self, limits: GateLimits) -> "Variant":
         """The variant that keeps its most sensitive layers in float where the gate's cosine or its own asks for it."""
