@@ -79,11 +79,13 @@ def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifac
     encode, engine = open_candidate(candidate, is_exact)
     with progress(f"evaluate {candidate.variant.name}", sum(map(len, sets.values()))) as advance:
         own = {name: encode(texts, advance) for name, texts in sets.items()}
+    sample = sets["sentences"][:_NUM_PARITY]
+    exact = encode(sample, lambda steps: None) if is_exact else None
     engine.close()
     metrics = compare_embeddings(own["sentences"], teacher["sentences"])
     # Others are judged on the very engine that serves them.
     metrics["engine_cosine_mean"] = (
-        _compare_engines(candidate, sets["sentences"], own["sentences"]) if is_exact else Measurement(1.0, 1.0, 1.0)
+        Measurement(1.0, 1.0, 1.0) if exact is None else _compare_engines(candidate, sample, exact)
     )
     metrics["nonfinite"] = _count_nonfinite(list(own.values()))
     if retrieval is not None:
@@ -140,11 +142,11 @@ def open_encoder(folder: Path, entry: EngineEntry, max_length: int, is_exact: bo
 
 
 def _compare_engines(candidate: Candidate, texts: Sequence[str], exact: Embeddings) -> Measurement:
-    """Cosine of the engine that will serve with exact arithmetic, on the first texts."""
+    """Cosine of the engine that will serve with exact arithmetic, in the same batches: dynamic ranges are a batch's."""
     encode, engine = open_candidate(candidate)
-    served = encode(texts[:_NUM_PARITY], lambda steps: None)
+    served = encode(texts, lambda steps: None)
     engine.close()
-    return mean_interval((_unit(served) * _unit(exact[:_NUM_PARITY])).sum(axis=1, dtype=np.float64))
+    return mean_interval((_unit(served) * _unit(exact)).sum(axis=1, dtype=np.float64))
 
 
 def _make_encoder(tokenizer: TextTokenizer, engine: Engine, num_runs: int) -> Encode:

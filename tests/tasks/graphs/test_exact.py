@@ -79,12 +79,9 @@ def test_exact_openvino_uses_no_integer_kernels(forge: Forge) -> None:
 
     def kernels(is_exact: bool) -> set[str]:
         engine: Any = open_engine(candidate.artifact.folder, candidate.engine, is_exact=is_exact)
-        operations = [op.get_rt_info() for op in engine._model.get_runtime_model().get_ops()]
-        found = {
-            str(i["primitiveType"].astype(str)) for i in operations if i["layerType"].astype(str) == "FullyConnected"
-        }
+        about = [op.get_rt_info() for op in engine._model.get_runtime_model().get_ops()]
         engine.close()
-        return found
+        return {str(i["primitiveType"].astype(str)) for i in about if i["layerType"].astype(str) == "FullyConnected"}
 
     assert all(name.endswith("f32") for name in kernels(is_exact=True))
     assert any(name.lower().endswith("i8") for name in kernels(is_exact=False))
