@@ -124,6 +124,7 @@ _BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], Built]] = {
     "int4-tiny": squeeze_for_caution,
     "int8-openvino": quantize_openvino,
     "bf16-openvino": convert_openvino,
+    "fp16-onnx": write_fp16,
     "fp16-tensorrt": write_fp16,
 }
 _QDQ_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance, QdqConfig], Built]] = {

@@ -68,6 +68,7 @@ def quantize_fp8(source: Path, folder: Path, batches: Batches, advance: Advance,
     """QDQ in E4M3: what a GPU computes, in exact arithmetic here."""
     graph = Graph.load(source)
     built = make_qdq(graph, batches, "fp8", advance, qdq)
+    quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)
     graph.save(folder / ONNX_NAME)
     return built
 
