@@ -14,7 +14,7 @@ from tasks.corpus import evaluation_sets, read_part
 from tasks.errors import QuantizationFailed
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
-from tasks.quantization.built import Built, InputRange, LayerDamage
+from tasks.quantization.built import Built, CurvePoint, InputRange, LayerDamage
 from tasks.quantization.calibrate import Batches
 from tasks.quantization.onnx_builds import (
     keep_fp32,
@@ -43,6 +43,7 @@ class Candidate(BaseModel):
     calibration_digest: str | None
     disk_bytes: int
     damages: tuple[LayerDamage, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     ranges: tuple[InputRange, ...] = ()
 
     @property
@@ -95,6 +96,7 @@ def quantize(
         calibration_digest=corpus.digest if texts else None,
         disk_bytes=disk_bytes,
         damages=built.damages,
+        curve=built.curve,
         ranges=built.ranges,
     )
 

@@ -206,6 +206,7 @@ def test_optimize_is_tracked_in_mlflow(runs: Runs) -> None:
         "manifest.json",
         "pareto.png",
         "run.json",
+        "sensitivity_pruned-static.png",
         runs.first.report.name,
     }
     versions = client.search_model_versions("name = 'tiny'")
@@ -300,7 +301,7 @@ def test_optimize_judges_a_student_against_the_teacher_and_counts_its_parameters
     assert run.data.tags["steps"] == "distill to 1 layers"
     page = runs.first.report.read_text(encoding="utf-8")
     assert "distill to 1 layers, then fp32-onnx" in page
-    assert page.count("<svg") == 6  # Pareto, latencies, two of training, pruning profile, calibrated ranges
+    assert page.count("<svg") == 7  # Pareto, latencies, two of training, pruning profile, sensitivity, ranges
 
 
 def test_optimize_refuses_a_student_too_deep_before_anything_is_trained(runs: Runs) -> None:
