@@ -103,7 +103,7 @@ class QdqProbe(Probe[bool]):
         self._weights, inputs = {}, twin.model.graph.input
         for linear in linears:
             node, own = twin.node(linear.node), graph.array(linear.weight)
-            widening = twin.producer(node.input[1])
+            widening = twin.node(f"{linear.node}_weight_DequantizeLinear")
             rounded = twin.array(widening.input[0]).astype(np.float32) * twin.array(widening.input[1])
             twin.model.graph.node.remove(widening)
             self._weights[linear.node] = own, rounded

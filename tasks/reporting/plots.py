@@ -101,7 +101,7 @@ def plot_steps(study: Study) -> dict[str, Figure]:
                 figures[name] = _plot_curve(str(record.config), record.details)
             if record.config.kind == "prune":
                 figures[f"{name}-profile"] = plot_pruning_profile(record)
-            record, digest = record.before, record.start
+            digest, record = record.start, record.before
     return figures
 
 
