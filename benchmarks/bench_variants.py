@@ -21,6 +21,8 @@ from tasks.state import state_dir
 
 _NAME = "all-MiniLM-L6-v2"
 _BENCH = "variants"
+# Likeness to the teacher, which the teacher has to itself in full.
+_TO_TEACHER = ("cosine_mean", "cosine_p1", "cosine_min", "overlap_at_10", "engine_cosine_mean")
 
 
 def main() -> int:
@@ -47,7 +49,7 @@ def main() -> int:
     print_outcome(outcome, as_json=False)
     corpus_name = "sentences" if arguments.data else "docs:"
     common = {"baseline": "fp32-torch", "config": {"corpus": corpus_name}}
-    rows = [row for judged in outcome.study.judged for row in quality_rows(judged, common)]
+    rows = [row for judged in outcome.study.judged for row in quality_rows(judged, outcome.study.teacher, common)]
     if not arguments.quality_only:
         rows += [row for judged in outcome.study.judged for row in speed_rows(judged, outcome.study.speeds, common)]
     made_of = {judged.name: describe_making(judged, outcome, arguments) for judged in outcome.study.judged}
@@ -97,21 +99,30 @@ def collect_sentences(folder: Path, path: Path) -> Path:
     return path
 
 
-def quality_rows(judged: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
-    """Size, parameters and what the flow judged on its own corpus."""
-    name, metrics = judged.name, judged.quality.metrics
-    rows = [
-        make_row(_BENCH, name, "size_mb", "MB", judged.size_mb, **common),
-        make_row(_BENCH, name, "params", "parameters", judged.model.num_parameters, **common),
-        make_row(_BENCH, name, "encoder_params", "parameters", judged.model.num_encoder_parameters, **common),
-    ]
+def quality_rows(judged: Any, teacher: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Size, parameters and what the flow judged on its own corpus, beside the teacher's where it has such a number."""
+    name, model, metrics = judged.name, judged.model, judged.quality.metrics
+    sizes = (
+        ("size_mb", "MB", judged.size_mb, measure_teacher_mb(teacher)),
+        ("params", "parameters", model.num_parameters, teacher.num_parameters),
+        ("encoder_params", "parameters", model.num_encoder_parameters, teacher.num_encoder_parameters),
+    )
+    rows = [make_row(_BENCH, name, *row, baseline_value=base, **common) for *row, base in sizes]
     for metric, measured in metrics.items():
         more: dict[str, Any] = {"low": measured.low, "high": measured.high}
         if f"{metric}_loss" in metrics:  # a loss is a share of the teacher's own score
             more["baseline_value"] = measured.value / (1 - metrics[f"{metric}_loss"].value)
+        elif metric in _TO_TEACHER:
+            more["baseline_value"] = 1.0
         unit = "values" if metric == "nonfinite" else "share"
         rows.append(make_row(_BENCH, name, metric, unit, measured.value, **more, **common))
     return rows
+
+
+def measure_teacher_mb(teacher: Any) -> float:
+    """Bytes of the teacher's weights and tokenizer on disk, in units of 10^6: what a candidate's files stand for."""
+    files = (teacher.tokenizer, *teacher.folder.rglob("*.safetensors"))
+    return float(sum(path.stat().st_size for path in files)) / 1e6
 
 
 def speed_rows(judged: Any, speeds: Any, common: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,7 +160,7 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator
 
     teacher = embed("teacher", open_teacher(study.teacher.folder))
     for judged in study.judged:
-        encode, engine = open_candidate(judged.candidate, is_exact=judged.candidate.variant.is_qdq)
+        encode, engine = open_candidate(judged.candidate, judged.candidate.variant.is_exact)
         metrics = compare_retrieval(embed(judged.name, encode), teacher, retrieval)
         engine.close()
         rows = []

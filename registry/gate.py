@@ -91,6 +91,12 @@ class GateLimits(_Record):
 
     cosine_mean_pass: float = Field(default=0.99, ge=-1, le=1, description="mean cosine to the teacher that passes")
     cosine_mean_caution: float = Field(default=0.98, ge=-1, le=1, description="mean cosine below which it fails")
+    min_engine_cosine: float = Field(
+        default=0.999,
+        ge=-1,
+        le=1,
+        description="least mean cosine of the engine that serves to what was judged: a tenth of the loss allowed above",
+    )
     max_task_loss: float = Field(default=0.01, description="largest loss on a task, as a share of the teacher's score")
     max_champion_latency_ratio: float = Field(default=1.05, gt=0, description="most median latency over the champion's")
     min_champion_throughput_ratio: float = Field(default=0.95, gt=0, description="least throughput over the champion's")
@@ -134,6 +140,9 @@ class GateSettings(GateLimits):
 def default_checks(limits: GateLimits, with_sts: bool, with_champion: bool) -> tuple[Check, ...]:
     """The default gate: no non-finite output, cosine, task losses and, where there is a champion, the same against it.
 
+    `engine_cosine_mean` ties what serves to what was judged: integer kernels that saturate, as on a processor without
+    VNNI, would pass on the strength of exact arithmetic. It is 1 where the serving engine itself was judged.
+
     Losses are `<task>_loss` (and `sts_spearman_loss`) as a share of the teacher's score, `<task>_loss_vs_champion` as a
     share of the champion's; the ratios are candidate over champion, measured in one run.
     """
@@ -143,6 +152,7 @@ def default_checks(limits: GateLimits, with_sts: bool, with_champion: bool) -> t
         Check(
             metric="cosine_mean", kind="min", limit=limits.cosine_mean_pass, caution_limit=limits.cosine_mean_caution
         ),
+        Check(metric="engine_cosine_mean", kind="min", limit=limits.min_engine_cosine),
         *(Check(metric=f"{task}_loss", kind="max", limit=limits.max_task_loss) for task in tasks),
     ]
     if with_champion:

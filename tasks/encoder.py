@@ -34,7 +34,7 @@ from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import read_calibration
 from tasks.models.teacher import Teacher
-from tasks.quantization.built import LayerDamage
+from tasks.quantization.built import Ranking
 from tasks.quantization.calibrate import Batches
 from tasks.quantization.sensitivity import Probe, rank_layers
 from tasks.quantize import Candidate
@@ -58,7 +58,7 @@ def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibrat
         else:
             path = write_encoder(teacher, work.folder, rows)
         limit = variant.qdq.min_cosine if variant.qdq else None
-        damages = () if limit is None else keep_sensitive(path, rows, limit)
+        found = Ranking({}, ()) if limit is None else keep_sensitive(path, rows, limit)
         entry = hash_file(path)
         disk_bytes = sum(file.stat().st_size for file in work.folder.iterdir())
     return Candidate(
@@ -71,7 +71,8 @@ def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibrat
         calibration_size=len(texts),
         calibration_digest=corpus.digest if texts else None,
         disk_bytes=disk_bytes,
-        damages=damages,
+        damages=tuple(found.damages.values()),
+        curve=found.curve,
     )
 
 
@@ -181,21 +182,21 @@ def _round(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {name: (weight / scale[:, None]).round().to(torch.int8), f"{name}.scale": scale}
 
 
-def keep_sensitive(path: Path, calibration: Sequence[Ids], min_cosine: float) -> tuple[LayerDamage, ...]:
+def keep_sensitive(path: Path, calibration: Sequence[Ids], min_cosine: float) -> Ranking:
     """Choose the linear layers that `f8` leaves in float16 for `min_cosine`, and write them into `config.json`.
 
-    `path` is what `write_encoder` wrote with the same `calibration`. Returns every layer's damage and bits; nothing
-    where all layers can be E4M3.
+    `path` is what `write_encoder` wrote with the same `calibration`. Returns every layer's damage and bits, no layers
+    where all can be E4M3, and the cosine against layers kept.
     """
     config_path = path.with_name(CONFIG_NAME)
     config = read_config(config_path)
     probe = EncoderProbe(load_weights(path, config), config, [pad_batch([row]) for row in calibration])
     names = list_linears(config.layers)
-    damages = rank_layers(probe, dict(zip(names, names, strict=True)), min_cosine, _FLOAT_BITS)
-    kept = [name for name, layer in damages.items() if layer.is_float]
+    found = rank_layers(probe, dict(zip(names, names, strict=True)), min_cosine, _FLOAT_BITS)
+    kept = [name for name, layer in found.damages.items() if layer.is_float]
     fields = json.loads(config_path.read_text(encoding="utf-8"))
     _write_fields(config_path, fields | {E4M3_NAME: {"schema_version": E4M3_VERSION, "float16": kept}})
-    return tuple(damages.values())
+    return found
 
 
 class EncoderProbe(Probe[bool]):

@@ -1,8 +1,10 @@
 """Evaluate: how close a candidate's embeddings are to the teacher's, and what that costs on tasks."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +15,15 @@ from scipy.stats import rankdata
 from registry.gate import Measurement
 from registry.manifest import EngineEntry, read_manifest
 from serving.engines import GPU_RUNTIMES, Embeddings, Engine, num_cores, open_engine
-from serving.tokenizer import Ids, TextTokenizer, pad_batch
+from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
 from tasks.corpora.text_files import RatedPairs
 from tasks.corpus import Retrieval, evaluation_sets, read_rated_pairs
+from tasks.graphs.exact import write_exact_twin
 from tasks.measurement.statistics import Values, loss_interval, mean_interval, relative_loss, statistic_interval
 from tasks.progress import Advance, progress
 from tasks.quantize import Candidate
+from tasks.state import state_dir
 
 TOP_K = 10
 # A batch of 16 on each core is done sooner than one of 32 on two: 5.4 for 6.1 s in fp32, 6.0 for 7.9 s in exact INT8.
@@ -66,20 +70,22 @@ class Quality(BaseModel):
 def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifact, hardware: str) -> Quality:
     """Judge a candidate on the evaluation part, through the engine class that the worker runs.
 
-    QDQ graphs are judged on exact arithmetic, and `engine_cosine_mean` says how near the fused engine comes to it.
-    `hardware` is part of the cache key: int8 and bf16 arithmetic differ between processors, so a verdict is a node's.
+    INT8 and FP8 graphs are judged on exact arithmetic, and `engine_cosine_mean` says how near the engine that serves
+    comes to it on this processor; `hardware` is part of the cache key.
     """
     sets, retrieval = evaluation_sets(corpus)
     teacher = {path.stem: np.load(path, allow_pickle=False) for path in teacher_embeddings.folder.glob("*.npy")}
-    encode, engine = open_candidate(candidate, is_exact=candidate.variant.is_qdq)
+    is_exact = candidate.variant.is_exact
+    encode, engine = open_candidate(candidate, is_exact)
     with progress(f"evaluate {candidate.variant.name}", sum(map(len, sets.values()))) as advance:
         own = {name: encode(texts, advance) for name, texts in sets.items()}
+    sample = sets["sentences"][:_NUM_PARITY]
+    exact = encode(sample, lambda steps: None) if is_exact else None
     engine.close()
     metrics = compare_embeddings(own["sentences"], teacher["sentences"])
     # Others are judged on the very engine that serves them.
-    is_exact = candidate.variant.is_qdq
     metrics["engine_cosine_mean"] = (
-        _compare_engines(candidate, sets["sentences"], own["sentences"]) if is_exact else Measurement(1.0, 1.0, 1.0)
+        Measurement(1.0, 1.0, 1.0) if exact is None else _compare_engines(candidate, sample, exact)
     )
     metrics["nonfinite"] = _count_nonfinite(list(own.values()))
     if retrieval is not None:
@@ -113,8 +119,16 @@ def score_champion(champion: Path | None, corpus: Artifact, hardware: str) -> di
 
 
 def open_candidate(candidate: Candidate, is_exact: bool = False) -> tuple[Encode, Engine]:
-    """The candidate's engine, and text encoding on top of it."""
-    return open_encoder(candidate.artifact.folder, candidate.engine, candidate.max_seq_length, is_exact)
+    """The candidate's engine, and text encoding on top of it; `is_exact`: the graph's arithmetic on any processor."""
+    folder, entry, length = candidate.artifact.folder, candidate.engine, candidate.max_seq_length
+    if not is_exact or candidate.variant.build != "int8-dynamic":
+        return open_encoder(folder, entry, length, is_exact)
+    # onnxruntime multiplies integers on the processor's kernels whatever it is told.
+    state_dir().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="exact-", dir=state_dir()) as twin:
+        write_exact_twin(folder / entry.file, Path(twin) / entry.file)
+        shutil.copyfile(folder / TOKENIZER_NAME, Path(twin) / TOKENIZER_NAME)
+        return open_encoder(Path(twin), entry, length)
 
 
 def open_encoder(folder: Path, entry: EngineEntry, max_length: int, is_exact: bool = False) -> tuple[Encode, Engine]:
@@ -128,11 +142,11 @@ def open_encoder(folder: Path, entry: EngineEntry, max_length: int, is_exact: bo
 
 
 def _compare_engines(candidate: Candidate, texts: Sequence[str], exact: Embeddings) -> Measurement:
-    """Cosine of the engine that will serve with exact arithmetic, on the first texts."""
+    """Cosine of the engine that will serve with exact arithmetic, in the same batches: dynamic ranges are a batch's."""
     encode, engine = open_candidate(candidate)
-    served = encode(texts[:_NUM_PARITY], lambda steps: None)
+    served = encode(texts, lambda steps: None)
     engine.close()
-    return mean_interval((_unit(served) * _unit(exact[:_NUM_PARITY])).sum(axis=1, dtype=np.float64))
+    return mean_interval((_unit(served) * _unit(exact)).sum(axis=1, dtype=np.float64))
 
 
 def _make_encoder(tokenizer: TextTokenizer, engine: Engine, num_runs: int) -> Encode:

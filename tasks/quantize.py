@@ -13,7 +13,7 @@ from tasks.artifacts import CACHED, Artifact, draft
 from tasks.corpus import read_calibration
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
-from tasks.quantization.built import Built, InputRange, LayerDamage
+from tasks.quantization.built import Built, CurvePoint, InputRange, LayerDamage
 from tasks.quantization.calibrate import Batches
 from tasks.quantization.onnx_builds import (
     keep_fp32,
@@ -42,6 +42,7 @@ class Candidate(BaseModel):
     calibration_digest: str | None
     disk_bytes: int
     damages: tuple[LayerDamage, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     ranges: tuple[InputRange, ...] = ()
 
     @property
@@ -94,6 +95,7 @@ def quantize(
         calibration_digest=corpus.digest if texts else None,
         disk_bytes=disk_bytes,
         damages=built.damages,
+        curve=built.curve,
         ranges=built.ranges,
     )
 
@@ -105,6 +107,7 @@ _BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], Built]] = {
     "int4-tiny": squeeze_for_caution,
     "int8-openvino": quantize_openvino,
     "bf16-openvino": convert_openvino,
+    "fp16-onnx": write_fp16,
     "fp16-tensorrt": write_fp16,
 }
 _QDQ_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance, QdqConfig], Built]] = {

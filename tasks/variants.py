@@ -10,8 +10,8 @@ from tasks.settings import CalibrationMethod, QdqConfig
 from tasks.steps import DistillConfig, PruneConfig, Step, TrimConfig
 
 Build = Literal[
-    "fp32-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino", "bf16-openvino",
-    "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt", "cuda-fp16", "cuda-fp8", "int8-avx512",
+    "fp32-onnx", "fp16-onnx", "int8-dynamic", "int8-static", "fp8-onnx", "int4-small", "int4-tiny", "int8-openvino",
+    "bf16-openvino", "fp16-tensorrt", "int8-tensorrt", "fp8-tensorrt", "cuda-fp16", "cuda-fp8", "int8-avx512",
 ]  # fmt: skip
 
 Compute = Literal["f32", "bf16", "f16", "f8"]
@@ -33,9 +33,12 @@ class Variant(BaseModel):
     qdq: QdqConfig | None = None
 
     @property
-    def is_qdq(self) -> bool:
-        """Whether onnxruntime rounds in Q and DQ nodes: it is judged on exact arithmetic, no processor's kernels."""
-        return self.qdq is not None and self.runtime == "onnxruntime"
+    def is_exact(self) -> bool:
+        """Whether it is judged on the exact arithmetic of its graph, not on what a processor's kernels make of it.
+
+        Not so what serves on one processor alone: avx512 adds up its integers in 32 bits, which is exact as it is.
+        """
+        return self.precision in {"int8", "fp8"} and self.runtime in {"onnxruntime", "openvino"}
 
     def within(self, limits: GateLimits) -> "Variant":
         """The variant that keeps its most sensitive layers in float where the gate's cosine or its own asks for it."""
@@ -61,6 +64,7 @@ _INT4 = "weights only, on a trellis: table 3 bits, linears 3 to 6 by sensitivity
 _BUILDS: dict[Build, Variant] = dict(
     (
         _build("fp32-onnx", "onnxruntime", "fp32", "f32", "export"),
+        _build("fp16-onnx", "onnxruntime", "fp16", "f16", "float16 encoder"),
         _build(
             "int8-dynamic", "onnxruntime", "int8", "f32",
             "dynamic, per channel; SmoothQuant, outlier channels of FFN-down in float", **_CALIBRATED,

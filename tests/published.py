@@ -12,7 +12,13 @@ from registry.manifest import MANIFEST_NAME, payload_checksum, read_manifest, sc
 from registry.store import Store
 from tests.bundles import make_bundle
 
-QUALITY = {"nonfinite": 0.0, "cosine_mean": 0.999, "ndcg_at_10_loss": 0.001, "recall_at_10_loss": 0.002}
+QUALITY = {
+    "nonfinite": 0.0,
+    "cosine_mean": 0.999,
+    "engine_cosine_mean": 0.9999,
+    "ndcg_at_10_loss": 0.001,
+    "recall_at_10_loss": 0.002,
+}
 BESIDE_CHAMPION = {
     "latency_ratio_vs_champion": 0.8,
     "p95_ratio_vs_champion": 0.8,

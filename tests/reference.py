@@ -14,10 +14,11 @@ from registry.settings import RegistrySettings, variable_of
 from serving.config import iterate_keys
 from serving.errors import STATUS
 from serving.metrics import Metrics
+from serving.settings import ModelSource
 from tasks.production.delivery import WorkerConfig
 from tasks.production.notify import WebhookConfig
 from tasks.settings import BuildConfig
-from tasks.steps import DistillConfig
+from tasks.steps import DistillConfig, PruneConfig, TrimConfig
 from tasks.variants import Recipe, list_variants
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
@@ -37,7 +38,7 @@ def render_reference() -> str:
             *_table(("key", "default", "meaning"), _fields("optimize.gate", GateSettings)),
             *_table(("key", "default", "meaning"), _fields("optimize.tensorrt", BuildConfig)),
             *_table(("key of each `[[optimize.recipe]]`", "default", "meaning"), _fields("", Recipe)),
-            *_table(("key of a step that distils", "default", "meaning"), _fields("", DistillConfig)),
+            *(line for step in (DistillConfig, PruneConfig, TrimConfig) for line in _step_table(step)),
             *_table(("key", "default", "meaning"), _fields("promote.approval", ApprovalPolicy)),
             *_table(("key of each `[[promote.workers]]`", "default", "meaning"), _fields("", WorkerConfig)),
             *_table(("key of each `[[promote.webhooks]]`", "default", "meaning"), _fields("", WebhookConfig)),
@@ -57,6 +58,7 @@ def render_reference() -> str:
                     for k in iterate_keys()
                 ),
             ),
+            *_table(("key of each `[[embedding.models.available]]`", "default", "meaning"), _fields("", ModelSource)),
             "## Errors of the worker",
             "",
             *_table(
@@ -79,6 +81,12 @@ def render_reference() -> str:
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     lines = [head, tuple("---" for _ in head), *rows]
     return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _step_table(step: type[BaseModel]) -> list[str]:
+    kind = step.model_fields["kind"].default
+    rows = (row for row in _fields("", step) if row[0] != "`kind`")
+    return _table((f'key of a step with `kind = "{kind}"`', "default", "meaning"), rows)
 
 
 def _fields(section: str, model: type[BaseModel]) -> list[tuple[str, str, str]]:

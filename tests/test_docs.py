@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from typer import Exit
 from typer.exceptions import TyperException
 from typer.main import get_command
@@ -15,6 +16,9 @@ from typer.main import get_command
 from flows.cli import app
 from flows.config import Settings
 from serving.config import build_parser
+from serving.settings import ModelSource
+from tasks.steps import DistillConfig, PruneConfig, TrimConfig
+from tasks.variants import Recipe
 from tests.reference import PAGE, render_reference
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +47,13 @@ def test_reference_page_is_current() -> None:
 
 def test_every_setting_says_what_it_means() -> None:
     assert "|  |" not in render_reference()
+
+
+@pytest.mark.parametrize("model", [DistillConfig, PruneConfig, TrimConfig, ModelSource, Recipe])
+def test_reference_has_every_key_of_what_a_list_holds(model: type[BaseModel]) -> None:
+    keys = model.model_fields.keys() - {"kind"}
+    tables = [set(re.findall(r"^\| `(\w+)` ", table, flags=re.MULTILINE)) for table in render_reference().split("\n\n")]
+    assert keys in tables
 
 
 def test_readme_tree_lists_every_module() -> None:

@@ -79,8 +79,9 @@ def open_engine(
 
     With a folder `cache` an engine that was compiled before need not be compiled for another number of threads.
     `max_tokens` is the largest run of the cuda engine, which is opened on each of `devices` (none: on the current one).
-    `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it for the arithmetic of the graph as written, slow but
-    the same on every processor. `on_rebuild` hears of a TensorRT plan that was there and had to be built again.
+    `on_gpu` puts onnxruntime on an NVIDIA GPU; `is_exact` asks it or OpenVINO for the arithmetic of the graph as
+    written, slow but the same on every processor. `on_rebuild` hears of a TensorRT plan that was there and had to be
+    built again.
     Raises EngineUnavailable when the runtime is not installed, not known here or refuses the file.
     """
     disable_telemetry()
@@ -91,7 +92,7 @@ def open_engine(
     if entry.runtime == "openvino":
         from serving.engines.openvino import OpenVinoEngine  # noqa: PLC0415  a runtime loads only when chosen
 
-        return OpenVinoEngine(folder / entry.file, entry.compute, num_threads, num_instances, cache)
+        return OpenVinoEngine(folder / entry.file, entry.compute, num_threads, num_instances, cache, is_exact)
     if entry.runtime == "avx512":
         from serving.engines.avx512 import Avx512Engine  # noqa: PLC0415  a runtime loads only when chosen
 

@@ -10,6 +10,9 @@ from serving.engines import Embeddings
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
+# No int8 kernels for FakeQuantize, nor for float inputs of int8 weights.
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
 
 class OpenVinoEngine:
     """Runs an OpenVINO IR (or ONNX) graph; `compute` is the arithmetic of layers that are not quantised."""
@@ -24,16 +27,21 @@ class OpenVinoEngine:
         num_threads: int = 0,
         num_instances: int = 1,
         cache: Path | None = None,
+        is_exact: bool = False,
     ) -> None:
         """Compile `path` for the CPU: `num_instances` runs at a time, each on `num_threads` (0: all cores).
 
-        What is compiled is kept in the folder `cache`, and taken from there. Raises EngineUnavailable.
+        What is compiled is kept in the folder `cache`, and taken from there. `is_exact` computes FakeQuantize and the
+        rest as they are written, in float32, slowly: int8 kernels saturate on processors without VNNI. Raises
+        EngineUnavailable.
         """
         try:
             import openvino as ov  # noqa: PLC0415  an optional extra
         except ImportError:
             raise EngineUnavailable("openvino is not installed: pip install '.[openvino]' in the checkout") from None
         options = {"INFERENCE_PRECISION_HINT": compute, "NUM_STREAMS": str(num_instances)}
+        if is_exact:
+            options |= _EXACT
         if num_threads:
             options["INFERENCE_NUM_THREADS"] = str(num_threads * num_instances)
         if cache is not None:

@@ -22,6 +22,24 @@ class LayerDamage(BaseModel):
         return self.bits > QDQ_BITS
 
 
+class CurvePoint(BaseModel):
+    """Mean cosine to the original, and the low end of its interval, with the worst `num_kept` layers not rounded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_kept: int
+    cosine: float
+    low: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """By node what rounding each layer does, nothing where that was not asked; and the cosine against layers kept."""
+
+    damages: dict[str, LayerDamage]
+    curve: tuple[CurvePoint, ...]
+
+
 class InputRange(BaseModel):
     """The input of a linear layer on the calibration texts: its histogram, and the range it is quantised over."""
 
@@ -40,4 +58,5 @@ class Built:
 
     file: str
     damages: tuple[LayerDamage, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     ranges: tuple[InputRange, ...] = ()

@@ -11,7 +11,7 @@ from tasks.graphs.graph_files import copy_model_files
 from tasks.graphs.qdq import Format, insert_qdq
 from tasks.graphs.table import quantize_tables
 from tasks.progress import Advance
-from tasks.quantization.built import Built, InputRange
+from tasks.quantization.built import Built, InputRange, Ranking
 from tasks.quantization.calibrate import Batches, choose_range, observe
 from tasks.quantization.few_bit_table import Split
 from tasks.quantization.outliers import tame_outliers
@@ -24,6 +24,9 @@ _GATE_COSINE, _CAUTION_COSINE = 0.997, 0.9935
 _GATE_TABLE: Split = ((1.0, 3),)
 _CAUTION_TABLE: Split = ((0.4, 3), (1.0, 2))
 _TABLE_BITS, _TABLE_BLOCK = 8, 128  # cosine 0.99999: the table costs nothing at 8 bits
+
+# Seconds for the linears of a small model, 10 M weights of MiniLM; minutes for those of a large one.
+_MAX_DRAWN_WEIGHTS = 25_000_000
 
 
 def keep_fp32(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
@@ -68,6 +71,7 @@ def quantize_fp8(source: Path, folder: Path, batches: Batches, advance: Advance,
     """QDQ in E4M3: what a GPU computes, in exact arithmetic here."""
     graph = Graph.load(source)
     built = make_qdq(graph, batches, "fp8", advance, qdq)
+    quantize_tables(graph, _TABLE_BITS, _TABLE_BLOCK)
     graph.save(folder / ONNX_NAME)
     return built
 
@@ -102,16 +106,17 @@ def make_qdq(graph: Graph, batches: Batches, kind: Format, advance: Advance, qdq
         labels.setdefault(linear.input, linear.label)
     seen = observe(graph, labels, batches, advance, with_histogram=True)
     ranges = {name: choose_range(found, qdq.calibration) for name, found in seen.items()}
-    damages = {}
+    found = Ranking({}, ())
     if qdq.min_cosine is not None:
         nodes = {linear.node: linear.label for linear in graph.linears}
-        damages = rank_layers(QdqProbe(graph, ranges, kind, batches), nodes, qdq.min_cosine)
-    insert_qdq(graph, ranges, kind, skip={node for node, layer in damages.items() if layer.is_float})
+        is_small = sum(graph.array(linear.weight).size for linear in graph.linears) <= _MAX_DRAWN_WEIGHTS
+        found = rank_layers(QdqProbe(graph, ranges, kind, batches), nodes, qdq.min_cosine, is_drawn=is_small)
+    insert_qdq(graph, ranges, kind, skip={node for node, layer in found.damages.items() if layer.is_float})
     shown = tuple(
         InputRange(layer=labels[n], low=low, high=high, limit=seen[n].limit, counts=seen[n].coarse_histogram())
         for n, (low, high) in ranges.items()
     )
-    return Built(ONNX_NAME, tuple(damages.values()), shown)
+    return Built(ONNX_NAME, tuple(found.damages.values()), found.curve, shown)
 
 
 def tame(graph: Graph, batches: Batches, advance: Advance) -> Graph:

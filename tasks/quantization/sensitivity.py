@@ -4,18 +4,21 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from copy import copy
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.tokenizer import pad_batch
 from tasks.graphs.graph import Graph
 from tasks.graphs.qdq import Format, Range, insert_qdq
 from tasks.measurement.statistics import mean_interval
-from tasks.quantization.built import FLOAT_BITS, QDQ_BITS, LayerDamage
+from tasks.quantization.built import FLOAT_BITS, QDQ_BITS, CurvePoint, LayerDamage, Ranking
 from tasks.quantization.calibrate import Batches
 
 _NUM_PROBES = 32  # calibration texts that layers are judged on
+_NUM_TOGETHER = 8  # of them in a run: weights that are inputs are packed in every run
 
 Cosines = NDArray[np.float64]
 How = TypeVar("How")
@@ -24,13 +27,24 @@ How = TypeVar("How")
 class Probe(ABC, Generic[How]):
     """Embeds calibration texts with some layers rounded, each in a way of its own; others are as they were."""
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches[:: max(1, len(batches) // _NUM_PROBES)]
+    def __init__(self, batches: Batches, together: int = 1) -> None:
+        probes = batches[:: max(1, len(batches) // _NUM_PROBES)]
+        parts = (probes[start : start + together] for start in range(0, len(probes), together))
+        self._batches = [
+            pad_batch([ids[mask > 0] for pair in part for ids, mask in zip(*pair, strict=True)]) for part in parts
+        ]
         self._expected = self._embed({})
 
     def cosines(self, rounded: Mapping[str, How]) -> Cosines:
         """Text by text, the cosine to the embeddings without any rounding; `rounded` is by node."""
-        return np.asarray((self._embed(rounded) * self._expected).sum(axis=1, dtype=np.float64))
+        pairs = zip(self._embed(rounded), self._expected, strict=True)
+        return np.concatenate([(own * expected).sum(axis=1, dtype=np.float64) for own, expected in pairs])
+
+    def few(self) -> Self:
+        """The same on texts of one run alone, of those in the middle."""
+        fewer, middle = copy(self), (len(self._batches) - 1) // 2
+        fewer._batches, fewer._expected = self._batches[middle : middle + 1], self._expected[middle : middle + 1]
+        return fewer
 
     def cosine(self, rounded: Mapping[str, How]) -> float:
         """Their mean."""
@@ -40,10 +54,10 @@ class Probe(ABC, Generic[How]):
     def _run(self, rounded: Mapping[str, How]) -> Callable[[dict[str, Any]], NDArray[np.float32]]:
         """What embeds a batch's inputs with these layers rounded."""
 
-    def _embed(self, rounded: Mapping[str, How]) -> NDArray[np.float32]:
+    def _embed(self, rounded: Mapping[str, How]) -> list[NDArray[np.float32]]:
         run = self._run(rounded)
-        embeddings = np.concatenate([run({"input_ids": ids, "attention_mask": mask}) for ids, mask in self._batches])
-        return np.asarray(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True))
+        found = [run({"input_ids": ids, "attention_mask": mask}) for ids, mask in self._batches]
+        return [embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True) for embeddings in found]
 
 
 class WeightProbe(Probe[NDArray[np.float32]]):
@@ -75,42 +89,85 @@ class WeightProbe(Probe[NDArray[np.float32]]):
 
 
 class QdqProbe(Probe[bool]):
-    """Layers quantised explicitly: a session each time, on arithmetic that is exact on every processor."""
+    """Layers quantised explicitly, on arithmetic that is exact on every processor.
+
+    One session: a switch for each layer's input, and its weight, as it was or rounded, is an input too.
+    """
 
     def __init__(self, graph: Graph, ranges: Mapping[str, Range], kind: Format, batches: Batches) -> None:
         """Embed `batches` with the graph as it is."""
-        self._graph, self._ranges, self._kind = graph, ranges, kind
-        super().__init__(batches)
+        import onnx  # noqa: PLC0415  a cached run need not load it
+
+        twin, linears = graph.copy(), graph.linears
+        insert_qdq(twin, ranges, kind)
+        self._weights, inputs = {}, twin.model.graph.input
+        for linear in linears:
+            node, own = twin.node(linear.node), graph.array(linear.weight)
+            widening = twin.node(f"{linear.node}_weight_DequantizeLinear")
+            rounded = twin.array(widening.input[0]).astype(np.float32) * twin.array(widening.input[1])
+            twin.model.graph.node.remove(widening)
+            self._weights[linear.node] = own, rounded
+            switch, chosen = _switch_of(linear.node), f"{linear.node}_chosen"
+            choose = onnx.helper.make_node("Where", [switch, node.input[0], linear.input], [chosen], name=chosen)
+            twin.insert([choose], node)
+            node.input[:] = [chosen, _weight_of(linear.node)]
+            inputs.append(onnx.helper.make_tensor_value_info(switch, onnx.TensorProto.BOOL, []))
+            inputs.append(onnx.helper.make_tensor_value_info(node.input[1], onnx.TensorProto.FLOAT, own.shape))
+        twin.drop_unused()
+        self._session = twin.open()
+        super().__init__(batches, together=_NUM_TOGETHER)
 
     def _run(self, rounded: Mapping[str, bool]) -> Callable[[dict[str, Any]], NDArray[np.float32]]:
-        twin = self._graph.copy()
-        skip = {linear.node for linear in twin.linears if not rounded.get(linear.node)}
-        insert_qdq(twin, self._ranges, self._kind, skip)
-        session = twin.open()
-        return lambda feeds: np.asarray(session.run(None, feeds)[0])
+        layers: dict[str, Any] = {}
+        for node, weights in self._weights.items():
+            is_rounded = rounded.get(node, False)
+            layers[_switch_of(node)], layers[_weight_of(node)] = np.array(is_rounded), weights[is_rounded]
+        return lambda feeds: np.asarray(self._session.run(None, layers | feeds)[0])
+
+
+def _switch_of(node: str) -> str:
+    return f"{node}_is_rounded"
+
+
+def _weight_of(node: str) -> str:
+    return f"{node}_weight_given"
 
 
 def rank_layers(
-    probe: Probe[bool], labels: Mapping[str, str], min_cosine: float, float_bits: int = FLOAT_BITS
-) -> dict[str, LayerDamage]:
-    """By node what quantising each layer alone does, and whether it stays in float; nothing where none has to.
+    probe: Probe[bool],
+    labels: Mapping[str, str],
+    min_cosine: float,
+    float_bits: int = FLOAT_BITS,
+    is_drawn: bool = False,
+) -> Ranking:
+    """By node what quantising each layer alone does, and whether it stays in float; and the cosine by layers kept.
 
     `labels` name the layers of `probe` for people. As in the gate the bad end of the mean cosine's interval has to
-    reach `min_cosine`, on calibration texts here: to choose on what is judged would flatter.
+    reach `min_cosine`, on calibration texts here: to choose on what is judged would flatter. Where none has to stay in
+    float the layers are measured to be drawn alone, if `is_drawn`, and on few texts.
     """
-    rounded = dict.fromkeys(labels, True)
+    rounded, points = dict.fromkeys(labels, True), {}
 
     def is_enough(mixed: Mapping[str, bool]) -> bool:
-        return mean_interval(probe.cosines(mixed)).low >= min_cosine
+        measured, num_kept = mean_interval(probe.cosines(mixed)), list(mixed.values()).count(False)
+        points[num_kept] = CurvePoint(num_kept=num_kept, cosine=measured.value, low=measured.low)
+        return measured.low >= min_cosine
 
-    if is_enough(rounded):
-        return {}
-    damage = measure_damage(probe, rounded)
-    kept = choose_layers(rounded, dict.fromkeys(rounded, False), damage, is_enough)
-    return {
-        node: LayerDamage(layer=label, damage=damage[node], bits=float_bits if node in kept else QDQ_BITS)
-        for node, label in labels.items()
+    passes = is_enough(rounded)
+    if passes and is_drawn:
+        probe = probe.few()
+        is_enough(rounded)
+    damage = {} if passes and not is_drawn else measure_damage(probe, rounded)
+    kept = set() if passes else choose_layers(rounded, dict.fromkeys(rounded, False), damage, is_enough)
+    ranked = sorted(damage, key=lambda node: -damage[node])
+    for count in (1 << power for power in range(len(ranked).bit_length())):
+        if count not in points:
+            is_enough(rounded | dict.fromkeys(ranked[:count], False))
+    damages = {
+        node: LayerDamage(layer=labels[node], damage=damage[node], bits=float_bits if node in kept else QDQ_BITS)
+        for node in damage
     }
+    return Ranking(damages, tuple(points[count] for count in sorted(points)))
 
 
 def measure_damage(probe: Probe[How], fewer: Mapping[str, How]) -> dict[str, float]:

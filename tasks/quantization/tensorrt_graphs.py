@@ -13,7 +13,7 @@ from tasks.settings import QdqConfig
 
 
 def write_fp16(source: Path, folder: Path, batches: Batches, advance: Advance) -> Built:
-    """The encoder in float16."""
+    """The encoder in float16; onnxruntime on a CPU widens its weights and computes in float32."""
     advance(1)
     _save(Graph.load(source), folder)
     return Built(ONNX_NAME)

@@ -88,17 +88,20 @@ def plot_pruning_profile(record: StepRecord) -> Figure:
 
 
 def plot_steps(study: Study) -> dict[str, Figure]:
-    """By name, the pictures that steps left: of training the loss curve, of pruning the layers' profile."""
+    """By name, the pictures that steps left: of training the loss curve, of pruning the layers' profile.
+
+    A name is the kind of the step and the digest of the model it made: a recipe may have two steps of one kind.
+    """
     figures = {}
     for row in study.judged:
-        record = read_step(row.model.folder)
+        record, digest = read_step(row.model.folder), row.model.digest
         while record is not None:
-            name = f"{record.config.kind}-{row.model.digest[:8]}"
+            name = f"{record.config.kind}-{digest[:8]}"
             if record.details.get("curve"):
                 figures[name] = _plot_curve(str(record.config), record.details)
             if record.config.kind == "prune":
                 figures[f"{name}-profile"] = plot_pruning_profile(record)
-            record = record.before
+            digest, record = record.start, record.before
     return figures
 
 

@@ -22,10 +22,14 @@ def test_bench_variants_sentences_are_those_of_every_file_each_once(tmp_path: Pa
 
 def test_bench_variants_rows_hold_quality_size_and_speed_beside_the_teachers(forge: Forge) -> None:
     judged = forge.study.find("fp32-onnx")
-    rows = {row["metric"]: row for row in quality_rows(judged, COMMON)}
+    rows = {row["metric"]: row for row in quality_rows(judged, forge.study.teacher, COMMON)}
     assert {"size_mb", "params", "encoder_params", "cosine_mean", "ndcg_at_10", "cross_recall_at_10"} <= rows.keys()
     assert rows["params"]["value"] == forge.study.teacher.num_parameters
     assert rows["ndcg_at_10"]["ratio"] == pytest.approx(1, abs=1e-3)
+    assert rows["params"]["ratio"] == rows["encoder_params"]["ratio"] == rows["cosine_mean"]["baseline_value"] == 1
+    assert rows["size_mb"]["ratio"] == pytest.approx(1, abs=0.5)  # the same weights, and a graph
+    without = {row["metric"] for row in rows.values() if "ratio" not in row}
+    assert without == {name for name in rows if name.endswith("_loss")} | {"nonfinite"}  # of which the teacher has none
     assert {row["case"] for row in rows.values()} == {"fp32-onnx"}
     speeds = {row["metric"]: row for row in speed_rows(judged, forge.study.speeds, COMMON)}
     assert speeds["throughput_per_s"]["ratio"] == pytest.approx(judged.speedup_vs_torch)

@@ -39,9 +39,14 @@ from tests.texts import make_sentences
 # The tables of MLflow and of Prefect's server use what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
-VARIANTS = ("fp32-onnx", "int8-dynamic", "bf16-openvino", "student1")
+VARIANTS = ("fp32-onnx", "int8-dynamic", "bf16-openvino", "student1", "pruned-static")
 STUDENT = {"name": "student1", "build": "fp32-onnx", "steps": [{"kind": "distill", "depth": 1, "epochs": 0.5}]}
-CACHED_TASKS = {"corpus", "distill-1", "export", "embed-teacher", "score-champion", "benchmark"} | {
+PRUNED = {
+    "name": "pruned-static",
+    "build": "int8-static",
+    "steps": [{"kind": "prune", "ratio": 0.2, "calibration_size": 16, "epochs": 0.5}],
+}
+CACHED_TASKS = {"corpus", "distill-1", "prune-0.2", "export", "embed-teacher", "score-champion", "benchmark"} | {
     f"{verb}-{name}" for verb in ("quantize", "evaluate") for name in VARIANTS
 }
 FRESH_TASKS = {"load-teacher", "select", "record-verdicts", "report"}
@@ -70,14 +75,16 @@ def runs(prefect_api: None, tiny_teacher: Path, tmp_path_factory: pytest.TempPat
     settings = {"model": str(tiny_teacher), "corpus": str(corpus), "registry": str(registry)}
     table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     recipe = (
-        'recipe = [{name = "student1", build = "fp32-onnx", steps = [{kind = "distill", depth = 1, epochs = 0.5}]}]'
+        'recipe = [{name = "student1", build = "fp32-onnx", steps = [{kind = "distill", depth = 1, epochs = 0.5}]}, '
+        '{name = "pruned-static", build = "int8-static", '
+        'steps = [{kind = "prune", ratio = 0.2, calibration_size = 16, epochs = 0.5}]}]'
     )
     table = f"[optimize]\n{table}variants = {json.dumps(VARIANTS)}\ncalibration_size = 8\n{recipe}\n"
     (root / "same.toml").write_text(table)
     strict = f"{table}gate = {{ cosine_mean_pass = 1.0, cosine_mean_caution = 1.0, max_task_loss = -1.0 }}\n"
     (root / "strict.toml").write_text(strict)
     config = OptimizeConfig.model_validate(
-        {**settings, "sts": [sts], "variants": VARIANTS, "recipe": [STUDENT], "calibration_size": 8}
+        {**settings, "sts": [sts], "variants": VARIANTS, "recipe": [STUDENT, PRUNED], "calibration_size": 8}
     )
     runner = CliRunner(env={"COLUMNS": "250", "NO_COLOR": "1", "TERM": "dumb"})
     with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_LOCAL_STORAGE_PATH: root / "results"}):
@@ -191,13 +198,17 @@ def test_optimize_is_tracked_in_mlflow(runs: Runs) -> None:
     assert {run.info.run_name for run in children} == set(VARIANTS)
     assert first.data.tags["chosen"] == runs.first.published.variant
     client = MlflowClient(tracking_uri=f"sqlite:///{runs.state}/mlflow/mlflow.db")
-    student = runs.first.study.find("student1").model
+    student, pruned = (runs.first.study.find(name).model for name in ("student1", "pruned-static"))
     assert {file.path for file in client.list_artifacts(first.info.run_id)} == {
+        "calibration.png",
         f"distill-{student.digest[:8]}.png",
+        f"prune-{pruned.digest[:8]}.png",
+        f"prune-{pruned.digest[:8]}-profile.png",
         "latency_cdf.png",
         "manifest.json",
         "pareto.png",
         "run.json",
+        "sensitivity_pruned-static.png",
         runs.first.report.name,
     }
     versions = client.search_model_versions("name = 'tiny'")
@@ -292,7 +303,7 @@ def test_optimize_judges_a_student_against_the_teacher_and_counts_its_parameters
     assert run.data.tags["steps"] == "distill to 1 layers"
     page = runs.first.report.read_text(encoding="utf-8")
     assert "distill to 1 layers, then fp32-onnx" in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 7  # Pareto, latencies, two of training, pruning profile, sensitivity, ranges
 
 
 def test_optimize_refuses_what_only_a_later_step_would_before_anything_is_trained(

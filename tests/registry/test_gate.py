@@ -159,7 +159,7 @@ def test_default_checks_cover_what_was_asked_for() -> None:
     def names(with_sts: bool, with_champion: bool) -> list[str]:
         return [check.metric for check in default_checks(GateLimits(), with_sts, with_champion)]
 
-    quality = ["nonfinite", "cosine_mean", "ndcg_at_10_loss", "recall_at_10_loss"]
+    quality = ["nonfinite", "cosine_mean", "engine_cosine_mean", "ndcg_at_10_loss", "recall_at_10_loss"]
     speed = [
         "latency_ratio_vs_champion", "p95_ratio_vs_champion", "throughput_ratio_vs_champion",
         "memory_ratio_vs_champion", "ndcg_at_10_loss_vs_champion", "recall_at_10_loss_vs_champion",
@@ -178,7 +178,21 @@ def test_default_checks_take_their_limits() -> None:
     assert found["throughput_ratio_vs_champion"].kind == "min"
     assert found["nonfinite"] == Check(metric="nonfinite", kind="max", limit=0)
     assert (found["cosine_mean"].limit, found["cosine_mean"].caution_limit) == (0.99, 0.98)
+    assert found["engine_cosine_mean"] == Check(metric="engine_cosine_mean", kind="min", limit=0.999)
     assert "recall_at_10_loss" not in found
+
+
+@pytest.mark.parametrize("served", [exactly(0.9), Measurement(0.9992, 0.9985, 0.9998), None])
+def test_default_gate_fails_an_engine_that_does_not_serve_what_was_judged(served: Measurement | None) -> None:
+    metrics = {name: exactly(0) for name in ("nonfinite", "ndcg_at_10_loss", "recall_at_10_loss")}
+    metrics |= {"cosine_mean": exactly(0.999)} | ({"engine_cosine_mean": served} if served else {})
+    record = judge(metrics, default_checks(GateLimits(), with_sts=False, with_champion=False))
+    assert (record.verdict, record.reason) == ("fail", "fail: engine_cosine_mean")
+    good = judge(
+        metrics | {"engine_cosine_mean": Measurement(0.99995, 0.99992, 0.99997)},
+        default_checks(GateLimits(), with_sts=False, with_champion=False),
+    )
+    assert good.verdict == "pass"
 
 
 def test_default_gate_bites_as_measured() -> None:
@@ -187,6 +201,7 @@ def test_default_gate_bites_as_measured() -> None:
         metrics = {
             "nonfinite": exactly(0),
             "cosine_mean": exactly(cosine),
+            "engine_cosine_mean": exactly(1),
             "ndcg_at_10_loss": Measurement(loss, 2 * loss - bad_end, bad_end),
             "recall_at_10_loss": exactly(0),
         }

@@ -1,6 +1,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from tasks.pruning.cut import cut
 from tasks.pruning.importance import Statistics, measure, order_all, order_removals, output_projections
 from tasks.pruning.reconstruct import reconstruct
 from tasks.pruning.vocabulary import trim_vocabulary
-from tasks.reporting.plots import plot_pruning_profile
+from tasks.reporting.plots import plot_pruning_profile, plot_steps
 from tasks.steps import PruneConfig, TrimConfig, read_step
 from tests.forge import write_corpus
 from tests.teachers import HIDDEN
@@ -87,7 +89,11 @@ def test_prune_makes_a_smaller_model_that_exports_and_says_what_it_is(teacher: T
 def test_prune_again_starts_from_the_pruned_model(teacher: Teacher, pruned: Path, corpus: Artifact) -> None:
     start = load_teacher.fn(str(pruned))
     again = prune.fn(start, teacher, PruneConfig(ratio=0.2, calibration_size=SIZE), corpus)
-    assert load_teacher.fn(str(again.folder)).num_encoder_parameters <= 0.8 * start.num_encoder_parameters
+    smaller = load_teacher.fn(str(again.folder))
+    assert smaller.num_encoder_parameters <= 0.8 * start.num_encoder_parameters
+    study: Any = SimpleNamespace(judged=[SimpleNamespace(model=smaller)])
+    names = {f"prune-{model.digest[:8]}" for model in (start, smaller)}
+    assert plot_steps(study).keys() == names | {f"{name}-profile" for name in names}
 
 
 def test_prune_takes_what_does_nothing_first(tiny_teacher: Path) -> None:

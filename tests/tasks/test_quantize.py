@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
+from registry.gate import GateLimits, default_checks, judge
 from registry.manifest import hash_file
 from tasks.artifacts import draft
 from tasks.errors import CorpusRejected, QuantizationFailed
@@ -100,6 +101,23 @@ def test_fp8_is_judged_on_exact_arithmetic(forge: Forge) -> None:
     account = candidate.quantization("docs:", 0.997)
     assert account is not None
     assert account.calibration_size == CALIBRATION_SIZE
+
+
+def test_fp8_stores_its_tables_in_few_bits(forge: Forge) -> None:
+    import onnx
+
+    candidate = quantize.fn(VARIANTS["fp8-onnx"], forge.exported, 48, forge.study.corpus, CALIBRATION_SIZE)
+    nodes = onnx.load(candidate.artifact.folder / candidate.engine.file).graph.node
+    assert sum(node.op_type == "GatherBlockQuantized" for node in nodes) == 1  # the vocabulary; few positions stay
+
+
+def test_fp16_is_half_the_bytes_and_judged_without_a_gpu(forge: Forge) -> None:
+    candidate = quantize.fn(VARIANTS["fp16-onnx"], forge.exported, 48, forge.study.corpus, CALIBRATION_SIZE)
+    assert candidate.engine.size < 0.7 * forge.study.find("fp32-onnx").candidate.engine.size
+    quality = evaluate.fn(candidate, forge.study.corpus, forge.teacher_embeddings, "here")
+    assert 0.9999 < quality.metrics["cosine_min"].value < 1
+    record = judge(quality.metrics, default_checks(GateLimits(), with_sts=False, with_champion=False))
+    assert record.verdict == "pass"
 
 
 def test_static_int8_serves_what_was_judged(forge: Forge) -> None:

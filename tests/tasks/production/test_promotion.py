@@ -56,11 +56,16 @@ def test_case_of_a_good_bundle_passes_and_is_recorded(store: FolderStore, tmp_pa
             {name: QUALITY[name] for name in QUALITY if name != "recall_at_10_loss"},
             "recall_at_10_loss was not measured",
         ),
+        (
+            {name: QUALITY[name] for name in QUALITY if name != "engine_cosine_mean"},
+            "engine_cosine_mean was not measured",
+        ),
+        ({**QUALITY, "engine_cosine_mean": 0.93}, "bad end 0.93 is under the limit 0.999"),
         ({**QUALITY, "cosine_mean": None}, "cosine_mean is not a finite measurement: value is nan"),
         ({**QUALITY, "cosine_mean": math.nan}, "cosine_mean is not a finite measurement: value is nan"),
         ({**QUALITY, "cosine_mean": 0.9}, "bad end 0.9 is under the limit 0.99"),
     ],
-    ids=["missing", "null", "NaN", "worse"],
+    ids=["missing", "engine unmeasured", "engine saturates", "null", "NaN", "worse"],
 )
 def test_case_that_fails_the_gate_is_refused_on_record(
     store: FolderStore, tmp_path: Path, quality: dict[str, float | None], reason: str

@@ -142,7 +142,7 @@ def test_squeezed_variant_is_small_and_says_which_layers_got_more(forge: Forge) 
     account = candidate.quantization("docs:", 0.98)
     assert account is not None
     assert account.calibration_digest == forge.study.corpus.digest
-    assert plot_sensitivity("int4-tiny", candidate.damages).axes[0].yaxis_inverted()
+    assert plot_sensitivity(candidate).axes[0].yaxis_inverted()
 
 
 def test_static_int8_shows_what_was_calibrated(forge: Forge) -> None:
@@ -155,6 +155,7 @@ def test_static_int8_shows_what_was_calibrated(forge: Forge) -> None:
     ]
 
 
-def test_plots_take_one_layer() -> None:
-    plot_sensitivity("one", (LayerDamage(layer="only", damage=0.0, bits=4),))
+def test_plots_take_one_layer(forge: Forge) -> None:
+    only = {"damages": (LayerDamage(layer="only", damage=0.0, bits=4),), "curve": ()}
+    plot_sensitivity(forge.study.find("int8-static").candidate.model_copy(update=only))
     plot_ranges("one", (InputRange(layer="only", low=-1, high=1, limit=1, counts=(1,) * 64),))
