@@ -1,6 +1,6 @@
 """Quantisation and conversion: one exported graph in, one variant out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prefect import task
@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict
 
 from registry.manifest import EngineEntry, Quantization, hash_file
 from serving.telemetry import disable_telemetry
-from serving.tokenizer import TOKENIZER_NAME, TextTokenizer, pad_batch
+from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
-from tasks.corpus import read_calibration
+from tasks.corpus import read_calibration, read_part
+from tasks.distillation.teach import join_neighbours
 from tasks.export import ONNX_NAME
 from tasks.progress import Advance, progress
 from tasks.quantization.built import Built, CurvePoint, InputRange, LayerDamage
@@ -27,6 +28,8 @@ from tasks.quantization.openvino_builds import convert_openvino, quantize_openvi
 from tasks.quantization.tensorrt_graphs import write_fp8, write_fp16, write_int8
 from tasks.settings import QdqConfig
 from tasks.variants import Build, Variant
+
+_NUM_FITTED, _JOINED_SHARE = 12_000, 0.1  # texts that few bits are fitted to; share of long ones, made of neighbours
 
 
 class Candidate(BaseModel):
@@ -80,8 +83,12 @@ def quantize(
     with draft(variant.name) as work, progress(f"quantize {variant.name}", max(len(batches), 1)) as advance:
         (work.folder / TOKENIZER_NAME).write_bytes((exported.folder / TOKENIZER_NAME).read_bytes())
         given = exported.folder / ONNX_NAME, work.folder, batches, advance
-        qdq = variant.qdq
-        built = _QDQ_BUILDERS[variant.build](*given, qdq) if qdq else _BUILDERS[variant.build](*given)
+        if variant.build in _FITTED_BUILDERS:
+            built = _FITTED_BUILDERS[variant.build](*given, tokenizer.encode(fitting_texts(corpus)))
+        elif variant.qdq:
+            built = _QDQ_BUILDERS[variant.build](*given, variant.qdq)
+        else:
+            built = _BUILDERS[variant.build](*given)
         entry = hash_file(work.folder / built.file)
         disk_bytes = sum(path.stat().st_size for path in work.folder.iterdir())
     return Candidate(
@@ -100,11 +107,15 @@ def quantize(
     )
 
 
+def fitting_texts(corpus: Artifact) -> list[str]:
+    """Texts of the distillation part that few bits are fitted to, after long ones that are made of neighbours."""
+    texts = read_part(corpus, "distillation")[:_NUM_FITTED]
+    return [*join_neighbours(texts, _JOINED_SHARE), *texts]
+
+
 _BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance], Built]] = {
     "fp32-onnx": keep_fp32,
     "int8-dynamic": quantize_dynamic,
-    "int4-small": squeeze_for_gate,
-    "int4-tiny": squeeze_for_caution,
     "int8-openvino": quantize_openvino,
     "bf16-openvino": convert_openvino,
     "fp16-onnx": write_fp16,
@@ -115,4 +126,8 @@ _QDQ_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance, QdqConfig], B
     "fp8-onnx": quantize_fp8,
     "int8-tensorrt": write_int8,
     "fp8-tensorrt": write_fp8,
+}
+_FITTED_BUILDERS: dict[Build, Callable[[Path, Path, Batches, Advance, Sequence[Ids]], Built]] = {
+    "int4-small": squeeze_for_gate,
+    "int4-tiny": squeeze_for_caution,
 }

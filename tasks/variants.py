@@ -60,7 +60,7 @@ _CALIBRATED: dict[str, Any] = {"is_calibrated": True}
 _QDQ: dict[str, Any] = {"is_calibrated": True, "qdq": QdqConfig()}
 _INT8_QDQ = "static QDQ, MinMax, per channel; SmoothQuant, outlier channels of FFN-down in float"
 _FP8_QDQ = "QDQ in E4M3, max calibration"
-_INT4 = "weights only, on a trellis: table 3 bits, linears 3 to 6 by sensitivity, GPTQ rounding, for"
+_INT4 = "weights only, on a trellis: linears 3 to 6 bits by sensitivity, GPTQ rounding; table"
 _BUILDS: dict[Build, Variant] = dict(
     (
         _build("fp32-onnx", "onnxruntime", "fp32", "f32", "export"),
@@ -71,8 +71,8 @@ _BUILDS: dict[Build, Variant] = dict(
         ),
         _build("int8-static", "onnxruntime", "int8", "f32", _INT8_QDQ, **_QDQ),
         _build("fp8-onnx", "onnxruntime", "fp8", "f8", _FP8_QDQ, **_QDQ),
-        _build("int4-small", "onnxruntime", "int4", "f32", f"{_INT4} the gate's 1 % of nDCG", **_CALIBRATED),
-        _build("int4-tiny", "onnxruntime", "int4", "f32", f"{_INT4} cosine 0.98; rare pieces in 2 bits", **_CALIBRATED),
+        _build("int4-small", "onnxruntime", "int4", "f32", f"{_INT4} 3 or 4 bits", **_CALIBRATED),
+        _build("int4-tiny", "onnxruntime", "int4", "f32", f"{_INT4} 2 or 3 bits", **_CALIBRATED),
         _build(
             "int8-openvino", "openvino", "int8", "bf16",
             "NNCF post-training; attention products and FFN-down in bf16", **_CALIBRATED,

@@ -22,13 +22,14 @@ _Histogram = NDArray[np.int64]
 
 @dataclass(slots=True)
 class Activations:
-    """What one tensor was over all calibration texts; padding does not occur, each text runs alone."""
+    """What one tensor was over all calibration texts; padding does not occur, each runs alone or with its equals."""
 
     low: float
     high: float
     channel_max: NDArray[np.float32]  # largest magnitude of each channel [K]
     histogram: _Histogram | None = None  # _BINS equal bins over [-limit, limit]
-    products: NDArray[np.float64] | None = None  # mean of x xᵀ over tokens [K, K]
+    products: NDArray[np.float64] | None = None  # mean of x xᵀ over the tokens of all texts [K, K]
+    num_rows: int = 0  # how many those are
 
     @property
     def limit(self) -> float:
@@ -59,7 +60,7 @@ def observe(
                 _count(seen[name], values)
     for found in seen.values():
         if found.products is not None:
-            found.products /= len(batches)
+            found.products /= found.num_rows
     return seen
 
 
@@ -101,7 +102,8 @@ def _widen(seen: dict[str, Activations], name: str, rows: NDArray[np.float32], w
     found.low, found.high = min(found.low, low), max(found.high, high)
     found.channel_max = np.maximum(found.channel_max, channel_max)
     if found.products is not None:
-        found.products += (rows.T @ rows) / len(rows)
+        found.products += rows.T @ rows
+        found.num_rows += len(rows)
 
 
 def _count(found: Activations, values: NDArray[np.float32]) -> None:
