@@ -205,7 +205,7 @@ def test_retrieval_of_the_teacher_itself_loses_nothing_and_cross_uses_the_teache
 
 def nan_candidate(forge: Forge, folder: Path) -> Candidate:
     """A real graph that embeds one word as NaN, built to the tiny teacher's vocabulary and dimension."""
-    template = forge.study.judged[0].candidate
+    template = forge.study.find("fp32-onnx").candidate
     (folder / template.artifact.path).mkdir(parents=True)
     table = np.random.default_rng(0).standard_normal((400, HIDDEN)).astype(np.float32)
     text = read_part(forge.study.corpus, "evaluation")[0]
