@@ -24,7 +24,7 @@ _PARTS: tuple[Part, ...] = ("calibration", "distillation", "evaluation")
 # The golden set of a bundle is the first 64 evaluation texts.
 _MIN_TEXTS: dict[Part, int] = {"calibration": 8, "distillation": 8, "evaluation": 64}
 # Sentences that cosine and overlap are judged on: the interval of their mean is then about 0.0001 wide.
-_MAX_SENTENCES = 700
+_MAX_SENTENCES = 500
 _STS_NAME = "sts.json"
 
 
