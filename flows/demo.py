@@ -20,6 +20,7 @@ from registry.client import pull
 from registry.errors import RegistryError
 from registry.store import open_store
 from serving.errors import EngineUnavailable, ServingError
+from tasks.corpora.docs_corpus import harvest_documents
 from tasks.errors import TaskError
 from tasks.state import state_dir
 
@@ -74,6 +75,8 @@ def run_demo() -> dict[str, Any]:
     prepare_environment()
     make_state_folder()
     memory = PeakMemory()
+    # Ten seconds of reading, while this process waits as long for Prefect's server.
+    threading.Thread(target=harvest_documents, daemon=True).start()
     from flows.config import OptimizeConfig  # noqa: PLC0415  Prefect reads the environment at import
     from flows.run import describe_outcome, print_outcome, run_optimize  # noqa: PLC0415
 

@@ -107,7 +107,7 @@ def test_corpus_docs_is_split_into_disjoint_parts() -> None:
     assert max(map(len, retrieval.documents.values())) <= 200
     assert sum(len(text) > 300 for text in sets["sentences"]) > 20  # whole bodies, of which the documents are the start
     assert {name: len(texts) for name, texts in sets.items()} == {
-        "sentences": 700,
+        "sentences": 500,
         "queries": len(retrieval.queries),
         "documents": len(retrieval.documents),
     }
