@@ -146,8 +146,8 @@ def speed_rows(judged: Any, speeds: Any, common: dict[str, Any]) -> list[dict[st
 
 def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """Each candidate on a BEIR folder: alone, and its queries on the index that the teacher embedded (`cross_`)."""
-    from tasks.corpus import read_beir  # noqa: PLC0415
-    from tasks.evaluate import compare_retrieval, open_candidate  # noqa: PLC0415
+    from tasks.corpus import evaluation_sets, read_beir  # noqa: PLC0415
+    from tasks.evaluate import compare_retrieval, open_judged  # noqa: PLC0415
     from tasks.models.teacher import open_teacher  # noqa: PLC0415
     from tasks.progress import progress  # noqa: PLC0415
 
@@ -159,8 +159,9 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator
             return {name: encode(texts, advance) for name, texts in sets.items()}
 
     teacher = embed("teacher", open_teacher(study.teacher.folder))
+    sentences = evaluation_sets(study.corpus)[0]["sentences"]
     for judged in study.judged:
-        encode, engine = open_candidate(judged.candidate, judged.candidate.variant.is_exact)
+        encode, engine, _ = open_judged(judged.candidate, sentences)
         metrics = compare_retrieval(embed(judged.name, encode), teacher, retrieval)
         engine.close()
         rows = []

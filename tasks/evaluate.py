@@ -76,7 +76,7 @@ def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifac
     """
     sets, retrieval = evaluation_sets(corpus)
     teacher = {path.stem: np.load(path, allow_pickle=False) for path in teacher_embeddings.folder.glob("*.npy")}
-    encode, engine, engine_cosine = _open_judged(candidate, sets["sentences"][:_NUM_PARITY])
+    encode, engine, engine_cosine = open_judged(candidate, sets["sentences"])
     with progress(f"evaluate {candidate.variant.name}", sum(map(len, sets.values()))) as advance:
         own = {name: encode(texts, advance) for name, texts in sets.items()}
     engine.close()
@@ -136,18 +136,18 @@ def open_encoder(folder: Path, entry: EngineEntry, max_length: int, is_exact: bo
     return _make_encoder(TextTokenizer.from_folder(folder, max_length), engine, num_runs), engine
 
 
-def _open_judged(candidate: Candidate, sample: Sequence[str]) -> tuple[Encode, Engine, Measurement]:
+def open_judged(candidate: Candidate, texts: Sequence[str]) -> tuple[Encode, Engine, Measurement]:
     """The engine that a candidate is judged on, and the cosine with it of the one that serves.
 
-    That is the one that serves where it is exact, or proves to be on `sample`: kernels that add up integers without a
-    loss take half the time of the same in float32.
+    That is the one that serves where it is exact, or proves to be on the first of `texts`: kernels that add up integers
+    without a loss take half the time of the same in float32.
     """
     encode, engine = open_candidate(candidate)
     if not candidate.variant.is_exact:
         return encode, engine, Measurement(1.0, 1.0, 1.0)
     encode_exactly, exact = open_candidate(candidate, is_exact=True)
     # In the same batches: dynamic ranges are a batch's.
-    rows = [_unit(each(sample, lambda steps: None)) for each in (encode, encode_exactly)]
+    rows = [_unit(each(texts[:_NUM_PARITY], lambda steps: None)) for each in (encode, encode_exactly)]
     cosines = (rows[0] * rows[1]).sum(axis=1, dtype=np.float64)
     if cosines.min() >= _SAME_COSINE:
         exact.close()
