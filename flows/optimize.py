@@ -30,9 +30,7 @@ from tasks.models.teacher import Teacher, embed_teacher, load_teacher
 from tasks.production.delivery import cache_folder
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish, record_verdicts
 from tasks.quantize import quantize
-from tasks.report import report
-from tasks.reporting.plots import plot_latency_cdf, plot_pareto, plot_steps
-from tasks.reporting.quantization_plots import plot_quantization
+from tasks.report import plot_study, report
 from tasks.reporting.record import RECORD_NAME, make_record
 from tasks.select import Study, choose, select
 from tasks.state import state_dir
@@ -160,9 +158,7 @@ def _track(tracker: Tracker, study: Study, published: Published | None, bundle: 
         tracker.log_candidate(row, study.corpus_uri)
     winner = study.find(published.variant) if published else None
     tracker.log_parent(winner, {row.name: row.gate.verdict for row in study.judged}, study.not_built_reasons())
-    tracker.log_figure(plot_pareto(study), "pareto.png")
-    tracker.log_figure(plot_latency_cdf(study), "latency_cdf.png")
-    for name, figure in (plot_steps(study) | plot_quantization(study)).items():
+    for name, figure in plot_study(study).items():
         tracker.log_figure(figure, f"{name}.png")
     tracker.log_file(page)
     if published and winner and bundle:

@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
@@ -69,6 +70,12 @@ def result_rows(judged: Sequence[Judged]) -> list[dict[str, str]]:
     ]
 
 
+def plot_study(study: Study) -> dict[str, Figure]:
+    """All pictures of a run by name, in the order of the report."""
+    first = {"pareto": plot_pareto(study), "latency_cdf": plot_latency_cdf(study)}
+    return first | plot_steps(study) | plot_quantization(study)
+
+
 def render_html(study: Study, published: Published | None) -> str:
     """The whole page: no script, no outside asset."""
     teacher, speeds = study.teacher, study.speeds
@@ -89,11 +96,9 @@ def render_html(study: Study, published: Published | None) -> str:
             _table(result_rows(study.judged)),
             f"<p>torch fp32 in the same run: {torch.throughput_per_s:.0f} texts/s, p50 {torch.latency_ms(50):.2f} ms.",
             f"Measured on {html.escape(speeds.hardware)}, mean {speeds.mean_tokens:.0f} tokens a text.</p>",
-            f"<figure>{to_svg(plot_pareto(study))}</figure>",
-            f"<figure>{to_svg(plot_latency_cdf(study))}</figure>",
             *(
-                f"<figure>{to_svg(figure)}</figure>"
-                for figure in (plot_steps(study) | plot_quantization(study)).values()
+                f"<figure aria-label='{html.escape(name)}'>{to_svg(figure)}</figure>"
+                for name, figure in plot_study(study).items()
             ),
             "<h2>Why</h2>",
             "<ul>",

@@ -102,7 +102,8 @@ def test_report_reads_without_network_or_script(page: Page, optimized: dict[str,
     expect(page.get_by_role("heading", name=optimized["model"])).to_be_visible()
     for candidate in optimized["candidates"]:
         expect(page.get_by_role("cell", name=candidate["name"], exact=True)).to_be_visible()
-    assert page.locator("figure svg").count() == 3  # Pareto, latencies, calibration ranges
+    pictures = [figure.get_attribute("aria-label") for figure in page.locator("figure:has(svg)").all()]
+    assert pictures == ["pareto", "latency_cdf", "sensitivity_int8-static", "calibration"]
     box = page.locator("table").bounding_box()
     assert box is not None
     assert box["width"] <= 1600

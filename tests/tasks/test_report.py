@@ -60,6 +60,13 @@ def test_report_is_one_file_without_script_or_outside_asset(forge: Forge) -> Non
     assert not re.search(r"url\((?!#)", render_html(forge.study, PUBLISHED))
 
 
+def test_report_names_each_of_its_pictures(forge: Forge) -> None:
+    labels = [
+        attributes["aria-label"] for tag, attributes in Page(render_html(forge.study, None)).tags if tag == "figure"
+    ]
+    assert labels == ["pareto", "latency_cdf", "calibration"]
+
+
 def test_report_escapes_every_name(forge: Forge) -> None:
     teacher = forge.study.teacher.model_copy(update={"name": MARKUP, "uri": MARKUP})
     speeds = forge.study.speeds.model_copy(update={"hardware": MARKUP})
