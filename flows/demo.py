@@ -75,8 +75,9 @@ def run_demo() -> dict[str, Any]:
     prepare_environment()
     make_state_folder()
     memory = PeakMemory()
-    # Ten seconds of reading, while this process waits as long for Prefect's server.
-    threading.Thread(target=harvest_documents, daemon=True).start()
+    if not (state_dir() / "artifacts").exists():
+        # A first run reads for ten seconds what later ones find made; it waits as long for Prefect's server.
+        threading.Thread(target=harvest_documents, daemon=True).start()
     from flows.config import OptimizeConfig  # noqa: PLC0415  Prefect reads the environment at import
     from flows.run import describe_outcome, print_outcome, run_optimize  # noqa: PLC0415
 

@@ -119,9 +119,9 @@ class Opener:
         Raises EngineUnavailable or BundleRejected when none loads.
         """
         failed: list[ServingError] = []
-        alone = [[name] for name in (*GPU_CHAIN, *_OWN_ON_CPU) if name in self._entries]
-        others = [name for name in self._entries if [name] not in alone]
-        groups = [*alone, others] if others else alone
+        first = [name for name in (*GPU_CHAIN, *_OWN_ON_CPU) if name in self._entries]
+        others = [name for name in self._entries if name not in first]
+        groups = [*([name] for name in first), *([others] if others else [])]
         for number, names in enumerate(groups, start=1):
             try:
                 if names[0] in GPU_CHAIN:

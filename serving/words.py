@@ -48,9 +48,11 @@ class WordIds(dict[str, list[int]]):
             and bool(added)
             and not any(token.normalized for token in added)  # they are looked for in the text as it came
         )
+        if not is_berts:
+            return None
         probe = tokenizer.encode("a")
         mask = probe.special_tokens_mask
-        if not is_berts or mask.count(0) != 1:
+        if mask.count(0) != 1:
             return None
         place = mask.index(0)
         return cls(tokenizer, probe.ids[:place], probe.ids[place + 1 :])
