@@ -7,6 +7,8 @@ While a single text waits, only texts that are due are taken, so that those of l
 not take its place; what is mostly overhead takes some of them along.
 Once the first text is older than the age bound, only texts as old as that are taken, so that nothing younger passes.
 No batch grows past what is predicted to run within the time bound, except that one text always goes.
+Where several runs go on at a time, one that takes all that waits leaves nothing to the next that ends: each takes its
+share of it, as long as that is worth a run.
 """
 
 import math
@@ -20,6 +22,10 @@ from serving.tokenizer import Ids, pad_batch
 
 # Texts considered for one batch where their lengths matter, as a multiple of the largest batch.
 _WINDOW_BATCHES = 4
+# A share is worth a run of its own if it has this many times the tokens that could be computed instead of starting it.
+_WORTHWHILE = 4.0
+# What starting a run takes beside the engine's overhead: threads wait for the interpreter, and caches are cold.
+_START_SECONDS = 0.00085
 MAX_AGE_SECONDS = 0.5
 
 
@@ -54,9 +60,12 @@ class Batch:
 class Batcher:
     """Forms batches from a queue; `model` says what an engine run takes."""
 
-    def __init__(self, queue: RequestQueue, limits: Limits, model: LatencyModel, grid: ShapeGrid = EXACT) -> None:
+    def __init__(
+        self, queue: RequestQueue, limits: Limits, model: LatencyModel, grid: ShapeGrid = EXACT, num_runs: int = 1
+    ) -> None:
+        """`num_runs` batches may run at the same time."""
         self.queue, self.model = queue, model
-        self._limits, self._grid = limits, grid
+        self._limits, self._grid, self._num_runs = limits, grid, num_runs
         self._budget = limits.max_batch_tokens
 
     @property
@@ -106,7 +115,7 @@ class Batcher:
             latest = max(now, window[0].due)
             candidates = [item for item in window if item.due <= latest]
             others = window[len(candidates) :]
-        size, max_tokens = min(self._limits.max_batch_size, -(-len(self.queue) // num_takers)), self.max_tokens
+        size, max_tokens = min(self._limits.max_batch_size, self._count_share(num_takers)), self.max_tokens
         choose = _choose_first if self._grid.is_packed else self._choose_alike
         items, reason = choose(candidates, size, max_tokens)
         if reason == "tokens" and max_tokens < self._budget:
@@ -121,6 +130,13 @@ class Batcher:
         return Batch(
             items, reason, now, num_tokens, length, num_tokens if self._grid.is_packed else length * len(items)
         )
+
+    def _count_share(self, num_takers: int) -> int:
+        """How many of the texts that wait one of `num_takers` takes, and leaves something to the runs that end next."""
+        count, model = len(self.queue), self.model
+        tokens = _WORTHWHILE * (model.overhead_seconds + _START_SECONDS) / model.seconds_per_token
+        worthwhile = tokens * count / max(1, self.queue.num_tokens)
+        return min(-(-count // num_takers), max(-(-count // self._num_runs), math.ceil(worthwhile)))
 
     def _choose_alike(self, candidates: Sequence[Item], max_size: int, max_tokens: int) -> tuple[list[Item], str]:
         """Texts of like lengths around the first, and why no more."""

@@ -67,11 +67,12 @@ class EmbeddingService:
             open_spare=model.open_spare,
             on_event=metrics.count_engine_event,
         )
+        num_runs = model.choice.large.num_instances
         self._runner = EngineRunner(
             self._engine,
-            Batcher(self._queue, _batch_limits(limits), LatencyModel(model.cost.runs), model.grid),
+            Batcher(self._queue, _batch_limits(limits), LatencyModel(model.cost.runs), model.grid, num_runs),
             self._deliver_threadsafe,
-            num_threads=model.choice.large.num_instances,
+            num_threads=num_runs,
             clock=clock,
         )
         self._cache = VectorCache(settings.cache_bytes)

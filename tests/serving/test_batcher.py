@@ -18,8 +18,10 @@ LIMITS = Limits(max_batch_size=8, max_batch_tokens=64)
 requests = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=12)
 
 
-def make_batcher(limits: Limits = LIMITS, overhead_tokens: float = 4.0, grid: ShapeGrid = EXACT) -> Batcher:
-    return Batcher(RequestQueue(10**9, 10**9), limits, make_latency_model(overhead_tokens, RATE), grid)
+def make_batcher(
+    limits: Limits = LIMITS, overhead_tokens: float = 4.0, grid: ShapeGrid = EXACT, num_runs: int = 1
+) -> Batcher:
+    return Batcher(RequestQueue(10**9, 10**9), limits, make_latency_model(overhead_tokens, RATE), grid, num_runs)
 
 
 numbers = count(1)
@@ -50,12 +52,12 @@ def owner(item: Item) -> Request:
     return request
 
 
-@given(requests, st.floats(0, 1000), st.booleans(), st.booleans())
+@given(requests, st.floats(0, 1000), st.booleans(), st.booleans(), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
 def test_batcher_loses_nothing_and_answers_each_text_once_in_its_place(
-    lengths: list[list[int]], overhead: float, is_late: bool, is_coarse: bool
+    lengths: list[list[int]], overhead: float, is_late: bool, is_coarse: bool, num_runs: int
 ) -> None:
-    batcher = make_batcher(overhead_tokens=overhead, grid=ShapeGrid(40, is_coarse))
+    batcher = make_batcher(overhead_tokens=overhead, grid=ShapeGrid(40, is_coarse), num_runs=num_runs)
     pushed = [push(batcher, each, arrival=0.01 * place) for place, each in enumerate(lengths)]
     seen: list[int] = []
     while (batch := batcher.take(100.0 if is_late else 0.2)) is not None:
@@ -275,6 +277,25 @@ def test_batch_leaves_their_parts_to_others_that_are_free() -> None:
         assert batch is not None
         sizes.append(len(batch.items))
     assert sizes == [4, 3]
+
+
+@pytest.mark.parametrize(
+    ("overhead_tokens", "sizes"),
+    [
+        (0, [4, 2, 1, 1]),  # half of what waits, as often as a run begins
+        (4, [4, 2, 2]),  # 16 tokens are worth a run: two texts
+        (20, [8]),  # all of them are not
+    ],
+)
+def test_batch_leaves_a_share_that_is_worth_a_run_to_the_runs_that_end_next(
+    overhead_tokens: float, sizes: list[int]
+) -> None:
+    batcher = make_batcher(Limits(64, 10_000), overhead_tokens, num_runs=2)
+    push(batcher, [10] * 8)
+    batches = []
+    while (batch := batcher.take(0.0)) is not None:
+        batches.append(len(batch.items))
+    assert batches == sizes
 
 
 def test_batch_keeps_to_the_grid_and_the_text_due_first() -> None:
