@@ -174,7 +174,11 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator
         rows = []
         for metric in ("ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"):
             found = metrics[metric]
-            more = {**common, "config": {**common["config"], "judged_on": folder.name}, **_teachers_own(metrics, metric)}
+            more = {
+                **common,
+                "config": {**common["config"], "judged_on": folder.name},
+                **_teachers_own(metrics, metric),
+            }
             rows.append(
                 make_row(_BENCH, judged.name, metric, "share", found.value, low=found.low, high=found.high, **more)
             )

@@ -40,8 +40,9 @@ def reproduce(
 ) -> list[Pair]:
     """Run every step of that run again, for all of its variants or for these, with no cached result.
 
-    Registry and tracking are of its own, below `reproduced` of the state folder: nothing is published twice. Nor does it
-    need the Dask scheduler of then: it runs here, or on the workers of `dask_scheduler`.
+    Registry and tracking are of its own, below `reproduced` of the state folder: nothing is published twice. The Dask
+    scheduler of then is not needed: it runs here, or on the workers of `dask_scheduler`.
+
     Raises TrackingFailed for a run that left no record, ConfigRejected for a variant that it did not have.
     """
     then = RunRecord.model_validate(read_document(tracking_uri, run_id, RECORD_NAME))

@@ -247,8 +247,8 @@ def _peak_memory_mb(folder: Path, entry: EngineEntry, max_length: int) -> float:
     if done.returncode:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise QuantizationFailed(
-            f"the {entry.runtime} engine in {folder} cannot embed a batch of {max_length} tokens a text in a process of "
-            f"its own, which ended with status {done.returncode} and said: {said}"
+            f"the {entry.runtime} engine in {folder} cannot embed a batch of {max_length} tokens a text in a process "
+            f"of its own, which ended with status {done.returncode} and said: {said}"
         )
     return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_mb"])
 

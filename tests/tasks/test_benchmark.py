@@ -171,5 +171,5 @@ def test_footprint_is_that_of_the_largest_batch_a_worker_makes(max_length: int, 
 def test_footprint_of_an_engine_that_fails_says_what_it_said(forge: Forge) -> None:
     candidate = forge.study.find("fp32-onnx").candidate
     missing = candidate.engine.model_copy(update={"file": "none.onnx"})
-    with pytest.raises(QuantizationFailed, match=r"onnxruntime engine in .* tokens a text .* status 1 and said: .*none"):
+    with pytest.raises(QuantizationFailed, match=r"onnxruntime engine in .* 48 tokens a text .* said: .*none"):
         _peak_memory_mb(candidate.artifact.folder, missing, 48)
