@@ -16,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from flows.config import ConfigRejected, OptimizeConfig
+from flows.config import OptimizeConfig
 from flows.optimize import Outcome, fetched_champion
 from flows.reproduce import compare, is_same, reproduce
 from flows.run import describe_outcome, run_optimize
@@ -355,32 +355,6 @@ def test_reproduce_of_a_run_without_a_record_says_so(runs: Runs, monkeypatch: py
         reproduce(child.info.run_id, None)
     with pytest.raises(TrackingFailed, match="0123"):
         reproduce("0123", None)
-
-
-def test_reproduce_of_a_variant_that_the_run_did_not_make_says_what_it_made(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
-    for name in ("int8-static", "no-such"):  # one that could be made, and one that nobody knows
-        with pytest.raises(ConfigRejected, match=f"made no '{name}', it made fp32-onnx, int8-dynamic"):
-            reproduce(runs.first.run_id, None, (name,))
-
-
-def test_reproduce_does_not_need_the_scheduler_of_then(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("THORFORGE_HOME", str(runs.state))
-    record = RunRecord(config=runs.config.model_dump(mode="json") | {"dask_scheduler": "tcp://gone:8786"}, versions={},
-                       digests={}, metrics={})  # fmt: skip
-    asked = list[OptimizeConfig]()
-
-    def run(config: OptimizeConfig, refresh: bool) -> Outcome:
-        asked.append(config)
-        return runs.first
-
-    monkeypatch.setattr("flows.reproduce.read_document", lambda *_: record.model_dump())
-    monkeypatch.setattr("flows.reproduce.run_optimize", run)
-    reproduce("0123", None)
-    reproduce("0123", None, dask_scheduler="tcp://here:8786")
-    assert [config.dask_scheduler for config in asked] == [None, "tcp://here:8786"]
 
 
 def test_reproduced_digest_that_differs_is_told_from_a_metric_that_does() -> None:
