@@ -8,6 +8,7 @@ candidate is judged on the latter two, which neither training nor calibration se
 
 import argparse
 import gzip
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -111,12 +112,18 @@ def quality_rows(judged: Any, teacher: Any, common: dict[str, Any]) -> list[dict
     for metric, measured in metrics.items():
         more: dict[str, Any] = {"low": measured.low, "high": measured.high}
         if f"{metric}_loss" in metrics:  # a loss is a share of the teacher's own score
-            more["baseline_value"] = measured.value / (1 - metrics[f"{metric}_loss"].value)
+            more |= _teachers_own(metrics, metric)
         elif metric in _TO_TEACHER:
             more["baseline_value"] = 1.0
         unit = "values" if metric == "nonfinite" else "share"
         rows.append(make_row(_BENCH, name, metric, unit, measured.value, **more, **common))
     return rows
+
+
+def _teachers_own(metrics: dict[str, Any], metric: str) -> dict[str, Any]:
+    """The teacher's own score as the baseline, told from the loss; nothing where that is all of it, or undefined."""
+    left = 1 - metrics[f"{metric}_loss"].value
+    return {"baseline_value": metrics[metric].value / left} if math.isfinite(left) and left else {}
 
 
 def measure_teacher_mb(teacher: Any) -> float:
@@ -166,8 +173,12 @@ def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator
         engine.close()
         rows = []
         for metric in ("ndcg_at_10", "recall_at_10", "cross_ndcg_at_10", "cross_recall_at_10"):
-            found, base = metrics[metric], metrics[metric].value / (1 - metrics[f"{metric}_loss"].value)
-            more = {**common, "config": {**common["config"], "judged_on": folder.name}, "baseline_value": base}
+            found = metrics[metric]
+            more = {
+                **common,
+                "config": {**common["config"], "judged_on": folder.name},
+                **_teachers_own(metrics, metric),
+            }
             rows.append(
                 make_row(_BENCH, judged.name, metric, "share", found.value, low=found.low, high=found.high, **more)
             )

@@ -123,14 +123,15 @@ def reproduce(
     Example: thorforge reproduce 5f0c6a1b2c3d4e5f8a9b0c1d2e3f4a5b --variant int8-static
 
     Settings, recipes and seeds are the run's own, no cached result is used and nothing is published. Of `config` only
-    `tracking_uri` counts. Exit status: 0 all digests are the same, 1 bad input, 3 some differ.
+    `tracking_uri` and `dask_scheduler` count. Exit status: 0 all digests are the same, 1 bad input, 3 some differ.
     """
     make_state_folder()
     from flows.config import load_settings  # noqa: PLC0415  --help and completion stay fast
     from flows.reproduce import as_table, is_same  # noqa: PLC0415  Prefect takes seconds to load
     from flows.reproduce import reproduce as run_again  # noqa: PLC0415  the same
 
-    pairs = run_again(run, load_settings(config).optimize.tracking_uri, tuple(variant or ()))
+    settings = load_settings(config).optimize
+    pairs = run_again(run, settings.tracking_uri, tuple(variant or ()), settings.dask_scheduler)
     if as_json:
         print(json.dumps([asdict(pair) for pair in pairs]))
     else:
@@ -143,7 +144,7 @@ def reproduce(
 def serve(context: typer.Context) -> None:
     """Serve a bundle over HTTP; takes what `python -m serving` takes (see `thorforge serve --help`).
 
-    Example: thorforge serve --bundle .thorforge/demo/bundle --port 8000
+    Example: thorforge serve --bundle .thorforge/demo/<digest> --port 8000
     """
     from serving.__main__ import main as serve_main  # noqa: PLC0415
 

@@ -160,9 +160,10 @@ def open_registry(settings: Settings) -> Store:
 
 
 def override(config: OptimizeConfig, **changes: Any) -> OptimizeConfig:
-    """The config with the given flags instead (None: not given). Raises ConfigRejected."""
+    """The config with the given flags instead (None: not given); defaults stay defaults. Raises ConfigRejected."""
+    set_before = {name: getattr(config, name) for name in config.model_fields_set}
     given = {key: value for key, value in changes.items() if value is not None}
-    return _validate({"optimize": config.model_dump() | given}, "the command line").optimize
+    return _validate({"optimize": set_before | given}, "the command line").optimize
 
 
 def _validate(table: dict[str, Any], place: str) -> Settings:

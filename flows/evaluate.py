@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from registry.gate import Measurement
 from tasks.corpora.text_files import read_sts
 from tasks.corpus import read_beir
-from tasks.evaluate import rank_scores, relevant_columns, spearman_interval
+from tasks.evaluate import own_columns, rank_scores, relevant_columns, spearman_interval
 from tasks.measurement.statistics import mean_interval
 from tasks.progress import progress
 from tasks.sources import Source, open_source
@@ -64,7 +64,7 @@ def _score_beir(source: Source, folder: Path) -> list[Score]:
     with progress(folder.name, len(retrieval.queries) + len(retrieval.documents)) as advance:
         queries = source.encode(list(retrieval.queries.values()), advance)
         documents = source.encode(list(retrieval.documents.values()), advance)
-    scores = rank_scores(queries, documents, relevant_columns(retrieval))
+    scores = rank_scores(queries, documents, relevant_columns(retrieval), own_columns(retrieval))
     return [_score(folder.name, name, mean_interval(values), len(queries)) for name, values in scores.items()]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from flows.config import OptimizeConfig
+from flows.config import ConfigRejected, OptimizeConfig
 from flows.run import run_optimize
 from tasks.reporting.record import RECORD_NAME, RunRecord, make_record
 from tasks.state import state_dir
@@ -35,15 +35,26 @@ class Pair:
         return isinstance(self.then or self.now, str)
 
 
-def reproduce(run_id: str, tracking_uri: str | None, variants: tuple[str, ...] = ()) -> list[Pair]:
+def reproduce(
+    run_id: str, tracking_uri: str | None, variants: tuple[str, ...] = (), dask_scheduler: str | None = None
+) -> list[Pair]:
     """Run every step of that run again, for all of its variants or for these, with no cached result.
 
-    Registry and tracking are of its own, below `reproduced` of the state folder: nothing is published twice.
+    Registry and tracking are of its own, below `reproduced` of the state folder: nothing is published twice. The Dask
+    scheduler of then is not needed: it runs here, or on the workers of `dask_scheduler`.
+
     Raises TrackingFailed for a run that left no record, ConfigRejected for a variant that it did not have.
     """
     then = RunRecord.model_validate(read_document(tracking_uri, run_id, RECORD_NAME))
     place = state_dir() / "reproduced"
-    settings = then.config | {"registry": str(place / "registry"), "tracking_uri": default_tracking_uri(place)}
+    settings = then.config | {
+        "registry": str(place / "registry"),
+        "tracking_uri": default_tracking_uri(place),
+        "dask_scheduler": dask_scheduler,
+    }
+    unknown = set(variants).difference(then.config["variants"])
+    if unknown:
+        raise ConfigRejected(f"run {run_id} made no {min(unknown)!r}, it made {', '.join(then.config['variants'])}")
     config = OptimizeConfig.model_validate(settings | ({"variants": variants} if variants else {}))
     outcome = run_optimize(config, refresh=True)
     now = make_record(settings, outcome.study)

@@ -118,8 +118,8 @@ def _describe_candidate(row: Judged) -> dict[str, Any]:
         "name": row.name,
         "engine": row.candidate.variant.runtime,
         "precision": row.candidate.variant.precision,
-        "cosine_mean": cosine.value,
-        "cosine_mean_ci": [cosine.low, cosine.high],
+        "cosine_mean": _finite(cosine.value),
+        "cosine_mean_ci": [_finite(cosine.low), _finite(cosine.high)],
         "cross_recall_at_10": row.quality.value("cross_recall_at_10"),
         "ndcg_at_10_loss": _finite(row.quality.value("ndcg_at_10_loss")),
         "p50_ms": row.speed.latency_ms(50),
@@ -135,7 +135,7 @@ def _describe_candidate(row: Judged) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no NaN: a loss against a teacher that scores nothing is null."""
+    """JSON has no NaN: null for the cosine of what is not finite, and a loss against a teacher that scores nothing."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -25,7 +25,8 @@ from tasks.state import state_dir
 
 OWN_PACKAGES = ("tasks", "serving", "registry")
 _BLOCK_BYTES = 4096
-_IMPORT = re.compile(r"^\s*from ([\w.]+) import ", re.MULTILINE)
+_IMPORT = re.compile(r"^\s*from ([\w.]+) import (\([^)]*|.*)", re.MULTILINE)
+_NOT_PYTHON = {".so", ".c", ".h", ".cu", ".cuh"}  # kernels, compiled or to be
 
 
 class Artifact(BaseModel):
@@ -124,7 +125,10 @@ class _CodeAndLibraries(CachePolicy):
 
 
 def _own_sources(module: str) -> list[str]:
-    """Source of `module` and of every module of ours that it imports, directly or not, at the top or in a function."""
+    """Source of `module` and of every module of ours that it imports, directly or not, at the top or in a function.
+
+    Kernels that lie beside a module are part of what it does: their digests stand behind its source.
+    """
     texts: dict[str, str] = {}
     todo = {module}
     while todo:
@@ -140,12 +144,26 @@ def _source_of(module: str) -> str:
     spec = importlib.util.find_spec(module)
     assert spec is not None, f"{module} is imported by our own code"
     assert spec.origin is not None, f"{module} is a module with a file"
-    return Path(spec.origin).read_text(encoding="utf-8")
+    path = Path(spec.origin)
+    kernels = sorted(file for file in path.parent.iterdir() if file.suffix in _NOT_PYTHON)
+    return path.read_text(encoding="utf-8") + "".join(f"# {file.name} {hash_file(file).sha256}\n" for file in kernels)
 
 
 def _own_imports(source: str) -> set[str]:
     # Not by ast: in CPython 3.11 ast.parse fails now and then when another thread parses too, and tasks run in threads.
-    return {name for name in _IMPORT.findall(source) if name.split(".")[0] in OWN_PACKAGES}
+    found: set[str] = set()
+    for module, names in _IMPORT.findall(source):
+        if module.split(".")[0] in OWN_PACKAGES:
+            found |= {module, *_modules_among(names, module)}
+    return found
+
+
+def _modules_among(names: str, package: str) -> set[str]:
+    """Those of the imported names that are modules of `package`, not what its own file defines."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    words = re.findall(r"\w+", names)
+    return {f"{package}.{word}" for word in words for folder in folders if (Path(folder) / f"{word}.py").is_file()}
 
 
 # Results are reused across runs: Prefect's default policy adds the run's id and never hits. Its TASK_SOURCE is part of

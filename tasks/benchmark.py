@@ -16,12 +16,14 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from registry.gate import Measurement
-from registry.manifest import EngineEntry, read_manifest
+from registry.manifest import EngineEntry
 from serving.engines import open_engine
 from serving.shapes import ShapeGrid
 from serving.tokenizer import Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
 from tasks.corpus import evaluation_sets
+from tasks.errors import QuantizationFailed
+from tasks.evaluate import choose_entry
 from tasks.measurement.statistics import Values, statistic_interval
 from tasks.models.teacher import Teacher, load_sentence_transformer
 from tasks.progress import progress
@@ -191,7 +193,7 @@ def _open_for_turn(folder: Path, entry: EngineEntry, max_length: int, batches: l
 
 def _champion_entry(champion: Path | None) -> Iterator[tuple[str, Path, EngineEntry]]:
     if champion is not None:
-        yield CHAMPION, champion, read_manifest(champion).engines[0]
+        yield CHAMPION, champion, choose_entry(champion)
 
 
 def _torch_system(teacher: Teacher) -> System:
@@ -241,7 +243,13 @@ def _peak_memory_mb(folder: Path, entry: EngineEntry, max_length: int) -> float:
         str(max_length),
     ]
     # The checkout, not the working folder, is where `tasks` lies.
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise QuantizationFailed(
+            f"the {entry.runtime} engine in {folder} cannot embed a batch of {max_length} tokens a text in a process "
+            f"of its own, which ended with status {done.returncode} and said: {said}"
+        )
     return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_mb"])
 
 

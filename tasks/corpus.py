@@ -36,6 +36,11 @@ class Retrieval:
     documents: dict[str, str]
     qrels: dict[str, dict[str, int]]
 
+    def list_judged(self) -> set[str]:
+        """Queries and the documents judged relevant; what else the index holds is there to be told apart from them."""
+        relevant = (self.documents[name] for grades in self.qrels.values() for name in grades)
+        return {*self.queries.values(), *relevant}
+
 
 @dataclass(slots=True)
 class _Parts:
@@ -125,7 +130,9 @@ def read_calibration(corpus: Artifact, size: int, asker: str) -> list[str]:
             f"{asker} asks for {size} calibration texts, the corpus has {len(texts)}: "
             "set calibration_size lower or give a larger corpus"
         )
-    judged = {text for part in evaluation_sets(corpus)[0].values() for text in part}
+    sets, retrieval = evaluation_sets(corpus)
+    judged = {text for name, part in sets.items() if name != "documents" for text in part}
+    judged |= retrieval.list_judged() if retrieval else set()
     shared = judged.intersection(texts)
     if shared:
         raise CorpusRejected(
@@ -213,8 +220,7 @@ def _split_beir(retrieval: Retrieval) -> _Parts:
     parts = _Parts()
     for text in retrieval.documents.values():
         parts.texts[part_of(text)][text] = None
-    parts.judged.update(retrieval.documents[name] for grades in retrieval.qrels.values() for name in grades)
-    parts.judged.update(retrieval.queries.values())
+    parts.judged |= retrieval.list_judged()
     return parts
 
 

@@ -1,10 +1,10 @@
 """Evaluate: how close a candidate's embeddings are to the teacher's, and what that costs on tasks."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from scipy.stats import rankdata
 
 from registry.gate import Measurement
 from registry.manifest import EngineEntry, read_manifest
+from registry.staging import staged_folder
 from serving.engines import GPU_RUNTIMES, Embeddings, Engine, num_cores, open_engine
+from serving.errors import EngineUnavailable
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact
 from tasks.corpora.text_files import RatedPairs
@@ -31,6 +33,7 @@ _BATCH = 16
 _NUM_PARITY = 64
 _SAME_COSINE = 1 - 1e-6  # the least of a sample in float32
 _SCORE_ROWS = 512
+_NO_COLUMNS: Mapping[int, int] = MappingProxyType({})
 
 # Texts to embeddings [N, D] in their order, reporting progress.
 Encode = Callable[[Sequence[str], Advance], Embeddings]
@@ -97,20 +100,31 @@ def evaluate(candidate: Candidate, corpus: Artifact, teacher_embeddings: Artifac
 
 @task(task_run_name="score-champion", cache_policy=CACHED, persist_result=True, result_serializer="json")
 def score_champion(champion: Path | None, corpus: Artifact, hardware: str) -> dict[str, list[float]]:
-    """Per query, the champion bundle's nDCG@10 and recall@10 on the same texts, through its first engine; or nothing.
+    """Per query, the champion bundle's nDCG@10 and recall@10 on the same texts, as it serves here; or nothing.
 
     `hardware` is part of the cache key, as `evaluate`'s.
     """
     sets, retrieval = evaluation_sets(corpus)
     if champion is None or retrieval is None:
         return {}
-    manifest = read_manifest(champion)
-    encode, engine = open_encoder(champion, manifest.engines[0], manifest.max_seq_length)
+    encode, engine = open_encoder(champion, choose_entry(champion), read_manifest(champion).max_seq_length)
     wanted = {name: sets[name] for name in ("queries", "documents")}
     with progress("evaluate champion", sum(map(len, wanted.values()))) as advance:
         own = {name: encode(texts, advance) for name, texts in wanted.items()}
     engine.close()
     return _score_queries(own, retrieval)
+
+
+def choose_entry(bundle: Path) -> EngineEntry:
+    """The engine of a bundle that serves on this node: the first that loads, which a spare is where kernels are not."""
+    *entries, last = read_manifest(bundle).engines
+    for entry in entries:
+        try:
+            open_engine(bundle, entry).close()
+        except EngineUnavailable:
+            continue
+        return entry
+    return last
 
 
 def open_candidate(candidate: Candidate, is_exact: bool = False) -> tuple[Encode, Engine]:
@@ -120,10 +134,10 @@ def open_candidate(candidate: Candidate, is_exact: bool = False) -> tuple[Encode
         return open_encoder(folder, entry, length, is_exact)
     # onnxruntime multiplies integers on the processor's kernels whatever it is told.
     state_dir().mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="exact-", dir=state_dir()) as twin:
-        write_exact_twin(folder / entry.file, Path(twin) / entry.file)
-        shutil.copyfile(folder / TOKENIZER_NAME, Path(twin) / TOKENIZER_NAME)
-        return open_encoder(Path(twin), entry, length)
+    with staged_folder(state_dir(), "exact") as twin:
+        write_exact_twin(folder / entry.file, twin / entry.file)
+        shutil.copyfile(folder / TOKENIZER_NAME, twin / TOKENIZER_NAME)
+        return open_encoder(twin, entry, length)
 
 
 def open_encoder(folder: Path, entry: EngineEntry, max_length: int, is_exact: bool = False) -> tuple[Encode, Engine]:
@@ -199,11 +213,11 @@ def compare_retrieval(
     own: dict[str, Embeddings], teacher: dict[str, Embeddings], retrieval: Retrieval
 ) -> dict[str, Measurement]:
     """nDCG@10 and recall@10 of the candidate, of its queries on the teacher's index (`cross_`), and their losses."""
-    relevant = relevant_columns(retrieval)
-    base = rank_scores(teacher["queries"], teacher["documents"], relevant)
+    judged = relevant_columns(retrieval), own_columns(retrieval)
+    base = rank_scores(teacher["queries"], teacher["documents"], *judged)
     metrics: dict[str, Measurement] = {}
     for prefix, documents in (("", own["documents"]), ("cross_", teacher["documents"])):
-        scores = rank_scores(own["queries"], documents, relevant)
+        scores = rank_scores(own["queries"], documents, *judged)
         for name, values in scores.items():
             metrics[f"{prefix}{name}"] = mean_interval(values)
             metrics[f"{prefix}{name}_loss"] = loss_interval(values, base[name])
@@ -233,7 +247,7 @@ def compare_sts(
 
 
 def _score_queries(own: dict[str, Embeddings], retrieval: Retrieval) -> dict[str, list[float]]:
-    scores = rank_scores(own["queries"], own["documents"], relevant_columns(retrieval))
+    scores = rank_scores(own["queries"], own["documents"], relevant_columns(retrieval), own_columns(retrieval))
     return {name: values.tolist() for name, values in scores.items()}
 
 
@@ -243,11 +257,29 @@ def relevant_columns(retrieval: Retrieval) -> list[dict[int, int]]:
     return [{column[d]: grade for d, grade in retrieval.qrels[q].items()} for q in retrieval.queries]
 
 
-def rank_scores(queries: Embeddings, documents: Embeddings, relevant: list[dict[int, int]]) -> dict[str, Values]:
-    """Per query: nDCG@10 (linear gains, log2 discount, as trec_eval and BEIR) and recall@10 (share of relevant)."""
+def own_columns(retrieval: Retrieval) -> dict[int, int]:
+    """By row of a query, the column of the document that has its id and is not judged relevant: the query itself.
+
+    In some data sets of BEIR (ArguAna, Quora) queries are documents too, and finding oneself does not count there.
+    """
+    column = {name: index for index, name in enumerate(retrieval.documents)}
+    named = ((row, query) for row, query in enumerate(retrieval.queries) if query in column)
+    return {row: column[query] for row, query in named if query not in retrieval.qrels[query]}
+
+
+def rank_scores(
+    queries: Embeddings,
+    documents: Embeddings,
+    relevant: list[dict[int, int]],
+    own: Mapping[int, int] = _NO_COLUMNS,
+) -> dict[str, Values]:
+    """Per query: nDCG@10 (linear gains, log2 discount, as trec_eval and BEIR) and recall@10 (share of relevant).
+
+    `own` is what `own_columns` gives.
+    """
     discounts = 1 / np.log2(np.arange(2, TOP_K + 2))
     ndcg, recall = np.zeros(len(relevant)), np.zeros(len(relevant))
-    for row, (found, grades) in enumerate(zip(nearest(queries, documents), relevant, strict=True)):
+    for row, (found, grades) in enumerate(zip(nearest(queries, documents, own), relevant, strict=True)):
         gains = np.array([grades.get(int(column), 0) for column in found], dtype=np.float64)
         ideal = np.sort(list(grades.values()))[::-1][:TOP_K]
         ndcg[row] = (gains @ discounts[: len(gains)]) / (ideal @ discounts[: len(ideal)])
@@ -255,18 +287,18 @@ def rank_scores(queries: Embeddings, documents: Embeddings, relevant: list[dict[
     return {"ndcg_at_10": ndcg, "recall_at_10": recall}
 
 
-def nearest(queries: Embeddings, documents: Embeddings, skip_self: bool = False) -> NDArray[np.intp]:
+def nearest(queries: Embeddings, documents: Embeddings, own: Mapping[int, int] = _NO_COLUMNS) -> NDArray[np.intp]:
     """Columns of the 10 documents nearest each query by cosine, best first [N, 10]; equal scores keep document order.
 
-    With `skip_self` row i is not its own neighbour (queries and documents are the same texts).
+    `own` says by row which column is the query itself, and no neighbour.
     """
     queries, documents = _unit(queries), _unit(documents)
     parts = []
     for start in range(0, len(queries), _SCORE_ROWS):
         scores = queries[start : start + _SCORE_ROWS] @ documents.T
-        if skip_self:
-            rows = np.arange(len(scores))
-            scores[rows, start + rows] = -np.inf
+        for row in range(len(scores)):
+            if start + row in own:
+                scores[row, own[start + row]] = -np.inf
         parts.append(_top(scores))
     return np.concatenate(parts)
 
@@ -299,7 +331,8 @@ def _correlations(first: Values, second: Values) -> Values:
 
 def _overlap(own: Embeddings, teacher: Embeddings) -> Values:
     """Per text, the share of the teacher's 10 nearest neighbours that the candidate finds too."""
-    pairs = zip(nearest(own, own, skip_self=True), nearest(teacher, teacher, skip_self=True), strict=True)
+    itself = {row: row for row in range(len(own))}
+    pairs = zip(nearest(own, own, itself), nearest(teacher, teacher, itself), strict=True)
     return np.array([len(set(a) & set(b)) / len(b) for a, b in pairs])
 
 

@@ -35,6 +35,7 @@ from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.artifacts import CODE_AND_LIBRARIES, Artifact, draft
 from tasks.benchmark import BATCH_SIZE, SpeedReport
 from tasks.corpus import read_part
+from tasks.graphs.graph_files import copy_model_files
 from tasks.measurement.libraries import library_versions
 from tasks.select import Judged, Study
 from tasks.variants import Variant
@@ -82,7 +83,7 @@ def assemble_bundle(study: Study, name: str, teacher_embeddings: Artifact, origi
     with draft("bundle") as work:
         shutil.copytree(judged.candidate.artifact.folder, work.folder, dirs_exist_ok=True)
         for part in parts[1:]:
-            shutil.copy(part.artifact.folder / part.engine.file, work.folder)
+            copy_model_files(part.artifact.folder / part.engine.file, work.folder)
         _write_golden(work.folder, study, judged.candidate.max_seq_length, teacher_embeddings)
         _write_reports(work.folder, judged)
         files = scan_files(work.folder)

@@ -1,5 +1,6 @@
 """Select: the gate's verdict on every candidate, the Pareto front, and the one to publish."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -107,8 +108,9 @@ class Study(BaseModel):
     def find_spare(self, winner: Judged) -> Judged | None:
         """What stands in for `winner` on a processor without its kernels, and for a text on which these fail.
 
-        The smallest candidate of the same model that the gate passes and that runs everywhere: two runs of a recipe
-        agree on it, which they would not on the fastest. None where there is none, or where the winner needs none.
+        The smallest candidate of the same model that the gate passes, that runs everywhere and that an index of the
+        teacher's may stay for where it may for the winner: two runs of a recipe agree on it, which they would not on
+        the fastest. None where there is none, or where the winner needs none.
         """
         if winner.candidate.engine.runtime not in _BOUND:
             return None
@@ -118,6 +120,7 @@ class Study(BaseModel):
             if row.candidate.engine.runtime == _PORTABLE
             and row.model.digest == winner.model.digest
             and row.gate.verdict == "pass"
+            and row.compatibility in {"drop-in", winner.compatibility}
         )
         return min(fitting, key=lambda row: (row.size_mb, row.name), default=None)
 
@@ -190,13 +193,18 @@ def judge_compatibility(quality: Quality) -> Compatibility:
     return "drop-in" if judge(quality.metrics, _DROP_IN_CHECKS).verdict == "pass" else "reindex"
 
 
+def _or_worst(cosine: float) -> float:
+    """What is no number would be beaten by nothing."""
+    return cosine if math.isfinite(cosine) else -math.inf
+
+
 def pareto_front(
     candidates: list[Candidate], qualities: list[Quality], speeds: SpeedReport, price_per_node_hour: float = 0.0
 ) -> set[str]:
     """Names that no other candidate beats in cosine, throughput, latency, size and cost at once."""
     points: dict[str, tuple[float, ...]] = {
         candidate.variant.name: (
-            quality.metrics["cosine_mean"].value,
+            _or_worst(quality.metrics["cosine_mean"].value),
             speeds.speeds[candidate.variant.name].throughput_per_s,
             -speeds.speeds[candidate.variant.name].latency_ms(50),
             -candidate.disk_bytes,

@@ -14,7 +14,7 @@ from registry.manifest import MANIFEST_NAME, verify_bundle
 from serving.engines import Embeddings
 from serving.settings import check_secret
 from tasks.errors import SourceUnreachable
-from tasks.evaluate import Encode, open_encoder
+from tasks.evaluate import Encode, choose_entry, open_encoder
 from tasks.models.teacher import locate_teacher, open_teacher
 from tasks.progress import Advance
 
@@ -50,7 +50,7 @@ def open_source(source: str) -> Source:
 
 def _open_bundle(folder: Path) -> Source:
     manifest = verify_bundle(folder)
-    encode, engine = open_encoder(folder, manifest.engines[0], manifest.max_seq_length)
+    encode, engine = open_encoder(folder, choose_entry(folder), manifest.max_seq_length)
     return Source("bundle", f"{manifest.model_name} {manifest.version}", encode, engine.close)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 
 _SKIPPED_FOLDERS = {"__pycache__", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
@@ -20,15 +21,23 @@ _PASSAGE_CHARS = 200
 # Text that is code, a table or a doctest rather than prose: mostly punctuation, or a prompt.
 _NOT_PROSE = re.compile(r">>>|\.\.\. |={3,}|-{3,}|\*{3,}|_{3,}|\||[{}<>\\]{2,}")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
+# Who comes while another thread reads waits for what that one finds: two readings at once take each other's time, and
+# in CPython 3.11 ast.parse fails now and then when another thread parses too.
+_READING = Lock()
 
 
-@cache
 def harvest_documents() -> list[tuple[str, str]]:
     """(title, text) of every topic, module, class and function that this Python documents, in a fixed order.
 
     Titles are dotted names or topic names; texts are cleaned of common indentation. Nothing outside the standard
     library is read, and pure-Python modules are parsed, not imported.
     """
+    with _READING:
+        return _read_documents()
+
+
+@cache
+def _read_documents() -> list[tuple[str, str]]:
     documents: dict[str, str] = {}
     for title, text in (*_topics(), *_sources(), *_builtins()):
         if text not in documents:

@@ -31,10 +31,12 @@ _RESULT = "result.json"
 def training_rows(start: Teacher, corpus: Artifact, training: Training) -> list[Ids]:
     """Token ids of the distillation texts that are asked for, after those of long ones made of neighbours.
 
-    The last `num_held_out` are to measure on: texts as they came. Raises StepRejected where the corpus has too few.
+    The last `num_held_out` are to measure on: texts as they came, and no part of a long one. Raises StepRejected where
+    the corpus has too few.
     """
     texts = read_training_texts(corpus, training)
     joined = join_neighbours(texts, training.joined_share)
+    joined = join_neighbours(texts, training.joined_share, num_held_out([*joined, *texts]))
     tokenizer = TextTokenizer.from_folder(start.tokenizer.parent, start.max_seq_length)
     return tokenizer.encode([*joined, *texts])
 
@@ -59,17 +61,20 @@ def require_same_tokenizer(start: Teacher, teacher: Teacher) -> None:
         )
 
 
-def join_neighbours(texts: Sequence[str], share: float) -> list[str]:
-    """Texts of 2 to 8 neighbours, as many as are `share` of all texts then: a corpus of sentences teaches no length."""
-    joined, place = [], 0
+def join_neighbours(texts: Sequence[str], share: float, num_left_out: int = 0) -> list[str]:
+    """Texts of 2 to 8 neighbours, as many as are `share` of all texts then: a corpus of sentences teaches no length.
+
+    The last `num_left_out` are in none of them.
+    """
+    joined, place, count = [], 0, max(1, len(texts) - num_left_out)
     for index in range(int(len(texts) * share / (1 - share))):
         size = 2 + index % (_MAX_JOINED - 1)
-        joined.append(" ".join(texts[(place + offset) % len(texts)] for offset in range(size)))
+        joined.append(" ".join(texts[(place + offset) % count] for offset in range(size)))
         place += size
     return joined
 
 
-def num_held_out(rows: Sequence[Ids]) -> int:
+def num_held_out(rows: Sequence[object]) -> int:
     """How many rows at the end are measured on instead of trained on."""
     return max(1, min(_NUM_HELD_OUT, int(len(rows) * _MAX_HELD_OUT_SHARE)))
 

@@ -2,11 +2,11 @@
 
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from numpy.typing import NDArray
 
+from registry.staging import staged_folder
 from serving.engines.plans import weights_of
 from tasks.state import state_dir
 
@@ -103,7 +103,7 @@ def open_model(model: Any, weights: Weights, options: Any) -> Any:
     if not is_large(weights):
         return ort.InferenceSession(attach_weights(model, weights).SerializeToString(), options, providers=providers)
     state_dir().mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="graph-", dir=state_dir()) as folder:
-        path = Path(folder) / "model.onnx"
+    with staged_folder(state_dir(), "graph") as folder:
+        path = folder / "model.onnx"
         write_model(model, weights, path)
         return ort.InferenceSession(str(path), options, providers=providers)

@@ -9,6 +9,7 @@ import numpy as np
 
 from registry.manifest import EngineEntry
 from serving.engines import open_engine
+from serving.settings import BatchingSettings
 from serving.telemetry import disable_telemetry
 from serving.tokenizer import TextTokenizer
 
@@ -16,7 +17,7 @@ _BATCH = 32
 
 
 def measure_footprint(folder: Path, entry: EngineEntry, max_length: int) -> dict[str, float]:
-    """Load tokenizer and engine and embed one full batch at the maximum length.
+    """Load tokenizer and engine and embed one batch at the maximum length, as large as a worker makes one of its own.
 
     Returns `peak_memory_mb` of this process so far (10^6 bytes) and `load_seconds`.
     """
@@ -24,9 +25,14 @@ def measure_footprint(folder: Path, entry: EngineEntry, max_length: int) -> dict
     TextTokenizer.from_folder(folder, max_length)
     engine = open_engine(folder, entry)
     loaded = time.perf_counter() - started
-    ids = np.ones((_BATCH, max_length), dtype=np.int64)
+    ids = np.ones((count_rows(max_length), max_length), dtype=np.int64)
     engine.embed(ids, np.ones_like(ids))
     return {"peak_memory_mb": _peak_bytes() / 1e6, "load_seconds": loaded}
+
+
+def count_rows(max_length: int) -> int:
+    """Texts of the batch: fewer of a model that takes thousands of tokens, whose attention would fill any memory."""
+    return max(1, min(_BATCH, BatchingSettings().max_batch_tokens // max_length))
 
 
 def _peak_bytes() -> int:

@@ -2,10 +2,13 @@
 
 import os
 import platform
+import subprocess
+from collections import Counter
 from pathlib import Path
 
-from serving.engines import num_cores
+from serving.engines import has_nvidia_driver, num_cores
 
+_DRIVER_SECONDS = 30.0
 # Instruction sets that decide how fast int8 and bf16 run.
 _FLAGS = (
     "avx2",
@@ -37,12 +40,25 @@ def memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
+def list_gpus() -> tuple[str, ...]:
+    """NVIDIA GPUs of each kind, with the driver's version; none without a driver, or where it does not answer."""
+    if not has_nvidia_driver():
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=_DRIVER_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    kinds = Counter(line.strip() for line in done.stdout.splitlines() if line.strip())
+    return tuple(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
+
+
 def describe_hardware() -> str:
-    """One line: processor, cores, memory, instruction sets, system."""
+    """One line: processor, cores, memory, instruction sets, system, GPUs."""
     flags = " ".join(cpu_flags()) or "no vector extensions known here"
-    return (
-        f"{cpu_model()}, {num_cores()} cores, {memory_gib():.0f} GiB, {flags}, {platform.system()} {platform.machine()}"
-    )
+    system = f"{platform.system()} {platform.machine()}"
+    parts = (cpu_model(), f"{num_cores()} cores", f"{memory_gib():.0f} GiB", flags, system, *list_gpus())
+    return ", ".join(parts)
 
 
 def _cpuinfo(key: str) -> str | None:

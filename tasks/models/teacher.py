@@ -124,6 +124,9 @@ def open_teacher(folder: Path) -> Callable[[Sequence[str], Callable[[int], None]
 def load_sentence_transformer(folder: Path) -> Any:
     """The model as sentence-transformers loads it: fp32, on the CPU, offline, no code of the model's own, no pickle.
 
+    Texts are embedded as they are, without the prompt that a model may have by default: the worker puts one before a
+    text where a request names it.
+
     Raises TeacherRejected, also for missing weights, which transformers would fill with random numbers.
     """
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415  torch takes seconds; a cached run needs none
@@ -134,7 +137,7 @@ def load_sentence_transformer(folder: Path) -> Any:
     disable_progress_bar()
     register_pruned_bert()
     safe = {"local_files_only": True, "trust_remote_code": False}
-    weights = {"use_safetensors": True}
+    weights = {"use_safetensors": True, "dtype": "float32"}  # else as they are stored, which may be in half
     try:
         model = SentenceTransformer(str(folder), device="cpu", model_kwargs=weights, **safe).eval()
         # A second load, tenths of a second: sentence-transformers does not pass on what was missing.
@@ -149,6 +152,7 @@ def load_sentence_transformer(folder: Path) -> Any:
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise TeacherRejected(f"{folder} lacks {len(missing)} weights, {missing[0]} the first: fetch it again")
+    model.default_prompt_name = None
     return model
 
 

@@ -1,6 +1,7 @@
 """Rows of bench_variants, made of the tiny teacher's study."""
 
 import gzip
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 
 from benchmarks.bench_variants import collect_sentences, describe_making, quality_rows, retrieval_rows, speed_rows
 from flows.optimize import Outcome
+from registry.gate import Measurement
 from tests.forge import Forge
 
+NOTHING = Measurement(0.0, 0.0, 0.0)
 COMMON = {"baseline": "fp32-torch", "config": {"corpus": "test"}}
 
 
@@ -33,6 +36,16 @@ def test_bench_variants_rows_hold_quality_size_and_speed_beside_the_teachers(for
     assert {row["case"] for row in rows.values()} == {"fp32-onnx"}
     speeds = {row["metric"]: row for row in speed_rows(judged, forge.study.speeds, COMMON)}
     assert speeds["throughput_per_s"]["ratio"] == pytest.approx(judged.speedup_vs_torch)
+
+
+@pytest.mark.parametrize("loss", [1.0, math.nan])
+def test_bench_variants_rows_of_a_candidate_that_finds_nothing_have_no_baseline(loss: float, forge: Forge) -> None:
+    judged = forge.study.find("fp32-onnx")
+    metrics = judged.quality.metrics | {"ndcg_at_10": NOTHING, "ndcg_at_10_loss": Measurement(loss, loss, loss)}
+    judged = judged.model_copy(update={"quality": judged.quality.model_copy(update={"metrics": metrics})})
+    rows = {row["metric"]: row for row in quality_rows(judged, forge.study.teacher, COMMON)}
+    assert rows["ndcg_at_10"]["value"] == 0
+    assert not {"baseline_value", "ratio"} & rows["ndcg_at_10"].keys()
 
 
 def test_bench_variants_rows_say_what_makes_them_again(forge: Forge, tmp_path: Path) -> None:

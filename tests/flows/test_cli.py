@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from typer.testing import CliRunner
 
 from flows.cli import app, main
 from flows.doctor import examine_node
+from flows.optimize import Outcome
+from flows.run import print_outcome
+from registry.gate import Measurement
 from tasks.publish import Origin, assemble_bundle
 from tests.forge import Forge
 from tests.texts import make_pairs, make_sentences
@@ -178,3 +182,14 @@ def test_cli_error_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("error: model 'nothing' is no folder")
+
+
+def test_json_of_a_run_with_a_candidate_that_embeds_no_numbers_has_nulls(
+    forge: Forge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, nothing = forge.study.find("fp32-onnx"), Measurement(math.nan, math.nan, math.nan)
+    quality = row.quality.model_copy(update={"metrics": row.quality.metrics | {"cosine_mean": nothing}})
+    study = forge.study.model_copy(update={"judged": (row.model_copy(update={"quality": quality}),)})
+    print_outcome(Outcome(study=study, published=None, report=tmp_path, run_id="0123"), as_json=True)
+    candidate = json.loads(capsys.readouterr().out)["candidates"][0]
+    assert (candidate["cosine_mean"], candidate["cosine_mean_ci"]) == (None, [None, None])

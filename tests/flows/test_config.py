@@ -6,7 +6,7 @@ from pydantic import BaseModel
 from flows.config import ConfigRejected, OptimizeConfig, Settings, load_settings, override
 from registry.gate import GateSettings
 from tasks.steps import DistillConfig
-from tasks.variants import VARIANTS
+from tasks.variants import VARIANTS, Recipe
 
 
 def write(folder: Path, text: str) -> Path:
@@ -123,6 +123,13 @@ def test_override_takes_only_what_is_given_and_checks_it() -> None:
     assert changed == config.model_copy(update={"model": "hf:x/y", "variants": ("fp32-onnx",), "calibration_size": 7})
     with pytest.raises(ConfigRejected, match=r"the command line: optimize\.calibration_size"):
         override(config, calibration_size=-1)
+
+
+def test_override_leaves_defaults_what_they_are() -> None:
+    """Default variants that do not fit a model are set aside, those that somebody named are refused."""
+    assert override(OptimizeConfig(corpus="a.txt"), model="hf:x/y").model_fields_set == {"corpus", "model"}
+    recipe = Recipe(name="mine", build="fp32-onnx", steps=(DistillConfig(depth=3),))
+    assert override(OptimizeConfig(recipe=(recipe,)), variants=("mine",)).recipe == (recipe,)
 
 
 @pytest.mark.parametrize("model", [OptimizeConfig])

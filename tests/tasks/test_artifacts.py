@@ -182,6 +182,26 @@ def test_cache_key_changes_with_a_module_imported_at_any_depth(tmp_path: Path, m
     assert cache_key(module.work) != before
 
 
+def test_cache_key_changes_with_a_module_imported_by_its_name_and_with_kernels_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(tasks.artifacts, "OWN_PACKAGES", ("parts",))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__init__.py").write_text("SIZE = 1\n")
+    source = "from parts import (\n    SIZE,\n    far,\n)\n\n\ndef work(x):\n    return far.far() + SIZE\n"
+    kernel, far = tmp_path / "parts" / "_fast.so", tmp_path / "parts" / "far.py"
+    far.write_text("def far():\n    return 1\n")
+    kernel.write_bytes(b"\x7fELF one")
+    keys = [cache_key(load_module(tmp_path / "task_g.py", source).work)]
+    for path, content in ((far, b"def far():\n    return 2\n"), (kernel, b"\x7fELF two")):
+        path.write_bytes(content)
+        tasks.artifacts._source_of.cache_clear()
+        keys.append(cache_key(sys.modules["task_g"].work))
+    assert len(set(keys)) == len(keys)
+
+
 def test_cache_key_can_be_made_while_other_threads_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
     work = load_helped(tmp_path / "task_f.py", "x").work

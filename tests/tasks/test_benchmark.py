@@ -19,13 +19,15 @@ from tasks.benchmark import (
     Speed,
     SpeedReport,
     _open_for_turn,
+    _peak_memory_mb,
     _rotate,
     _time_calls,
     _tokenize,
     benchmark,
     sample_calls,
 )
-from tasks.measurement.footprint import measure_footprint
+from tasks.errors import QuantizationFailed
+from tasks.measurement.footprint import count_rows, measure_footprint
 from tasks.publish import Origin, assemble_bundle
 from tests.forge import Forge
 
@@ -159,3 +161,15 @@ def test_footprint_counts_the_engine_itself(forge: Forge) -> None:
     found = measure_footprint(candidate.artifact.folder, candidate.engine, candidate.max_seq_length)
     assert found["peak_memory_mb"] > candidate.disk_bytes / 1e6
     assert found["load_seconds"] > 0
+
+
+@pytest.mark.parametrize(("max_length", "rows"), [(128, 32), (256, 32), (512, 16), (8192, 1), (32_768, 1)])
+def test_footprint_is_that_of_the_largest_batch_a_worker_makes(max_length: int, rows: int) -> None:
+    assert count_rows(max_length) == rows
+
+
+def test_footprint_of_an_engine_that_fails_says_what_it_said(forge: Forge) -> None:
+    candidate = forge.study.find("fp32-onnx").candidate
+    missing = candidate.engine.model_copy(update={"file": "none.onnx"})
+    with pytest.raises(QuantizationFailed, match=r"onnxruntime engine in .* 48 tokens a text .* said: .*none"):
+        _peak_memory_mb(candidate.artifact.folder, missing, 48)

@@ -17,6 +17,7 @@ from tasks.corpus import (
     evaluation_sets,
     part_of,
     read_beir,
+    read_calibration,
     read_part,
     read_rated_pairs,
     read_retrieval,
@@ -151,6 +152,17 @@ def test_corpus_beir_folder_keeps_its_judgements(packed: bool, tmp_path: Path) -
     assert (len(retrieval.queries), len(retrieval.documents)) == (30, 300)
     assert retrieval.qrels["q0"] == {"d0": 2, "d5": 1}
     assert retrieval.documents["d7"].startswith("T7 ")
+
+
+def test_corpus_beir_is_calibrated_on_what_its_index_holds_beside_the_judged_documents(tmp_path: Path) -> None:
+    corpus = build(write_beir(tmp_path / "beir"))
+    retrieval = read_retrieval(corpus)
+    assert retrieval
+    texts = read_calibration(corpus, 8, "int8-static")
+    assert set(texts) <= set(retrieval.documents.values())
+    write_jsonl(corpus.folder / "calibration.jsonl", [{"text": text} for text in [retrieval.documents["d5"], *texts]])
+    with pytest.raises(CorpusRejected, match="1 of 8 calibration texts are evaluation texts too"):
+        read_calibration(corpus, 8, "int8-static")
 
 
 def test_corpus_beir_whose_documents_are_all_judged_says_why_nothing_is_left(tmp_path: Path) -> None:

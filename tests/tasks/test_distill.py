@@ -184,3 +184,13 @@ def test_join_neighbours_gives_the_share_asked_for_of_longer_texts() -> None:
     assert joined[0] == "text 0 text 1"
     assert {text.count("text") for text in joined} == set(range(2, 9))
     assert join_neighbours(texts, 0.0) == []
+    assert join_neighbours(texts, 0.1, 100) == joined  # which does not reach that far
+
+
+def test_texts_that_are_measured_on_are_no_part_of_long_ones_that_are_trained_on(
+    deep_teacher: Teacher, corpus: Artifact
+) -> None:
+    rows = training_rows(deep_teacher, corpus, Training(joined_share=0.5))
+    held_out = {row[1:-1].tobytes() for row in rows[-num_held_out(rows) :]}
+    joined = [row.tobytes() for row in rows[: len(rows) // 2]]
+    assert not any(text in row for text in held_out for row in joined)

@@ -10,20 +10,25 @@ from scipy.stats import spearmanr
 
 from registry.gate import Check, GateLimits, default_checks, judge
 from registry.manifest import EngineEntry, hash_file
+from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.corpora.text_files import RatedPairs
 from tasks.corpus import Retrieval, evaluation_sets, read_part
 from tasks.evaluate import (
+    choose_entry,
     compare_embeddings,
     compare_retrieval,
     compare_sts,
     evaluate,
     nearest,
     open_candidate,
+    own_columns,
     rank_scores,
     row_cosine,
+    score_champion,
     spearman_interval,
 )
+from tasks.publish import Origin, assemble_bundle
 from tasks.quantize import Candidate
 from tests.bundles import make_graph
 from tests.forge import Forge
@@ -88,7 +93,7 @@ def test_nearest_of_equal_documents_is_document_order(count: int) -> None:
 
 def test_nearest_can_skip_the_text_itself() -> None:
     texts = vectors(700)
-    found = nearest(texts, texts, skip_self=True)
+    found = nearest(texts, texts, {row: row for row in range(700)})
     assert not (found == np.arange(700)[:, None]).any()
 
 
@@ -203,6 +208,20 @@ def test_retrieval_of_the_teacher_itself_loses_nothing_and_cross_uses_the_teache
     assert other["cross_recall_at_10_loss"].value == 1
 
 
+def test_retrieval_does_not_count_a_query_that_is_a_document_and_finds_itself() -> None:
+    """As BEIR does it; a document that is judged relevant counts whatever its id is."""
+    documents, queries = axes(*range(15)), axes(0, 1)
+    queries[:, 2] = 0.5
+    retrieval = Retrieval(
+        {"0": "the same text", "1": "another one"},
+        {f"{i}": f"document {i}" for i in range(15)},
+        {"0": {"2": 1}, "1": {"1": 1}},
+    )
+    assert own_columns(retrieval) == {0: 0}
+    embedded = {"queries": queries, "documents": documents}
+    assert compare_retrieval(embedded, embedded, retrieval)["ndcg_at_10"].value == 1
+
+
 def nan_candidate(forge: Forge, folder: Path) -> Candidate:
     """A real graph that embeds one word as NaN, built to the tiny teacher's vocabulary and dimension."""
     template = forge.study.find("fp32-onnx").candidate
@@ -255,3 +274,20 @@ def test_evaluate_encodes_in_order_whatever_the_lengths(forge: Forge) -> None:
     engine.close()
     np.testing.assert_allclose(together[:6], alone, atol=1e-6)
     assert sum(steps) == 70
+
+
+def test_champion_whose_kernels_do_not_run_here_is_judged_on_its_spare(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.select._BOUND", ("openvino",))
+    origin = Origin(mlflow_run_id=None, git_commit=None)
+    champion = assemble_bundle.fn(forge.study, "int8-openvino", forge.teacher_embeddings, origin).folder
+    assert choose_entry(champion).runtime == "openvino"
+
+    def refuse(*_: object) -> None:
+        raise EngineUnavailable("not on this processor")
+
+    monkeypatch.setattr("serving.engines.openvino.OpenVinoEngine.__init__", refuse)
+    assert choose_entry(champion).runtime == "onnxruntime"
+    scores = score_champion.fn(champion, forge.study.corpus, "here")
+    assert len(scores["ndcg_at_10"]) == forge.study.judged[0].quality.num_queries

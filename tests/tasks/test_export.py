@@ -6,13 +6,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from serving.engines.onnxruntime import OnnxRuntimeEngine
 from serving.tokenizer import TextTokenizer, pad_batch
 from tasks.errors import ExportFailed
 from tasks.export import ONNX_NAME, export_onnx
-from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher
+from tasks.models.teacher import Teacher, load_sentence_transformer, load_teacher, open_teacher
 from tests.forge import Forge
 
 TEXTS = (
@@ -45,6 +46,29 @@ def repool(folder: Path, mode: str) -> Path:
     path = folder / "1_Pooling" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pooling_mode": mode}))
     return folder
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_export_of_a_model_that_is_stored_in_half_is_in_float32(kind: torch.dtype, teacher_copy: Path) -> None:
+    weights, config = teacher_copy / "model.safetensors", teacher_copy / "config.json"
+    save_file({name: value.to(kind) for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    fields = json.loads(config.read_text()) | {"dtype": str(kind).removeprefix("torch.")}
+    config.write_text(json.dumps(fields))
+    folder = export_onnx.fn(load_teacher.fn(str(teacher_copy))).folder  # which compares with sentence-transformers
+    kinds = {tensor.data_type for tensor in onnx.load(folder / ONNX_NAME).graph.initializer}
+    assert onnx.TensorProto.FLOAT in kinds
+    assert not {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16} & kinds
+
+
+def test_export_of_a_model_with_a_default_prompt_embeds_texts_as_they_are(teacher_copy: Path) -> None:
+    plain = open_teacher(teacher_copy)(TEXTS[:2], lambda steps: None)
+    path = teacher_copy / "config_sentence_transformers.json"
+    prompts = {"prompts": {"query": "harbour sailor: "}, "default_prompt_name": "query"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | prompts))
+    teacher = load_teacher.fn(str(teacher_copy))
+    assert teacher.prompts == prompts["prompts"]
+    export_onnx.fn(teacher)  # which compares with sentence-transformers itself
+    np.testing.assert_array_equal(open_teacher(teacher_copy)(TEXTS[:2], lambda steps: None), plain)
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken"])

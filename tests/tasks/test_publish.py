@@ -12,8 +12,11 @@ from serving.engines import open_engine
 from serving.tokenizer import pad_batch
 from tasks.artifacts import Artifact
 from tasks.errors import ArtifactChanged
+from tasks.export import export_onnx
 from tasks.publish import Origin, Published, assemble_bundle, find_git_commit, publish
-from tests.forge import Forge
+from tasks.quantize import quantize
+from tasks.variants import VARIANTS
+from tests.forge import CALIBRATION_SIZE, Forge
 
 ORIGIN = Origin(mlflow_run_id="run-1", git_commit="c" * 40)
 
@@ -88,6 +91,18 @@ def test_bundle_of_our_own_kernels_has_a_portable_engine_beside_them(
     assert manifest.variant == "int8-openvino"
     for entry in manifest.engines:
         open_engine(folder, entry).close()
+
+
+def test_bundle_has_the_weights_of_a_large_spare_too(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.select._BOUND", ("openvino",))
+    monkeypatch.setattr("tasks.graphs.graph_files.MAX_INLINE_BYTES", 1000)
+    exported, corpus = export_onnx.fn(forge.study.teacher), forge.study.corpus
+    large = quantize.fn(VARIANTS["fp32-onnx"], exported, forge.study.teacher.max_seq_length, corpus, CALIBRATION_SIZE)
+    spare = forge.study.find("fp32-onnx").model_copy(update={"candidate": large})
+    study = forge.study.model_copy(update={"judged": (forge.study.find("int8-openvino"), spare)})
+    folder = assemble_bundle.fn(study, "int8-openvino", forge.teacher_embeddings, ORIGIN).folder
+    assert "model.onnx.data" in verify_bundle(folder).files
+    open_engine(folder, read_manifest(folder).engines[1]).close()
 
 
 def test_publish_pushes_once_and_again_to_the_same_digest(bundle: Path, forge: Forge, tmp_path: Path) -> None:

@@ -124,6 +124,11 @@ def test_pareto_front_keeps_the_best_of_each_measure(points: list[Point]) -> Non
     assert min(p[3] for p in front) == min(p[3] for p in points)
 
 
+def test_pareto_front_has_no_place_for_what_embeds_no_numbers() -> None:
+    points: list[Point] = [(math.nan, 100.0, 4.0, 20), (0.9, 200.0, 2.0, 10)]
+    assert front_of(points) == {NAMES[1]}
+
+
 def test_select_judges_fastest_first_and_chooses_the_fastest_that_passes() -> None:
     found = {TORCH: (50.0, 9.0), "fp32-onnx": (100.0, 4.0), "int8-dynamic": (300.0, 2.0), "int8-openvino": (200.0, 2.0)}
     names = ["fp32-onnx", "int8-dynamic", "int8-openvino"]
@@ -199,6 +204,21 @@ def test_spare_of_our_own_kernels_is_the_smallest_portable_candidate_that_passes
     assert study.find_spare(study.find("fp32-onnx")) is None
     alone = study.model_copy(update={"judged": (study.find("int8-avx512"), study.find("int8-openvino"))})
     assert alone.find_spare(alone.find("int8-avx512")) is None
+
+
+def test_spare_of_a_drop_in_is_one_too(forge: Forge) -> None:
+    names = ["int8-avx512", "int8-dynamic", "fp32-onnx"]
+    compatible = {f"cross_{task}_loss": measured(0.0) for task in ("ndcg_at_10", "recall_at_10")}
+    runtimes = ["avx512", "onnxruntime", "onnxruntime"]
+    candidates = [candidate(*each) for each in zip(names, (9, 24, 90), runtimes, strict=True)]
+    found = speeds(dict.fromkeys([TORCH, *names], (100.0, 4.0)))
+    for winner, expected in ((compatible, "fp32-onnx"), ({}, "int8-dynamic")):
+        qualities = [quality(**winner), quality(), quality(**compatible)]
+        judged = tuple(select.fn(candidates, qualities, found, GateLimits(), MODELS))
+        study = forge.study.model_copy(update={"judged": judged})
+        spare = study.find_spare(study.find("int8-avx512"))
+        assert spare is not None
+        assert spare.name == expected
 
 
 def test_choose_of_nothing_is_nothing() -> None:

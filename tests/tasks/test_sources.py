@@ -161,3 +161,23 @@ def test_hardware_is_one_line_that_names_cores_and_memory() -> None:
     assert f"{num_cores()} cores" in line
     assert memory_gib() > 0.1
     assert all(flag in line for flag in cpu_flags())
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [
+        ("echo 'NVIDIA Thor, 580.1'", ", NVIDIA Thor, 580.1"),
+        ("echo 'NVIDIA L4, 580.1'; echo 'NVIDIA L4, 580.1'", ", 2 x NVIDIA L4, 580.1"),
+        ("exit 9", ""),
+    ],
+)
+def test_hardware_names_the_gpus_that_engines_of_the_gpu_are_timed_on(
+    script: str, named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tasks.measurement.hardware.has_nvidia_driver", lambda: False)
+    without = describe_hardware()
+    monkeypatch.setattr("tasks.measurement.hardware.has_nvidia_driver", lambda: True)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_hardware() == without + named

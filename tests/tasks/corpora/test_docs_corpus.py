@@ -2,10 +2,15 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from tasks.corpora import docs_corpus
 from tasks.corpora.docs_corpus import cut_passage, harvest_documents, split_pair, split_sentences
 
 HARVEST = """
@@ -75,3 +80,25 @@ def test_docs_passage_is_the_beginning_of_a_body_cut_between_words() -> None:
     words = "word " * 40  # the 40th word ends at character 199, the next begins at 200
     assert cut_passage(words + "word") == words.rstrip()
     assert cut_passage("word " * 38 + "a longer word here") == "word " * 38 + "a longer"
+
+
+def test_docs_are_read_once_whichever_threads_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, may_end, readings = Event(), Event(), list[int]()
+
+    def read() -> Iterator[tuple[str, str]]:
+        readings.append(len(readings))
+        started.set()
+        assert may_end.wait(60)
+        yield "title", "text"
+
+    monkeypatch.setattr(docs_corpus, "_topics", read)
+    monkeypatch.setattr(docs_corpus, "_sources", lambda: ())
+    monkeypatch.setattr(docs_corpus, "_builtins", lambda: ())
+    monkeypatch.setattr(docs_corpus, "_read_documents", cache(docs_corpus._read_documents.__wrapped__))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(harvest_documents)
+        assert started.wait(60)
+        second = pool.submit(harvest_documents)
+        may_end.set()
+        assert first.result() is second.result()
+    assert readings == [0]

@@ -85,3 +85,11 @@ def test_exact_openvino_uses_no_integer_kernels(forge: Forge) -> None:
 
     assert all(name.endswith("f32") for name in kernels(is_exact=True))
     assert any(name.lower().endswith("i8") for name in kernels(is_exact=False))
+
+
+def test_exact_twin_that_a_killed_run_left_is_removed(forge: Forge) -> None:
+    (forge.state / ".exact-dead").mkdir()
+    (forge.state / ".exact-dead.lock").touch()
+    _, engine = open_candidate(forge.study.find("int8-dynamic").candidate, is_exact=True)
+    engine.close()
+    assert list(forge.state.glob(".exact-*")) == []
