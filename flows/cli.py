@@ -143,7 +143,7 @@ def reproduce(
 def serve(context: typer.Context) -> None:
     """Serve a bundle over HTTP; takes what `python -m serving` takes (see `thorforge serve --help`).
 
-    Example: thorforge serve --bundle .thorforge/demo/bundle --port 8000
+    Example: thorforge serve --bundle bundle --port 8000
     """
     from serving.__main__ import main as serve_main  # noqa: PLC0415
 
@@ -153,7 +153,7 @@ def serve(context: typer.Context) -> None:
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(help="a bundle folder, a model (folder, package:, hf:) or a worker's URL")],
+    source: Annotated[str, typer.Argument(help="a bundle folder, a model as `optimize` takes it, or a worker's URL")],
     sts: _Sts = None,
     beir: Annotated[
         list[Path] | None, typer.Option(help="BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)")
