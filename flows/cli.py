@@ -154,7 +154,7 @@ def serve(context: typer.Context) -> None:
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(help="a bundle folder, a model (folder, package:, hf:) or a worker's URL")],
+    source: Annotated[str, typer.Argument(help="a bundle folder, a model as `optimize` takes it, or a worker's URL")],
     sts: _Sts = None,
     beir: Annotated[
         list[Path] | None, typer.Option(help="BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)")

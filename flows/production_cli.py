@@ -229,7 +229,9 @@ def _find_model(model: str | None) -> str:
     store = _open_store()
     models = store.list_models()
     if len(models) != 1:
-        raise typer.BadParameter(f"{store} holds {len(models)} models: give --model, one of {', '.join(models)}")
+        known = ", ".join(models)
+        advice = f"give --model, one of {known}" if models else "run thorforge optimize, or set THORFORGE_REGISTRY"
+        raise typer.BadParameter(f"{store} holds {len(models)} models: {advice}")
     return models[0]
 
 

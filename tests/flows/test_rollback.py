@@ -105,4 +105,5 @@ def test_log_tells_who_did_what(digests: tuple[str, str]) -> None:
 
 def test_status_of_nothing_says_so(store: FolderStore) -> None:
     assert "nothing of any model is in production" in RUNNER.invoke(app, ["status"]).stderr
-    assert "holds 0 models" in RUNNER.invoke(app, ["log"]).stderr
+    told = RUNNER.invoke(app, ["log"]).stderr.replace("│", "")
+    assert "holds 0 models: run thorforge optimize" in " ".join(told.split())
