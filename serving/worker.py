@@ -222,8 +222,8 @@ class Worker(Served[EmbeddingService]):
         model: LoadedModel | None = None
         try:
             located = await asyncio.to_thread(locate_bundle, source.path)
+            name = source.name or expected_model  # one bundle may be served under several
             for service in self.services:
-                name = source.name or expected_model  # one bundle may be served under several
                 if service.model.digest == located.digest and name in (None, service.model.name):
                     return _describe(service, is_new=False)
             model = await self._open(source)
