@@ -197,9 +197,8 @@ def test_bundle_that_is_served_under_two_names_is_swapped_under_each(bundles: Pa
     """As its watcher does, which knows the name of each."""
 
     async def body(worker: Worker) -> None:
-        names: dict[str, dict[str, str]] = {"alias": {"name": "alias"}, "tiny": {}}
-        for name, options in names.items():
-            change = await worker.swap(source(bundles, "v1", **options), name)
+        for name, own in (("alias", "alias"), ("tiny", None)):
+            change = await worker.swap(ModelSource(path=bundles / "v1", name=own), name)
             assert (change.model, change.is_new, len(change.retired)) == (name, True, 1)
         assert len({versions.main.model.digest for versions in worker.models.values()}) == 1
         again = await worker.swap(source(bundles, "v1"))
