@@ -1,6 +1,7 @@
 """How much processor time the container's limits leave: quotas of control groups, which no affinity shows."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -16,19 +17,23 @@ def cpu_quota(process: Path = Path("/proc/self")) -> float:
 def _list_groups(process: Path) -> Iterator[Path]:
     """Folders of the process's control groups that may limit its processor time, as they are mounted here."""
     try:
-        lines = (process / "cgroup").read_text(encoding="utf-8").splitlines()
-        mounts = (process / "mountinfo").read_text(encoding="utf-8").splitlines()
+        lines, mounts = (_read_lines(process / name) for name in ("cgroup", "mountinfo"))
     except OSError:  # not Linux, or hidden
         return
     # `0::/path` is of version 2, `4:cpu,cpuacct:/path` of version 1.
     paths = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
     for mount in mounts:
         before, _, after = mount.partition(" - ")
-        (root, point), (kind, _, options) = before.split()[3:5], after.split(maxsplit=2)
+        (root, point), (kind, _, options) = before.split(" ")[3:5], after.split(" ", 2)  # a source may be empty
         if kind == "cgroup2" and "" in paths:
             yield from _with_parents(Path(point), root, paths[""])
         elif kind == "cgroup" and "cpu" in options.split(",") and "cpu" in paths:
             yield from _with_parents(Path(point), root, paths["cpu"])
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines with names of folders: bytes of any encoding, of which the kernel escapes spaces and newlines alone."""
+    return [line for line in os.fsdecode(path.read_bytes()).split("\n") if line]
 
 
 def _with_parents(point: Path, root: str, path: str) -> Iterator[Path]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from serving.engines import Embeddings, Engine
-from serving.errors import BundleRejected, EngineFailed, EngineUnavailable
+from serving.engines import Embeddings, Engine, close_engine
+from serving.errors import EngineFailed, ServingError
 from serving.tokenizer import Ids, pad_batch
 
 OpenEngine = Callable[[], Engine]
@@ -80,7 +80,7 @@ class GuardedEngine:
             self._has_failed = True
             try:
                 engine = self._reopen()
-            except (EngineUnavailable, BundleRejected) as error:
+            except ServingError as error:
                 _log.error("engine rebuild failed reason=%s", error)
             else:
                 if self._answers_probe(engine):
@@ -89,7 +89,7 @@ class GuardedEngine:
                     self._on_event("rebuilt")
                     return True
                 _log.error("engine rebuild failed reason=the reference text is not answered")
-                engine.close()
+                close_engine(engine)
             self._on_event("rebuild_failed")
             return False
 
@@ -105,7 +105,7 @@ class GuardedEngine:
         """Free what is open."""
         self._drop(self._engine)
         if self._spare is not None:
-            self._spare.close()
+            close_engine(self._spare)
             self._spare = None
 
     def _run(
@@ -124,7 +124,7 @@ class GuardedEngine:
         with self._lock:
             if engine is not None and self._engine is engine:
                 self._engine = None
-                engine.close()
+                close_engine(engine)
 
     def _retry(self, rows: Sequence[Ids], vectors: Embeddings, failures: dict[int, EngineFailed]) -> None:
         """Ask the bundle's other engine for the rows that failed; what it answers is put in place."""
@@ -132,7 +132,7 @@ class GuardedEngine:
             if self._spare is None and self._open_spare is not None:
                 try:
                     self._spare = self._open_spare()
-                except EngineUnavailable as error:
+                except ServingError as error:
                     _log.warning("spare engine does not load reason=%s", error)
                     self._open_spare = None
             spare = self._spare

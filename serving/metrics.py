@@ -216,6 +216,7 @@ class ModelMetrics:
 
     def __init__(self, metrics: Metrics, model: str, version: str, precision: str) -> None:
         self._metrics, self._labels = metrics, (model, version)
+        self._described: tuple[str, ...] = ()
         self._latency = metrics._latency.labels(model, version)
         self._ok = metrics.requests.labels(model, version, "200")
         self._batch_size = metrics._batch_size.labels(model, version)
@@ -236,15 +237,16 @@ class ModelMetrics:
 
     def describe_model(self, digest: str, engine: str, precision: str) -> None:
         """Say what is served."""
-        self._metrics._info.labels(*self._labels, digest, engine, precision).set(1)
+        self._described = (digest, engine, precision)
+        self._metrics._info.labels(*self._labels, *self._described).set(1)
 
     def set_weight(self, weight: float) -> None:
         """Say how much of the model's traffic this version gets, relative to the others."""
         self._metrics._weight.labels(*self._labels).set(weight)
 
-    def forget_model(self, digest: str, engine: str, precision: str) -> None:
-        """Say no longer that this bundle is served."""
-        self._metrics._info.remove(*self._labels, digest, engine, precision)
+    def forget_model(self) -> None:
+        """Say no longer that this bundle is served, in the words in which it was said."""
+        self._metrics._info.remove(*self._labels, *self._described)
 
     def forget_version(self) -> None:
         """Show no more gauges of a version that is not served; what was counted stays."""

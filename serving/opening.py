@@ -26,7 +26,7 @@ from serving.autotune import (
     record_path,
     write_choice,
 )
-from serving.engines import Embeddings, Engine, has_nvidia_driver, num_cores, open_engine
+from serving.engines import Embeddings, Engine, close_engine, has_nvidia_driver, num_cores, open_engine
 from serving.errors import BundleRejected, EngineUnavailable, ServingError
 from serving.settings import CustomKernelsSettings, ModelSource
 from serving.tokenizer import Ids
@@ -176,18 +176,25 @@ class Opener:
         )
 
     def _open(self, setup: Setup, cache: Path | None = None) -> Engine:
+        """Raises EngineUnavailable, whatever the vendor's library raises."""
         entry = self._entries[setup.runtime]
-        return open_engine(
-            self._source.path,
-            entry,
-            setup.num_threads,
-            setup.num_instances,
-            cache,
-            max_tokens=self._max_tokens,
-            on_gpu=setup.runtime in GPU_CHAIN,
-            on_rebuild=lambda: self._on_fallback(self._manifest, f"{setup.runtime} plan"),
-            devices=self._devices,
-        )
+        try:
+            return open_engine(
+                self._source.path,
+                entry,
+                setup.num_threads,
+                setup.num_instances,
+                cache,
+                max_tokens=self._max_tokens,
+                on_gpu=setup.runtime in GPU_CHAIN,
+                on_rebuild=lambda: self._on_fallback(self._manifest, f"{setup.runtime} plan"),
+                devices=self._devices,
+            )
+        except ServingError:
+            raise
+        except Exception as error:  # vendors' errors share no base class
+            reason = f"{setup.runtime} does not load: {type(error).__name__}: {error}"
+        raise EngineUnavailable(reason)  # here: the error above would keep what the engine has of the GPU's memory
 
     def open_choice(self, choice: Choice, opened: Mapping[Setup, Engine] = MappingProxyType({})) -> Engine:
         """The engine, or the pair of engines, of a choice. Raises EngineUnavailable.
@@ -274,5 +281,5 @@ def _measure_checked(engine: Engine, setup: Setup, rows: Sequence[Ids]) -> Measu
     try:
         return measure(engine, setup, rows)
     except Exception as error:  # vendors' errors share no base class
-        engine.close()
+        close_engine(engine)
         raise BundleRejected(f"{engine.runtime} fails on the reference texts: {type(error).__name__}") from None

@@ -163,7 +163,8 @@ class ModelSource(_Section):
     )
     name: SafeName | None = Field(default=None, description="name clients use; the manifest's when absent")
     engine: EngineName = Field(
-        default="auto", description="auto: the first that loads on a GPU, else the fastest as measured on this CPU"
+        default="auto",
+        description="auto: the first that loads on a GPU, then avx512, else the fastest as measured on this CPU",
     )
     num_threads: NumThreads = Field(
         default=0, description="threads of one engine run; 0: the cores, shared among the runs"

@@ -14,8 +14,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 # A page of text; what is longer is mostly cut off, and is not worth finding all words of.
 _MAX_CHARS = 8192
-# Words remembered, at most so long each; then it starts anew.
-_MAX_WORDS, _MAX_WORD_CHARS = 65_536, 100
+# Words remembered, at most of so many characters and ids each; then it starts anew. What has more ids is a key or a
+# number that hardly comes again: with 73 ids in each, as 100 characters at random have, they would take 175 MiB.
+_MAX_WORDS, _MAX_WORD_CHARS, _MAX_WORD_IDS = 65_536, 100, 8
 # Characters that the normalizer drops.
 _DROPPED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _WORDS = {
@@ -61,7 +62,7 @@ class WordIds(dict[str, list[int]]):
         ids = [token.id for token in self._model.tokenize(word)]
         if len(self) >= _MAX_WORDS:
             self.clear()
-        if len(word) <= _MAX_WORD_CHARS:
+        if len(word) <= _MAX_WORD_CHARS and len(ids) <= _MAX_WORD_IDS:
             self[word] = ids
         return ids
 

@@ -222,8 +222,9 @@ class Worker(Served[EmbeddingService]):
         model: LoadedModel | None = None
         try:
             located = await asyncio.to_thread(locate_bundle, source.path)
+            name = source.name or expected_model  # one bundle may be served under several
             for service in self.services:
-                if service.model.digest == located.digest and source.name in (None, service.model.name):
+                if service.model.digest == located.digest and name in (None, service.model.name):
                     return _describe(service, is_new=False)
             model = await self._open(source)
             if expected_model not in (None, model.name):
@@ -283,7 +284,7 @@ class Worker(Served[EmbeddingService]):
         is_served = self.models.get(versions.name) is versions
         for service in gone:
             model, version = service.model, service.model.manifest.version
-            service.metrics.forget_model(model.digest, model.engine.runtime, model.manifest.precision)
+            service.metrics.forget_model()
             if not is_served or version not in versions.services:
                 service.metrics.forget_version()
             self._retiring[service] = asyncio.get_running_loop().create_task(self._finish(service))

@@ -43,7 +43,7 @@ NATIVE_FIELDS: Fields = {
     "prompt": {"type": "string", "description": "name of a prompt of the model, put before each text"},
     "use_custom_kernels": {
         "type": "boolean",
-        "description": "true: an error unless the model runs on kernels of our own; false: unless it does not",
+        "description": "true: an error unless the model runs on the cuda engine; false: unless it does not",
     },
 }
 

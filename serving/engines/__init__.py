@@ -1,5 +1,6 @@
 """Engines behind one protocol: token ids in, sentence embeddings out."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +21,11 @@ if TYPE_CHECKING:  # engines run where a bundle's manifest cannot be read: on a 
 Embeddings = NDArray[np.float32]
 
 GPU_RUNTIMES = ("cuda", "tensorrt")  # each runs one batch at a time
+
+# What shows an NVIDIA driver: that of a server, of a Jetson, and the one that Windows lends to its Linux (WSL 2).
+_DRIVER_PATHS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvgpu", "/usr/lib/wsl/lib/libcuda.so.1")
+
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -49,6 +55,14 @@ class Engine(Protocol):
         ...
 
 
+def close_engine(engine: Engine) -> None:
+    """Close an engine that failed: one whose GPU is lost raises there, too, which is logged."""
+    try:
+        engine.close()
+    except Exception as error:  # vendors' errors share no base class
+        _log.warning("engine does not close engine=%s error=%s", engine.runtime, type(error).__name__)
+
+
 def num_cores() -> int:
     """Cores this process may keep busy: fewer than the machine has where `taskset` or a container's limit says so.
 
@@ -60,7 +74,7 @@ def num_cores() -> int:
 
 def has_nvidia_driver() -> bool:
     """Whether the kernel has a driver of an NVIDIA GPU; looks at files alone."""
-    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvgpu"))
+    return any(Path(path).exists() for path in _DRIVER_PATHS)
 
 
 def open_engine(

@@ -146,7 +146,10 @@ def _load_library() -> ctypes.CDLL:
             "the avx512 kernels were not compiled: they need Linux on x86-64 and a C compiler when thorforge is "
             "installed (apt install gcc, then pip install again)"
         )
-    library = ctypes.CDLL(found.origin)
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError as error:  # compiled for another system
+        raise EngineUnavailable(f"the avx512 kernels do not load: {error}: install thorforge anew") from None
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.encoder_open.argtypes, library.encoder_open.restype = (pointer, integer, integer), pointer
     library.encoder_run.argtypes, library.encoder_run.restype = (pointer, pointer, pointer, integer, pointer), None

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engines import Embeddings
-from serving.engines.cuda_node import examine_node, find_problem
+from serving.engines import Embeddings, has_nvidia_driver
+from serving.engines.cuda_node import LEAST_CAPABILITY, examine_node, find_problem
 from serving.engines.packing import FILLER, Lengths, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
@@ -286,6 +286,10 @@ def _collect(waiting: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None
 
 def _require_gpu(compute: str) -> Any:
     """The torch module, once nothing keeps this machine from computing in `compute`. Raises EngineUnavailable."""
+    if compute in LEAST_CAPABILITY and not has_nvidia_driver():  # torch is not loaded to find that out
+        raise EngineUnavailable(
+            "no NVIDIA GPU that this machine has a driver for: install it if there is one, and give it to the container"
+        )
     problem = find_problem(examine_node(), compute)
     if problem is not None:
         raise EngineUnavailable(str(problem))

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from serving.engines import Embeddings, Engine
+from serving.engines import Embeddings, Engine, close_engine
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
@@ -53,7 +53,7 @@ class ReplicatedEngine:
     def close(self) -> None:
         """See `Engine.close`. What a lost GPU holds is left to the end of the process."""
         for engine in self._left:
-            engine.close()
+            close_engine(engine)
 
     def _ask_another(self, engine: Engine, failure: Exception, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """Whether the batch is at fault or the engine: the first is raised on by every engine."""
@@ -119,6 +119,6 @@ def open_on_devices(open_one: Callable[[], Engine], devices: Sequence[int]) -> E
                 engines.append(open_one())
     except BaseException:
         for engine in engines:
-            engine.close()
+            close_engine(engine)
         raise
     return engines[0] if len(engines) == 1 else ReplicatedEngine(engines)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -367,6 +368,10 @@ def test_node_that_cannot_run_it_says_what_to_do(tmp_path: Path, monkeypatch: py
         patch.setattr(avx512, "find_spec", lambda _: None)
         with pytest.raises(EngineUnavailable, match="a C compiler when thorforge is installed"):
             Avx512Engine(tmp_path / "any")
+        library = tmp_path / "_avx512.so"
+        library.write_bytes(b"of another system")
+        patch.setattr(avx512, "find_spec", lambda _: SimpleNamespace(origin=str(library)))
+        assert str(find_problem()).startswith(f"the avx512 kernels do not load: {library}: ")
 
     class Library:
         @staticmethod

@@ -77,6 +77,23 @@ def test_group_outside_of_what_is_mounted_has_the_mounted_one_s_quota(tmp_path: 
     assert cpu_quota(make_process(tmp_path, f"0::{path}\n", "/docker/a cgroup cgroup2 rw")) == 4
 
 
+@pytest.mark.parametrize(
+    "mount",
+    [
+        b"30 22 0:27 / /scratch rw,relatime - tmpfs  rw",  # mounted from an empty name, as some runtimes do
+        b"30 22 0:27 / /scratch rw,relatime shared:2 - tmpfs - rw",
+        b"30 22 8:2 / /media/caf\xe9 rw,relatime - vfat /dev/sdb1 rw",  # a name in latin-1
+        "30 22 8:2 / /media/a\u2028b rw,relatime - vfat /dev/sdb1 rw".encode(),
+    ],
+)
+def test_other_mounts_may_be_odd(tmp_path: Path, mount: bytes) -> None:
+    limit(tmp_path / "cgroup", "200000 100000")
+    process = make_process(tmp_path, "0::/\n", "/ cgroup cgroup2 rw")
+    with (process / "mountinfo").open("ab") as file:
+        file.write(mount + b"\n")
+    assert cpu_quota(process) == 2
+
+
 def test_process_whose_groups_cannot_be_read_has_no_quota(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path / "nowhere") == math.inf
 

@@ -107,6 +107,26 @@ def test_dead_engine_is_opened_anew_and_the_batch_run_again(model: LoadedModel) 
     assert not guard.is_dead
 
 
+def test_engine_that_cannot_be_closed_either_is_replaced(model: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    """As one is whose GPU is lost: everything that is asked of it raises."""
+
+    class Lost(FaultyEngine):
+        def close(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    sound = WrappedEngine(model.engine)
+    reopen = Opener(Lost(model.engine, die), sound)
+    guard = GuardedEngine(Lost(model.engine, die), 8, PROBE, reopen=reopen)
+    rows = rows_of(RED, DOG)
+    assert sorted(guard.run(rows, *pad_batch(rows))[1]) == [0, 1]
+    assert guard.is_broken
+    assert guard.revive()
+    assert guard.run(rows, *pad_batch(rows))[1] == {}
+    guard.close()
+    assert sound.is_closed
+    assert caplog.text.count("engine does not close") == 2
+
+
 def test_engine_that_fails_on_poison_only_is_kept(model: LoadedModel) -> None:
     reopen = Opener()
     guard = GuardedEngine(FaultyEngine(model.engine, raise_on(CAT)), 8, PROBE, reopen=reopen)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from serving.engines import open_engine
+from serving.engines import has_nvidia_driver, open_engine
 from serving.engines.bert import list_linears
 from serving.engines.cuda import CudaEngine
 from serving.errors import EngineUnavailable
@@ -36,6 +36,19 @@ def test_open_engine_says_what_is_missing(tmp_path: Path) -> None:
     pytest.importorskip("pydantic")
     with pytest.raises(EngineUnavailable, match=r"triton is not installed|built without CUDA|no NVIDIA GPU"):
         open_engine(tmp_path, entry())
+
+
+@pytest.mark.skipif(has_nvidia_driver(), reason="about machines without a driver")
+def test_torch_is_not_loaded_to_find_that_there_is_no_gpu() -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom serving.engines.cuda import CudaEngine\n"
+        "try:\n    CudaEngine(Path('model.safetensors'))\nexcept Exception as error:\n    print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    message, is_loaded = ended.stdout.splitlines()
+    assert message.startswith("no NVIDIA GPU")
+    assert is_loaded == "False"
 
 
 def test_cuda_engine_refuses_an_arithmetic_it_does_not_have(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
 from serving.opening import Opened, Opener, SwitchedEngine
 from serving.settings import CustomKernelsSettings, ModelSource
-from tests.serving.engines import HeldEngine, WrappedEngine
+from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, die
 from tests.serving.test_models import engine_entries, rewrite
 
 KERNELS_ALWAYS, KERNELS_NEVER = (CustomKernelsSettings(use=use) for use in ("always", "never"))  # type: ignore[arg-type]
@@ -211,6 +211,30 @@ def test_chain_takes_the_first_gpu_engine_that_loads(
     assert open_on_gpu(folder, working, heard).choice.large.runtime == taken
     assert heard == fallen
     assert record_path(folder).exists() == (taken == "onnxruntime")
+
+
+def test_engine_whose_library_raises_as_it_likes_leaves_its_place_to_the_next(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> Engine:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("serving.engines.cuda.CudaEngine", fail)
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "cuda")
+    assert open_best(folder)[1].runtime == "onnxruntime"
+    assert "engine=cuda reason=cuda does not load: RuntimeError: CUDA error: out of memory" in caplog.text
+
+
+def test_gpu_engine_that_fails_and_cannot_be_closed_leaves_its_place_to_the_next(
+    bundle: Path, tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost(FaultyEngine):
+        def close(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr("serving.engines.cuda.CudaEngine", lambda *_: Lost(model.engine, die))
+    folder = copy_with(bundle, tmp_path, "onnxruntime", "cuda")
+    assert open_best(folder)[1].runtime == "onnxruntime"
 
 
 def test_custom_kernels_that_must_be_used_load_or_raise(bundle: Path, tmp_path: Path) -> None:

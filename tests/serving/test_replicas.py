@@ -1,5 +1,6 @@
 """One engine on each of several GPUs. The engines are real or stand in for the cuda engine; the GPUs are not there."""
 
+import asyncio
 import logging
 import threading
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from serving.errors import EngineUnavailable
 from serving.models import LoadedModel, load_model
 from serving.opening import Opener
 from serving.settings import ModelSource
+from serving.texts import EmbedRequest
 from serving.tokenizer import Ids
-from tests.serving.conftest import make_settings, serve
+from serving.worker import Worker
+from tests.serving.conftest import make_settings, serve, with_engine
 from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, die, raise_on
 from tests.serving.test_models import copy_bundle, engine_entries, rewrite
 
@@ -72,6 +75,25 @@ def test_engine_that_fails_where_another_answers_gets_no_more_batches(
     ]
     engine.close()
     assert (bad.is_closed, good.is_closed) == (False, True)
+
+
+def test_version_that_lost_a_gpu_leaves_no_series_behind(bundles: Path) -> None:
+    """What its engine is called has changed meanwhile."""
+
+    async def main() -> bytes:
+        worker = Worker(make_settings(bundles / "v0"))
+        loaded = load_model(ModelSource(path=bundles / "v0"))
+        engine = ReplicatedEngine([FaultyEngine(loaded.engine, die), loaded.engine])
+        worker.add(with_engine(loaded, engine))
+        await worker.resolve(None).embed(EmbedRequest(["red cat"], is_single=True, param="text"))
+        assert engine.runtime.endswith(" on 1 of 2 GPUs")
+        await worker.swap(ModelSource(path=bundles / "v1"))
+        worker.close()
+        return worker.metrics.render()
+
+    shown = [line for line in asyncio.run(main()).splitlines() if line.startswith(b"akidb_model_info{")]
+    assert len(shown) == 1
+    assert digest_of(bundles / "v1").encode() in shown[0]
 
 
 def test_batch_that_every_engine_raises_on_costs_none_of_them(model: LoadedModel) -> None:

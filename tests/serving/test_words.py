@@ -97,7 +97,8 @@ def test_words_remembered_are_few_and_short(monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer = make_bert()
     known = WordIds.of(tokenizer)
     assert known is not None
-    for text in ["y" * 5_000, "z" * 101, *make_sentences(50)]:
+    for text in ["y" * 5_000, "z" * 101, "ea" * 40, *make_sentences(50)]:
         assert known.encode(text, _MAX_LENGTH, True, False) == by_library(tokenizer, [text])[0]
         assert len(known) <= 8
         assert all(len(word) <= 100 for word in known)
+        assert all(len(ids) <= 8 for ids in known.values())

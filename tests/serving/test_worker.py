@@ -193,6 +193,21 @@ def test_swap_to_what_is_served_is_no_change(bundles: Path) -> None:
     assert metric(worker, "akidb_model_swaps_total", model="tiny", model_version="any") is None
 
 
+def test_bundle_that_is_served_under_two_names_is_swapped_under_each(bundles: Path) -> None:
+    """As its watcher does, which knows the name of each."""
+
+    async def body(worker: Worker) -> None:
+        for name, own in (("alias", "alias"), ("tiny", None)):
+            change = await worker.swap(ModelSource(path=bundles / "v1", name=own), name)
+            assert (change.model, change.is_new, len(change.retired)) == (name, True, 1)
+        assert len({versions.main.model.digest for versions in worker.models.values()}) == 1
+        again = await worker.swap(source(bundles, "v1"))
+        assert (again.is_new, again.retired) == (False, ())
+
+    available = [{"path": bundles / "v0", "name": "alias"}, {"path": bundles / "v0"}]
+    run(settings_of(bundles, models={"available": available}), body)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
