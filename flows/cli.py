@@ -144,7 +144,7 @@ def reproduce(
 def serve(context: typer.Context) -> None:
     """Serve a bundle over HTTP; takes what `python -m serving` takes (see `thorforge serve --help`).
 
-    Example: thorforge serve --bundle .thorforge/demo/<digest> --port 8000
+    Example: thorforge serve --bundle bundle --port 8000
     """
     from serving.__main__ import main as serve_main  # noqa: PLC0415
 
