@@ -1,6 +1,5 @@
 """`thorforge promote`, `approve`, `reject`, `rollback`, `status`, `log`, `reconcile`: production and its trail."""
 
-import getpass
 import json
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from flows.environment import make_state_folder
 from registry.approval import Approval, Decision
 from registry.events import Collected, Decided, Event, Judged, Moved, Proved, Refused, Screened
+from registry.keys import user_name
 from registry.ledger import read_ledger
 from registry.promotion import Status, status
 from registry.store import Store
@@ -44,11 +44,12 @@ def promote(
     Example: thorforge promote 3f2a9c01 --reason "half the latency"
     """
     make_state_folder()
+    name = _find_model(model)
     from flows.promote import promote as promote_flow  # noqa: PLC0415  --help and completion stay fast
     from flows.run import local_run  # noqa: PLC0415
 
     with local_run():
-        outcome = promote_flow(_find_model(model), digest, by or getpass.getuser(), reason)
+        outcome = promote_flow(name, digest, by or user_name(), reason)
     if as_json:
         typer.echo(outcome.model_dump_json())
         return
@@ -106,7 +107,7 @@ def rollback(
     from flows.config import load_settings  # noqa: PLC0415
     from flows.rollback import ALIASES_LEFT, roll_back  # noqa: PLC0415
 
-    outcome = roll_back(load_settings(), _find_model(model), to, by or getpass.getuser(), reason)
+    outcome = roll_back(load_settings(), _find_model(model), to, by or user_name(), reason)
     if as_json:
         typer.echo(outcome.model_dump_json())
     else:
@@ -202,17 +203,20 @@ def _answer(run: str | None, decision: Decision, by: str | None, reason: str, ov
     from flows.config import load_settings  # noqa: PLC0415
 
     if run is None:
+        if not (promotions := list_waiting()):
+            typer.echo("no promotion waits here: it is asked of the same state folder, or PREFECT_API_URL, as promote")
+            return
         table = Table("run", "model", "bundle", "asked for by", box=None, pad_edge=False)
-        for one in list_waiting():
+        for one in promotions:
             table.add_row(one.name, one.model, one.bundle[:SHORT], one.requested_by)
         _print(table)
         return
     waiting = find_waiting(run)
     if not is_sure:
         Console().print(Markdown(waiting.page))
-        if not typer.confirm(f"{decision} {waiting.bundle[:SHORT]} as {by or getpass.getuser()}?"):
+        if not typer.confirm(f"{decision} {waiting.bundle[:SHORT]} as {by or user_name()}?"):
             raise typer.Exit(1)
-    answer(load_settings(), waiting, by or getpass.getuser(), decision, reason, override)
+    answer(load_settings(), waiting, by or user_name(), decision, reason, override)
     typer.echo(f"{waiting.name} has your answer: {decision} {waiting.bundle}")
 
 
@@ -223,16 +227,16 @@ def _open_store() -> Store:
 
 
 def _find_model(model: str | None) -> str:
-    """The model asked for, or the only one that the registry holds."""
-    if model is not None:
-        return model
+    """The model asked for, or the only one; the registry must hold it: a typing error must not begin a ledger."""
     store = _open_store()
     models = store.list_models()
-    if len(models) != 1:
-        known = ", ".join(models)
-        advice = f"give --model, one of {known}" if models else "run thorforge optimize, or set THORFORGE_REGISTRY"
-        raise typer.BadParameter(f"{store} holds {len(models)} models: {advice}")
-    return models[0]
+    wanted = models if model is None else [model]
+    if len(wanted) == 1 and wanted[0] in models:
+        return wanted[0]
+    held = f"{len(models)} models" if model is None else f"no model {model}"
+    known = ", ".join(models)
+    advice = f"give --model, one of {known}" if models else "run thorforge optimize, or set THORFORGE_REGISTRY"
+    raise typer.BadParameter(f"{store} holds {held}: {advice}")
 
 
 def _status_document(name: str, channel: str, now: Status) -> dict[str, object]:

@@ -310,7 +310,7 @@ def hold_bundle(bundle: Path) -> int:
     try:
         descriptor = os.open(bundle / MANIFEST_NAME, os.O_RDONLY)
     except OSError:
-        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None
+        raise _no_bundle(bundle) from None
     with suppress(OSError):  # a file system without locks: there an evictor gets none either, and evicts nothing
         fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
@@ -366,8 +366,13 @@ def _read_public_keys(path: Path) -> list[Any]:
     return keys
 
 
+def _no_bundle(path: Path) -> ManifestInvalid:
+    why = "" if path.is_dir() else ", for it is no folder" if path.exists() else ", for it does not exist"
+    return ManifestInvalid(f"{path} holds no {MANIFEST_NAME}{why}: give the folder of a bundle")
+
+
 def _manifest_bytes(bundle: Path) -> bytes:
     try:
         return (bundle / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ManifestInvalid(f"{bundle} holds no {MANIFEST_NAME}: give the folder of a bundle") from None
+        raise _no_bundle(bundle) from None

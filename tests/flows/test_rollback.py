@@ -107,3 +107,12 @@ def test_status_of_nothing_says_so(store: FolderStore) -> None:
     assert "nothing of any model is in production" in RUNNER.invoke(app, ["status"]).stderr
     told = RUNNER.invoke(app, ["log"]).stderr.replace("│", "")
     assert "holds 0 models: run thorforge optimize" in " ".join(told.split())
+
+
+@pytest.mark.parametrize("command", [["log"], ["promote", "0123abcd"], ["rollback", "--by", "oncall"]])
+def test_model_that_the_registry_does_not_hold_is_named_with_those_it_does(
+    digests: tuple[str, str], command: list[str]
+) -> None:
+    outcome = RUNNER.invoke(app, [*command, "--model", "tyni"])
+    assert outcome.exit_code == 2
+    assert "holds no model tyni: give --model, one of tiny" in " ".join(outcome.stderr.replace("│", "").split())

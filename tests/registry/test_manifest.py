@@ -107,9 +107,14 @@ def test_manifest_refuses_bytes_that_are_not_text(bundle: Path) -> None:
 def test_folder_without_manifest_says_so(tmp_path: Path, function) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / "manifest.json").mkdir(parents=True)
-    for place in (tmp_path, tmp_path / "missing", tmp_path / "file", tmp_path / "folder"):
-        with pytest.raises(ManifestInvalid, match=r"holds no manifest\.json"):
-            function(place)
+    for name, why in (
+        (".", ":"),
+        ("missing", ", for it does not exist:"),
+        ("file", ", for it is no folder:"),
+        ("folder", ":"),
+    ):
+        with pytest.raises(ManifestInvalid, match=rf"holds no manifest\.json{why}"):
+            function(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", FILES)
