@@ -63,10 +63,16 @@ def main() -> int:
     try:
         result = run_demo()
     except (TaskError, RegistryError, ServingError, OSError, httpx.HTTPError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        result = {"ok": False, "error": str(error)}
+        result = _fail(str(error))
+    except KeyboardInterrupt:
+        result = _fail("interrupted: finished steps are kept, and the next run goes on from them")
     print(json.dumps(result, allow_nan=False))
     return 0 if result["ok"] else 1
+
+
+def _fail(reason: str) -> dict[str, Any]:
+    print(f"error: {reason}", file=sys.stderr)
+    return {"ok": False, "error": reason}
 
 
 def run_demo() -> dict[str, Any]:
