@@ -6,6 +6,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,13 @@ def value(url: str, line: str) -> float:
 
 
 def children(server: WorkerServer) -> list[psutil.Process]:
-    """The front processes."""
+    """The front processes, without one that has ended and is about to be replaced."""
     assert server._fronts is not None
-    return [psutil.Process(link.process.pid) for link in list(server._fronts._links)]
+    found = []
+    for link in list(server._fronts._links):
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(link.process.pid))
+    return found
 
 
 NATIVE, OPENAI, TEI = "/api/v1/embed", "/v1/embeddings", "/embed"
