@@ -20,13 +20,16 @@ def make_sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """`count` rows of a jsonl corpus: `query`, and `text` that answers it."""
+    """`count` rows of a jsonl corpus: `query`, and `text` that answers it.
+
+    They have most words in common: a teacher of random weights then finds the answer first, and by more than rounding.
+    """
     rng = random.Random(seed)  # noqa: S311  the same texts every time is the point
     rows = []
     for index in range(count):
         person, place, thing = rng.choice(_PEOPLE), rng.choice(_PLACES), rng.choice(_THINGS)
         text = f"{person} {index} of the {place} keeps {thing}: {_clause(rng)} and {_clause(rng)}."
-        rows.append({"query": f"Who is {person} {index} of the {place}, with {thing}?", "text": text})
+        rows.append({"query": f"{text[:-1]}?", "text": text})
     return rows
 
 

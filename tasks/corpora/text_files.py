@@ -186,7 +186,8 @@ def _read_jsonl_records(path: Path) -> Iterator[tuple[int, Record]]:
 def _read_csv(path: Path) -> Iterator[tuple[int, Record]]:
     text = "\n".join(_lines(path))
     check_text(text.replace("\n", "")[:MAX_TEXT_CHARS], str(path))
-    csv.field_size_limit(len(text) + 1)  # our own limit, which names the line, comes first
+    # Our own limit, which names the line, comes first. This one is the whole process's: others read CSV, too.
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:

@@ -117,10 +117,7 @@ def test_fp16_is_half_the_bytes_and_judged_without_a_gpu(forge: Forge) -> None:
     quality = evaluate.fn(candidate, forge.study.corpus, forge.teacher_embeddings, "here")
     assert 0.9999 < quality.metrics["cosine_min"].value < 1
     record = judge(quality.metrics, default_checks(GateLimits(), with_sts=False, with_champion=False))
-    # A random teacher has documents within 6e-8 of one another, so what ranks lose is luck here: bench_variants has it
-    # of real weights.
-    assert all(result.value is not None for result in record.results)
-    assert {r.metric for r in record.results if r.verdict != "pass"} <= {"ndcg_at_10_loss", "recall_at_10_loss"}
+    assert record.verdict == "pass"
 
 
 def test_static_int8_serves_what_was_judged(forge: Forge) -> None:

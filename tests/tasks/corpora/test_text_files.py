@@ -61,6 +61,13 @@ def test_records_find_the_text_column(column: str, tmp_path: Path) -> None:
     assert read_records(path) == [Record("here")]
 
 
+def test_records_csv_leaves_other_readers_of_csv_their_longer_fields(tmp_path: Path) -> None:
+    (tmp_path / "corpus.csv").write_text("text\none\n")
+    before = csv.field_size_limit()
+    assert [record.text for record in read_records(tmp_path / "corpus.csv")] == ["one"]
+    assert csv.field_size_limit() == before
+
+
 def test_records_csv_field_may_hold_line_breaks(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     path.write_text('text\n"two\nlines"\nthree\n')
