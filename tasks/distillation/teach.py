@@ -35,8 +35,8 @@ def training_rows(start: Teacher, corpus: Artifact, training: Training) -> list[
     the corpus has too few.
     """
     texts = read_training_texts(corpus, training)
-    joined = join_neighbours(texts, training.joined_share)
-    joined = join_neighbours(texts, training.joined_share, num_held_out([*joined, *texts]))
+    num_rows = len(texts) + _num_joined(texts, training.joined_share)
+    joined = join_neighbours(texts, training.joined_share, num_held_out(range(num_rows)))
     tokenizer = TextTokenizer.from_folder(start.tokenizer.parent, start.max_seq_length)
     return tokenizer.encode([*joined, *texts])
 
@@ -67,11 +67,15 @@ def join_neighbours(texts: Sequence[str], share: float, num_left_out: int = 0) -
     The last `num_left_out` are in none of them.
     """
     joined, place, count = [], 0, max(1, len(texts) - num_left_out)
-    for index in range(int(len(texts) * share / (1 - share))):
+    for index in range(_num_joined(texts, share)):
         size = 2 + index % (_MAX_JOINED - 1)
         joined.append(" ".join(texts[(place + offset) % count] for offset in range(size)))
         place += size
     return joined
+
+
+def _num_joined(texts: Sequence[str], share: float) -> int:
+    return int(len(texts) * share / (1 - share))
 
 
 def num_held_out(rows: Sequence[object]) -> int:
