@@ -153,8 +153,8 @@ def speed_rows(judged: Any, speeds: Any, common: dict[str, Any]) -> list[dict[st
 
 def retrieval_rows(study: Any, folder: Path, common: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """Each candidate on a BEIR folder: alone, and its queries on the index that the teacher embedded (`cross_`)."""
-    from tasks.corpus import evaluation_sets, read_beir  # noqa: PLC0415
-    from tasks.evaluate import compare_retrieval, open_judged  # noqa: PLC0415
+    from tasks.corpus import evaluation_sets, read_beir  # noqa: PLC0415  Prefect reads the environment at import
+    from tasks.evaluate import compare_retrieval, open_judged  # noqa: PLC0415  the same
     from tasks.models.teacher import open_teacher  # noqa: PLC0415
     from tasks.progress import progress  # noqa: PLC0415
 

@@ -40,6 +40,7 @@ def test_bench_variants_rows_hold_quality_size_and_speed_beside_the_teachers(for
     rows = {row["metric"]: row for row in quality_rows(judged, forge.study.teacher, COMMON)}
     assert {"size_mb", "params", "encoder_params", "cosine_mean", "ndcg_at_10", "cross_recall_at_10"} <= rows.keys()
     assert rows["params"]["value"] == forge.study.teacher.num_parameters
+    assert rows["ndcg_at_10"]["ratio"] == pytest.approx(1, abs=1e-3)
     assert rows["ndcg_at_10"]["baseline_value"] == pytest.approx(score_teacher(forge)["ndcg_at_10"])
     assert rows["params"]["ratio"] == rows["encoder_params"]["ratio"] == rows["cosine_mean"]["baseline_value"] == 1
     assert rows["size_mb"]["ratio"] == pytest.approx(1, abs=0.5)  # the same weights, and a graph
