@@ -9,6 +9,7 @@ from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.engines.cuda_folded import FoldedLayers, States
 from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import MATRICES
+from serving.kernels import gemm_wide
 from serving.kernels.add_norm import add_norm
 from serving.kernels.attention import attention
 from serving.kernels.compiled import CompileFailed
@@ -21,7 +22,7 @@ from serving.kernels.pool import pool
 _HALF = torch.float16
 _E4M3 = torch.float8_e4m3fn
 _log = logging.getLogger(__name__)
-_MAX_FOLDED = 512  # of the hidden size: at 768 the GEMMs lose as much as the layer norms took
+_MAX_FOLDED = 512  # of the hidden size without `gemm_wide`: at 768 the GEMMs lose as much as the layer norms took
 
 
 class Encoder:
@@ -96,8 +97,9 @@ class Encoder:
 
     def _make_folded(self, weights: Weights) -> FoldedLayers | None:
         """The layers for many tokens, on the GPUs that have their GEMM."""
-        narrow = self.config.hidden <= _MAX_FOLDED and self.config.hidden % 128 == 0
-        if not narrow or self.max_tokens < self._least_folded or not is_hopper(self._words.device):
+        is_wide = all(gemm_wide.fits(matrix, adds=True) for matrix in self._matrices[0])
+        gains = is_wide or (self.config.hidden <= _MAX_FOLDED and self.config.hidden % 128 == 0)
+        if not gains or self.max_tokens < self._least_folded or not is_hopper(self._words.device):
             return None
         linears = [[Linear(matrix) for matrix in matrices] for matrices in self._matrices]
         return FoldedLayers(weights, self.config, linears, self.max_tokens, is_steady=False)

@@ -5,10 +5,12 @@ a matrix has the norm's scale in the matrix and its shift in the bias, and corre
 adds it normalises what it adds. The norm behind the last layer is left to the pooling. Each kernel begins with the rows
 that the one before it wrote last, which the second cache still has: they go down and up in turns.
 
-Where a matrix is E4M3, the state is written in E4M3 as well, by a calibrated scale: a few states reach a hundred times
-as far as the others, and their norm, whose mean and spread come from all of them, does not survive a cut.
+The GEMM is `gemm_wide` where that is faster, else `gemm_hopper`. Where a matrix is E4M3, the state is written in E4M3
+as well, by a calibrated scale: a few states reach a hundred times as far as the others, and their norm, whose mean and
+spread come from all of them, does not survive a cut.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +21,13 @@ from torch import Tensor
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.engines.cuda_linears import Linear, quantize
 from serving.engines.e4m3 import choose_input_scale
+from serving.kernels import gemm_wide
 from serving.kernels.attention import attention
+from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import Norm
 
 _HALF = torch.float16
+_log = logging.getLogger(__name__)
 Carve = Callable[[int, int, int, torch.dtype], Tensor]
 
 
@@ -37,25 +42,32 @@ class States:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """Of a state before its norm: the scaled matrix, the bias with the shift, and the matrix's row sums [N]."""
+    """Of a state before its norm: the scaled matrix, the bias with the shift, and the matrix's row sums [N]; none where
+    they are 0, as `gemm_wide` has it."""
 
     linear: Linear
     bias: Tensor
-    sums: Tensor
+    sums: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """Added to a state: its norm's scale, and whether `gemm_wide` does it."""
+
+    linear: Linear
+    bias: Tensor
+    scale: Tensor
+    is_wide: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Folded:
-    """One layer; `scale` and `middle_scale` are of the states that the output and down projections add to."""
+    """One layer."""
 
     query: _Product
-    output: Linear
-    out_bias: Tensor
-    scale: Tensor
+    output: _Sum
     up: _Product
-    down: Linear
-    down_bias: Tensor
-    middle_scale: Tensor
+    down: _Sum
 
 
 class FoldedLayers:
@@ -72,16 +84,20 @@ class FoldedLayers:
         """`linears`: the layers' own, on the device, of which output and down are used as they are and all say which
         is E4M3. `is_steady`: see `attention`."""
         self._config, self._is_steady, device = config, is_steady, linears[0][1].weight.device
+        has_wide = not is_steady and _prepare_wide(linears[0])
         before: Layer | None = None
         self._layers: list[_Folded] = []
         for layer, own in zip(weights.layers, linears, strict=True):
-            self._layers.append(_fold(layer, own, before))
+            self._layers.append(_fold(layer, own, before, has_wide))
             before = layer
         last = weights.layers[-1]
         self._norm = last.down_norm_weight.to(device, _HALF), last.down_norm_bias.to(device, _HALF)
         # Sums of rows with mean 0 and spread 1, of the states after the attention, and of those after the layer.
-        self._sums = torch.zeros(3, max_tokens, config.hidden // 128, 2, device=device)
-        self._sums[0, :, :, 1] = 128.0
+        self._plain = torch.tensor([0.0, config.hidden], device=device).repeat(max_tokens, 1, 1)
+        self._middle, self._after = (
+            torch.zeros(max_tokens, config.hidden // _tile_columns(each), 2, device=device)
+            for each in (self._layers[0].output, self._layers[0].down)
+        )
         self._programs = torch.cuda.get_device_properties(device).multi_processor_count
 
     def run(self, batch: Packed, states: States, carve: Carve, is_long: bool) -> tuple[Norm, bool]:
@@ -90,22 +106,22 @@ class FoldedLayers:
         Returns the norm that is still to come, and whether who reads the states is to go upward.
         """
         config, tokens = self._config, len(states.x)
-        before, middle, after = (sums[:tokens] for sums in self._sums)
+        before, middle, after = (sums[:tokens] for sums in (self._plain, self._middle, self._after))
         up = True
         for number, layer in enumerate(self._layers):
             follower = self._layers[number + 1].query.linear if number + 1 < config.layers else None
             context = self._attend(layer, batch, states, carve, is_long, None if number == 0 else before, up)
-            self._add(context, layer.output, layer.out_bias, states, (before, layer.scale, middle), layer.up.linear, up)
-            inner = carve(0, tokens, config.intermediate, layer.down.dtype)
-            self._multiply(layer.up, states, inner, middle, not up, True, layer.down.x_factor)
-            self._add(inner, layer.down, layer.down_bias, states, (middle, layer.middle_scale, after), follower, up)
+            self._add(context, layer.output, states, (before, middle), layer.up.linear, up)
+            inner = carve(0, tokens, config.intermediate, layer.down.linear.dtype)
+            self._multiply(layer.up, states, inner, middle, not up, True, layer.down.linear.x_factor)
+            self._add(inner, layer.down, states, (middle, after), follower, up)
             before, up = after, not up
         return (after, *self._norm, config.eps), up
 
     def _attend(
         self, layer: _Folded, batch: Packed, states: States, carve: Carve, is_long: bool, sums: Tensor | None, up: bool
     ) -> Tensor:
-        config, tokens, output = self._config, len(states.x), layer.output
+        config, tokens, output = self._config, len(states.x), layer.output.linear
         qkv = carve(0, tokens, 3 * config.hidden, _HALF)
         context = carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         self._multiply(layer.query, states, qkv, sums, up)
@@ -118,67 +134,103 @@ class FoldedLayers:
         out_factor: Tensor | None = None,
     ) -> None:  # fmt: skip
         """A product with the normalised states; without `sums` they are normalised already."""
+        own, eps = product.linear, self._config.eps
+        if product.sums is None:
+            known = self._plain[: len(states.x)] if sums is None else sums
+            gemm_wide.linear(states.x, own.weight, product.bias, out, self._programs, known, eps, gelu, up)
+            return
         from serving.kernels.gemm_hopper import RowNorm, linear  # noqa: PLC0415  Gluon loads only where it can run
 
-        own, norm = product.linear, None
         x, x_scales = (states.x, None) if own.dtype == _HALF else (states.narrow, states.scales)
+        norm = None
         if sums is not None:
-            norm, x_scales = RowNorm(sums, product.sums, self._config.eps), own.x_scale
+            norm, x_scales = RowNorm(sums, product.sums, eps), own.x_scale
         linear(
             x, own.weight, product.bias, out, self._programs, gelu, None, x_scales, own.weight_scale, out_factor, norm,
             is_upward=up,
         )  # fmt: skip
 
     def _add(
-        self, x: Tensor, own: Linear, bias: Tensor, states: States, norm: tuple[Tensor, Tensor, Tensor],
-        reader: Linear | None, up: bool,
-    ) -> None:  # fmt: skip
-        """Add a product to the states, which `norm` normalises on the way (their sums, their scale) and sums anew."""
+        self, x: Tensor, added: _Sum, states: States, sums: tuple[Tensor, Tensor], reader: Linear | None, up: bool
+    ) -> None:
+        """Add a product to the states, which are normalised by their sums on the way and summed anew."""
+        own, eps, (before, after) = added.linear, self._config.eps, sums
+        if added.is_wide:
+            total, programs = states.x, self._programs
+            gemm_wide.add(x, own.weight, added.bias, total, programs, before, added.scale, eps, after, up)
+            return
         from serving.kernels.gemm_hopper import RowNorm, linear  # noqa: PLC0415  Gluon loads only where it can run
 
-        sums, scale, out_sums = norm
         copy: dict[str, Any] = {}
         if reader is not None and reader.dtype != _HALF:
             copy = {"copy": states.narrow, "out_factor": reader.x_factor}
         linear(
-            x, own.weight, bias, states.x, self._programs, residual=states.x, x_scales=own.x_scale,
-            weight_scale=own.weight_scale, norm=RowNorm(sums, scale, self._config.eps), out_sums=out_sums, is_upward=up,
-            **copy,
+            x, own.weight, added.bias, states.x, self._programs, residual=states.x, x_scales=own.x_scale,
+            weight_scale=own.weight_scale, norm=RowNorm(before, added.scale, eps), out_sums=after, is_upward=up, **copy,
         )  # fmt: skip
 
 
-def _fold(layer: Layer, linears: Sequence[Linear], before: Layer | None) -> _Folded:
+def _prepare_wide(linears: Sequence[Linear]) -> bool:
+    """Whether `gemm_wide` is to be had for some of a layer's linears."""
+    device = linears[0].weight.device
+    if not any(gemm_wide.fits(each.weight, adds) for each, adds in zip(linears, (False, True) * 2, strict=True)):
+        return False
+    try:
+        gemm_wide.prepare(device)
+    except CompileFailed as error:
+        _log.warning("many tokens run on the GEMM with smaller tiles reason=%s", error)
+        return False
+    return True
+
+
+def _tile_columns(added: _Sum) -> int:
+    """What each pair of sums that this leaves is over."""
+    return gemm_wide.COLUMNS if added.is_wide else 128
+
+
+def _fold(layer: Layer, linears: Sequence[Linear], before: Layer | None, has_wide: bool) -> _Folded:
     """The layer on states whose norm, that of the layer `before`, is still to come; the embeddings were normalised."""
     query, output, up, down = linears
-    device, hidden = output.weight.device, len(layer.out_bias)
+    hidden = len(layer.out_bias)
     if before is None:
         scale, shift = torch.ones(hidden), torch.zeros(hidden)
-        product = _Product(query, layer.qkv_bias.to(device, _HALF), torch.empty(0))
+        is_wide = has_wide and gemm_wide.fits(query.weight, adds=False)
+        bias = layer.qkv_bias.to(query.weight.device, _HALF)
+        product = _Product(query, bias, None if is_wide else torch.empty(0))
     else:
         scale, shift = before.down_norm_weight, before.down_norm_bias
-        product = _fold_product(layer.qkv_weight, layer.qkv_bias, scale, shift, query, (before.state_amax, 1))
-    middle_scale, middle_shift = layer.out_norm_weight, layer.out_norm_bias
+        product = _fold_product(
+            layer.qkv_weight, layer.qkv_bias, query, (scale, shift), (before.state_amax, 1), has_wide
+        )
+    middle = layer.out_norm_weight, layer.out_norm_bias
     return _Folded(
         query=product,
-        output=output,
-        out_bias=(layer.out_bias + shift).to(device, _HALF),
-        scale=scale.to(device, torch.float32),
-        up=_fold_product(layer.up_weight, layer.up_bias, middle_scale, middle_shift, up, (layer.state_amax, 0)),
-        down=down,
-        down_bias=(layer.down_bias + middle_shift).to(device, _HALF),
-        middle_scale=middle_scale.to(device, torch.float32),
+        output=_fold_sum(output, layer.out_bias, (scale, shift), has_wide),
+        up=_fold_product(layer.up_weight, layer.up_bias, up, middle, (layer.state_amax, 0), has_wide),
+        down=_fold_sum(down, layer.down_bias, middle, has_wide),
     )
 
 
+def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], has_wide: bool) -> _Sum:
+    """`norm`: scale and shift of that of the state that is added to."""
+    (scale, shift), device = norm, own.weight.device
+    is_wide = has_wide and gemm_wide.fits(own.weight, adds=True)
+    return _Sum(own, (bias + shift).to(device, _HALF), scale.to(device, _HALF if is_wide else torch.float32), is_wide)
+
+
 def _fold_product(
-    weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, own: Linear, state: tuple[Tensor | None, int]
-) -> _Product:
-    """`state`: the calibrated states that this multiplies, of which a norm has one."""
-    device, scaled = own.weight.device, weight * scale
+    weight: Tensor, bias: Tensor, own: Linear, norm: tuple[Tensor, Tensor], state: tuple[Tensor | None, int],
+    has_wide: bool,
+) -> _Product:  # fmt: skip
+    """`norm`: scale and shift; `state`: the calibrated states that this multiplies, of which a norm has one."""
+    (scale, shift), device = norm, own.weight.device
+    scaled, folded_bias = weight * scale, (bias + weight @ shift).to(device, _HALF)
+    if has_wide and gemm_wide.fits(own.weight, adds=False):
+        return _Product(Linear((scaled - scaled.mean(1, keepdim=True)).to(device, _HALF)), folded_bias, None)
     if own.dtype == _HALF:
         folded = Linear(scaled.to(device, _HALF))
     else:
-        amax, norm = state
+        amax, number = state
         assert amax is not None, "calibrated"
-        folded = quantize(scaled, choose_input_scale(amax[norm]), device)
-    return _Product(folded, (bias + weight @ shift).to(device, _HALF), folded.weight.float().sum(1))
+        folded = quantize(scaled, choose_input_scale(amax[number]), device)
+    return _Product(folded, folded_bias, folded.weight.float().sum(1))

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serving.kernels.handover import can_hand_over, take_over
+
 _ROWS = 2
 E4M3_MAX = tl.constexpr(448.0)
 
@@ -34,7 +36,10 @@ def store_rows(normed, out, quantized, scales, rows, place, inside, num_tokens, 
 def _add_norm_kernel(
     x, residual, bias, weight, shift, out, quantized, scales, num_tokens, hidden, eps,
     RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HANDOVER: tl.constexpr,
 ):  # fmt: skip
+    if HANDOVER:
+        take_over()
     # From the last rows on, which whoever wrote x left in the second cache.
     rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -64,9 +69,9 @@ def add_norm(
     With `scales` (float32 [T], written here) `quantized` (E4M3 [T, H]) takes the result divided by its row's scale.
     """
     num_tokens, hidden = x.shape
-    columns = triton.next_power_of_2(hidden)
+    columns, hands_over = triton.next_power_of_2(hidden), can_hand_over(x)
     _add_norm_kernel[(triton.cdiv(num_tokens, _ROWS),)](
         x, x if residual is None else residual, bias, weight, shift, out, quantized, scales, num_tokens, hidden, eps,
         RESIDUAL=residual is not None, QUANTIZE=scales is not None,
-        ROWS=_ROWS, COLUMNS=columns, num_warps=2,
+        ROWS=_ROWS, COLUMNS=columns, HANDOVER=hands_over, num_warps=2, launch_pdl=hands_over,
     )  # fmt: skip

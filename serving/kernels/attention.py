@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from serving.kernels.handover import can_hand_over, take_over
+
 HEAD_SIZES = (32, 64)
 # By head size and steadiness: stages of the ring of keys and values, and registers a thread where fewer than the
 # compiler takes measured faster, because more programs share a processor.
@@ -54,8 +56,10 @@ def _walk(
 def _attention_kernel(
     queries, keys, starts, ends, out, out_factor, num_tokens, last, scale,
     HIDDEN: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QUANTIZE: tl.constexpr,
-    STEADY: tl.constexpr,
+    STEADY: tl.constexpr, HANDOVER: tl.constexpr,
 ):  # fmt: skip
+    if HANDOVER:
+        take_over()
     column, place = tl.program_id(0) * D, tl.program_id(1)
     tile = tl.where(last < 0, place, last - place) * BM
     rows = tile + tl.arange(0, BM)
@@ -96,10 +100,10 @@ def attention(
     size = hidden // heads
     rows, keys = 64, 64 if is_long or is_steady else 32
     scale, (stages, registers) = math.log2(math.e) / math.sqrt(size), _LIMITS[size, is_steady]
-    down = triton.cdiv(num_tokens, rows)
+    down, hands_over = triton.cdiv(num_tokens, rows), can_hand_over(qkv)
     _attention_kernel[(heads, down)](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
         starts, ends, out, out_factor, num_tokens, down - 1 if is_upward else -1, scale,
         HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, STEADY=is_steady,
-        num_warps=4, num_stages=stages, maxnreg=registers,
+        HANDOVER=hands_over, num_warps=4, num_stages=stages, maxnreg=registers, launch_pdl=hands_over,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 
@@ -16,18 +17,41 @@ class CompileFailed(Exception):
     """CUDA, its compiler or their absence; the message says what they said."""
 
 
+class TensorMap(ctypes.Structure):
+    """A matrix as the copy engine sees it, in boxes of a tile's size: `TensorMap` of wgmma.cuh."""
+
+    _fields_ = [("bytes", ctypes.c_char * 128)]
+
+    @classmethod
+    def of(cls, matrix: Tensor, rows: int, columns: int) -> "TensorMap":
+        """Boxes of `rows` x `columns` (64 of float16, a swizzle's span) of a contiguous float16 [M, N]."""
+        from cuda.bindings import driver  # noqa: PLC0415  only a GPU's torch has it
+
+        height, width = matrix.shape
+        ones, box = [driver.cuuint32_t(1)] * 2, [driver.cuuint32_t(columns), driver.cuuint32_t(rows)]
+        encoded = driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, matrix.data_ptr(),
+            [driver.cuuint64_t(width), driver.cuuint64_t(height)], [driver.cuuint64_t(2 * width)], box, ones,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )  # fmt: skip
+        return cls.from_buffer_copy(ctypes.string_at(_check(encoded).getPtr(), ctypes.sizeof(cls)))
+
+
 class CudaKernel:
-    """The kernel `name` of `name`.cu, which takes one struct; a cluster of `programs` is its whole grid."""
+    """The kernel `name` of `name`.cu, which takes one struct; in clusters of so many programs, or in none."""
 
     def __init__(
-        self, name: str, macros: dict[str, int], device: torch.device, programs: int, threads: int, shared: int
+        self, name: str, macros: dict[str, int], device: torch.device, threads: int, shared: int, cluster: int = 1
     ):
         """Compile and load. Raises CompileFailed, also where the GPU cannot hold one such cluster."""
-        self._programs, self._threads, self._shared = programs, threads, shared
+        self._threads, self._shared, self._cluster = threads, shared, cluster
         torch.cuda.current_stream(device).synchronize()  # torch's context is current from here on
         major, minor = torch.cuda.get_device_capability(device)
         definitions = [f"-D{key}={value}" for key, value in macros.items()]
-        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *definitions]
+        options = [f"--gpu-architecture=sm_{major}{minor}a", "--std=c++17", *definitions]
         try:
             from cuda.bindings import driver  # noqa: PLC0415  only a GPU's torch has it
 
@@ -35,15 +59,16 @@ class CudaKernel:
             self._load(name, _compile((_FOLDER / f"{name}.cu").read_bytes(), name, options))
         except (ImportError, RuntimeError) as error:  # the latter: no such shared library
             raise CompileFailed(str(error)) from None
-        if self._count_clusters() < 1:
-            raise CompileFailed(f"no {programs} programs of {shared} bytes fit this GPU as one cluster")
+        if cluster > 1 and not _check(driver.cuOccupancyMaxActiveClusters(self._function, self._configure(cluster))):
+            raise CompileFailed(f"no {cluster} programs of {shared} bytes fit this GPU as one cluster")
 
-    def launch(self, argument: ctypes.Structure) -> None:
-        """Once, on torch's current stream; the struct is copied."""
+    def launch(self, argument: ctypes.Structure, programs: int, starts_early: bool = False) -> None:
+        """Once, on torch's current stream; the struct is copied. A kernel that `starts_early` begins while the one
+        before it ends, and waits for it itself."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        stream, where = torch.cuda.current_stream().cuda_stream, ctypes.addressof(pointers)
-        grid, block = (self._programs, 1, 1), (self._threads, 1, 1)
-        _check(self._driver.cuLaunchKernel(self._function, *grid, *block, self._shared, stream, where, 0))
+        config = self._configure(programs, starts_early)
+        config.hStream = self._driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        _check(self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
     def _load(self, name: str, image: bytes) -> None:
         driver, attributes = self._driver, self._driver.CUfunction_attribute
@@ -55,18 +80,22 @@ class CudaKernel:
         ):
             _check(driver.cuFuncSetAttribute(self._function, attribute, value))
 
-    def _count_clusters(self) -> int:
-        """How many clusters the GPU can hold at a time."""
-        driver = self._driver
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        size = attribute.value.clusterDim
-        size.x, size.y, size.z = self._programs, 1, 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = self._programs, 1, 1
+    def _configure(self, programs: int, starts_early: bool = False) -> Any:
+        driver, identifiers = self._driver, self._driver.CUlaunchAttributeID
+        config, attributes = driver.CUlaunchConfig(), []
+        if self._cluster > 1:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = identifiers.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attributes[-1].value.clusterDim
+            size.x, size.y, size.z = self._cluster, 1, 1
+        if starts_early:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = identifiers.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = programs, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
-        config.sharedMemBytes, config.attrs, config.numAttrs = self._shared, [attribute], 1
-        return int(_check(driver.cuOccupancyMaxActiveClusters(self._function, config)))
+        config.sharedMemBytes, config.attrs, config.numAttrs = self._shared, attributes, len(attributes)
+        return config
 
 
 def _compile(source: bytes, name: str, options: list[str]) -> bytes:

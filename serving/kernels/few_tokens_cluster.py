@@ -43,7 +43,7 @@ class FewTokensCluster:
         device = weights.words.device
         self._kernels = {
             rows: CudaKernel(
-                "few_tokens_cluster", make_macros(rows, pooling, normalize), device, _HEADS, _THREADS, _SHARED_BYTES
+                "few_tokens_cluster", make_macros(rows, pooling, normalize), device, _THREADS, _SHARED_BYTES, _HEADS
             )
             for rows in (16, MAX_TOKENS)
         }
@@ -64,7 +64,7 @@ class FewTokensCluster:
             *(each.data_ptr() for each in tensors),
             len(ids), len(out), self._layers, self._eps, 1.4426950408889634 / _HEAD**0.5,
         )  # fmt: skip
-        self._kernels[16 if len(ids) <= 16 else MAX_TOKENS].launch(argument)
+        self._kernels[16 if len(ids) <= 16 else MAX_TOKENS].launch(argument, _HEADS)
 
 
 def make_macros(rows: int, pooling: str, normalize: bool) -> dict[str, int]:

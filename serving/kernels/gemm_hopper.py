@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.gemm_hopper_epilogue import finish, normalize, read_columns, read_rows, store_sums
 
@@ -75,6 +76,7 @@ def _produce(x, weight, ring, barriers, sizes, RESIDENT: gl.constexpr):
         mbarrier.expect(loaded, weight.block_type.nbytes * kept)
         for part in gl.static_range(kept):
             tma.async_copy_global_to_shared(weight, [left, part * step], loaded, weights.index(part))
+    gdc_wait()  # the weights are there from the start, the activations with the kernel before
     slot, phase = 0, 1
     for turn in range(count):
         top, left = _find_tile(turn, sizes, rows, columns)
@@ -146,7 +148,7 @@ def _send(acc, out, copy, buffers, top, left, out_factor, QUANTIZE: gl.constexpr
 def _consume(
     number: gl.constexpr, work, GROUPS: gl.constexpr, RESIDENT: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr,
     RESIDUAL: gl.constexpr, SCALES: gl.constexpr, QUANTIZE: gl.constexpr, NORM: gl.constexpr, SUM: gl.constexpr,
-    HIDDEN: gl.constexpr,
+    HIDDEN: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Every GROUPS-th tile of this program: multiply in turn, then finish the tile while the others multiply."""
     residual, out, copy, epilogue, norms, ring, tiles, copies, barriers, sizes = work
@@ -163,6 +165,7 @@ def _consume(
     of_columns = read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
     if RESIDENT:
         mbarrier.wait(loaded, 0)
+    gdc_wait()
     for turn in range(number, count, GROUPS):
         top, left = _find_tile(turn, sizes, rows, columns)
         tma.store_wait(0)
@@ -172,7 +175,7 @@ def _consume(
             tma.async_copy_global_to_shared(residual, [top, left], landed, buffer)
         if not RESIDENT:
             of_columns = read_columns(epilogue[0], norms[1], left, layout, columns, BIAS, GELU, NORM)
-        of_rows = read_rows(epilogue, norms, top, layout, rows, GELU, SCALES, NORM, HIDDEN)
+        of_rows = read_rows(epilogue, norms, top, layout, rows, GELU, SCALES, NORM, HIDDEN, PARTS)
         acc = _multiply_in_turn(number, turn, ring, barriers, depth, layout, GROUPS, RESIDENT)
         acc = finish(acc, of_columns, of_rows, BIAS, GELU, SCALES, NORM)
         if RESIDUAL:
@@ -208,7 +211,9 @@ def _linear_kernel(
     num_rows, tiles, across, last, DEPTH: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
     RESIDENT: gl.constexpr, BIAS: gl.constexpr, GELU: gl.constexpr, RESIDUAL: gl.constexpr, SCALES: gl.constexpr,
     QUANTIZE: gl.constexpr, NORM: gl.constexpr, SUM: gl.constexpr, HIDDEN: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
+    gdc_launch_dependents()
     kept: gl.constexpr = DEPTH if RESIDENT else STAGES
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(weight.dtype, [kept] + weight.block_type.shape, weight.layout)  # noqa: RUF005
@@ -223,26 +228,18 @@ def _linear_kernel(
     work = (residual, out, copy, ends, norms, ring, buffers, copies, barriers, sizes)
     # fmt: off
     if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (0, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_consume, (1, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
+        gl.warp_specialize([
+            (_consume, (0, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN, PARTS)),
+            (_consume, (1, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN, PARTS)),
+            (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
+        ], [4, 1], [240, 24])
     else:
-        gl.warp_specialize(
-            [
-                (_consume, (0, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_consume, (1, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_consume, (2, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN)),
-                (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
+        gl.warp_specialize([
+            (_consume, (0, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN, PARTS)),
+            (_consume, (1, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN, PARTS)),
+            (_consume, (2, work, GROUPS, RESIDENT, BIAS, GELU, RESIDUAL, SCALES, QUANTIZE, NORM, SUM, HIDDEN, PARTS)),
+            (_produce, (x, weight, ring, barriers, sizes, RESIDENT)),
+        ], [4, 4, 1], [160, 160, 24])
     # fmt: on
 
 
@@ -251,7 +248,7 @@ _TYPES = {torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
 @dataclass(frozen=True, slots=True)
 class RowNorm:
-    """A layer norm that was not applied yet: float32 `sums` [T, H / 128, 2], sum and sum of squares of each row.
+    """A layer norm that was not applied yet: float32 `sums` [T, parts, 2], sum and sum of squares of each row.
 
     Of the first operand: its scale is in the weight, whose rows' sums are `factors` [N], its shift in the bias. Of the
     residual: `factors` [N] are its scale, its shift is in the bias.
@@ -314,5 +311,7 @@ def linear(
         RESIDUAL=residual is not None, SCALES=scales,
         QUANTIZE="copy" if copy is not None else "none" if out_factor is None else "out",
         NORM="none" if norm is None else "x" if residual is None else "residual", SUM=out_sums is not None,
-        HIDDEN=columns if residual is not None else width, num_warps=4, maxnreg=form.registers,
+        HIDDEN=columns if residual is not None else width,
+        PARTS=1 if sums is None else sums.shape[1], num_warps=4, maxnreg=form.registers,
+        launch_pdl=True,
     )  # fmt: skip

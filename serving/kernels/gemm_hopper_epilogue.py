@@ -33,10 +33,10 @@ def read_columns(
 @gluon.jit
 def read_rows(
     epilogue, norms, top, layout: gl.constexpr, ROWS: gl.constexpr, GELU: gl.constexpr, SCALES: gl.constexpr,
-    NORM: gl.constexpr, HIDDEN: gl.constexpr,
+    NORM: gl.constexpr, HIDDEN: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """What the epilogue needs of the rows, read before the turn so that it waits for nothing: what the product is to be
-    multiplied by, and of the norm mean and reciprocal spread, from the sums over each 128 of their columns. A norm of
+    multiplied by, and of the norm mean and reciprocal spread, from the sums over PARTS of their columns. A norm of
     x holds the scales of E4M3 operands itself. A GELU takes half of its argument."""
     _, x_scales, weight_scale, _, num_rows = epilogue
     sums, _, eps, _ = norms
@@ -50,8 +50,8 @@ def read_rows(
     elif SCALES == "tensor":
         scale = scale * (gl.load(x_scales) * gl.load(weight_scale))
     if NORM != "none":
-        for part in gl.static_range(HIDDEN // 128):
-            place = sums + (rows * (HIDDEN // 128) + part) * 2
+        for part in gl.static_range(PARTS):
+            place = sums + (rows * PARTS + part) * 2
             mean += gl.load(place, live, other=0.0) / HIDDEN
             spread += gl.load(place + 1, live, other=0.0) / HIDDEN
         spread = gl.rsqrt(spread - mean * mean + eps)

@@ -4,15 +4,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serving.kernels.handover import can_hand_over, take_over
+
 Norm = tuple[Tensor, Tensor, Tensor, float]
 
 
 @triton.jit
-def _normalize(state, rows, live, sums, eps, HIDDEN: tl.constexpr):
-    """Rows by mean and spread, from the sums over each 128 of their columns."""
+def _normalize(state, rows, live, sums, eps, HIDDEN: tl.constexpr, PARTS: tl.constexpr):
+    """Rows by mean and spread, from the sums over parts of their columns."""
     mean, square = tl.zeros(rows.shape, tl.float32), tl.zeros(rows.shape, tl.float32)
-    for part in tl.static_range(HIDDEN // 128):
-        place = sums + (rows.to(tl.int64) * (HIDDEN // 128) + part) * 2
+    for part in tl.static_range(PARTS):
+        place = sums + (rows.to(tl.int64) * PARTS + part) * 2
         mean += tl.load(place, live, other=0.0) / HIDDEN
         square += tl.load(place + 1, live, other=0.0) / HIDDEN
     return (state - mean[:, None]) * tl.rsqrt(square - mean * mean + eps)[:, None]
@@ -22,7 +24,10 @@ def _normalize(state, rows, live, sums, eps, HIDDEN: tl.constexpr):
 def _pool_kernel(
     x, offsets, sums, weight, shift, out, last, eps, HIDDEN: tl.constexpr,
     POOLING: tl.constexpr, NORM: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr, HANDOVER: tl.constexpr,
 ):  # fmt: skip
+    if HANDOVER:
+        take_over()
     sequence = tl.where(last < 0, tl.program_id(0), last - tl.program_id(0))
     begin, end = tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
     if begin == end:  # an empty row: nobody reads its vector
@@ -38,7 +43,7 @@ def _pool_kernel(
         place = rows[:, None].to(tl.int64) * HIDDEN + columns[None, :]
         state = tl.load(x + place, live[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if NORM:
-            state = tl.where(live[:, None], _normalize(state, rows, live, sums, eps, HIDDEN), 0.0)
+            state = tl.where(live[:, None], _normalize(state, rows, live, sums, eps, HIDDEN, PARTS), 0.0)
         acc += state
     vector = tl.sum(acc, axis=0) / (until - first)
     if NORM:
@@ -61,16 +66,17 @@ def pool(
     """See `reference.pool`: x [T, H], offsets int32 [B + 1], out float32 [B, H]; the vector of an empty
     sequence is not written.
 
-    `norm` is a layer norm of x that is still to come: float32 sums and sums of squares over each 128 columns
-    [T, H / 128, 2], scale and shift [H], epsilon. `is_upward` begins with the last sequences, which whoever wrote x
+    `norm` is a layer norm of x that is still to come: float32 sums and sums of squares over parts of its columns
+    [T, parts, 2], scale and shift [H], epsilon. `is_upward` begins with the last sequences, which whoever wrote x
     downward left in the second cache.
     """
     hidden = x.shape[1]
     columns = triton.next_power_of_2(hidden)
-    wide = columns > 512
+    wide, hands_over = columns > 512, can_hand_over(x)
     sums, weight, shift, eps = norm or (x, x, x, 0.0)
     _pool_kernel[(len(out),)](
         x, offsets, sums, weight, shift, out, len(out) - 1 if is_upward else -1, eps, HIDDEN=hidden,
         POOLING=pooling, NORM=norm is not None, NORMALIZE=normalize,
         ROWS=32 if wide else 16, COLUMNS=columns, num_warps=16 if wide else 4,
+        PARTS=1 if norm is None else sums.shape[1], HANDOVER=hands_over, launch_pdl=hands_over,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from serving.engines.bert import STATES_NAME, BertConfig, Packed, Weights, encod
 from serving.engines.cuda_folded import FoldedLayers, States
 from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import MATRICES, calibrate
-from serving.kernels import reference
+from serving.kernels import gemm_wide, reference
+from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
 from tests.serving.kernels.packs import make_packed, poisoned
@@ -38,9 +40,7 @@ def linear(
     product = wide @ (weight.float() if weight_scale is None else weight.float() * weight_scale).T
     added = torch.zeros(1) if residual is None else residual.float()
     if norm is not None:
-        width = 128 * norm.sums.shape[1]
-        mean, square = (norm.sums.sum(1) / width).split(1, dim=1)
-        spread = torch.rsqrt(square - mean * mean + norm.eps)
+        mean, spread = read_norm(norm.sums, (x if residual is None else residual).shape[1], norm.eps)
         if residual is None:
             factors = norm.factors if weight_scale is None else norm.factors * weight_scale
             product = (product - mean * factors) * spread
@@ -49,8 +49,7 @@ def linear(
     result = product + bias.float() + added
     result = torch.nn.functional.gelu(result) if gelu else result
     if out_sums is not None:
-        parts = result.view(len(result), -1, 128)
-        out_sums.copy_(torch.stack([parts.sum(2), parts.square().sum(2)], dim=2))
+        out_sums.copy_(sum_rows(result, 128))
     if copy is not None and out_factor is not None:
         copy.copy_(reference.quantize_tensor(result, 1 / out_factor))
     elif out_factor is not None:
@@ -58,13 +57,47 @@ def linear(
     out.copy_(result)
 
 
-def run_folded(config: BertConfig, weights: Weights, batch: Packed, linears: list[list[Linear]]) -> Tensor:
+def read_norm(sums: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal spread [T, 1] from sums over parts of `width` columns."""
+    mean, square = (sums.sum(1) / width).split(1, dim=1)
+    return mean, torch.rsqrt(square - mean * mean + eps)
+
+
+def sum_rows(x: Tensor, columns: int) -> Tensor:
+    parts = x.view(len(x), -1, columns)
+    return torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
+
+
+def multiply_wide(
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, num_programs: int, sums: Tensor, eps: float,
+    gelu: bool = False, is_upward: bool = False,
+) -> None:  # fmt: skip
+    """What `gemm_wide.linear` says of itself: rows of the weight that sum to 0 take the mean away."""
+    _, spread = read_norm(sums, x.shape[1], eps)
+    result = x.float() @ weight.float().T * spread + bias.float()
+    out.copy_(torch.nn.functional.gelu(result) if gelu else result)
+
+
+def add_wide(
+    x: Tensor, weight: Tensor, bias: Tensor, total: Tensor, num_programs: int, sums: Tensor, scale: Tensor, eps: float,
+    out_sums: Tensor, is_upward: bool = False,
+) -> None:  # fmt: skip
+    """What `gemm_wide.add` says of itself."""
+    mean, spread = read_norm(sums, total.shape[1], eps)
+    result = x.float() @ weight.float().T + bias.float() + (total.float() - mean) * spread * scale.float()
+    out_sums.copy_(sum_rows(result, gemm_wide.COLUMNS))
+    total.copy_(result)
+
+
+def run_folded(
+    config: BertConfig, weights: Weights, batch: Packed, linears: list[list[Linear]], is_steady: bool = True
+) -> Tensor:
     tokens = len(batch.ids)
     tables = weights.words, weights.positions, weights.norm_weight, weights.norm_bias
     embedded = reference.embed_norm(batch.ids, batch.starts, *tables, config.eps)
     narrow, scales = reference.quantize_rows(embedded)
     states = States(embedded.half(), narrow, scales[:, 0].contiguous())
-    folded = FoldedLayers(weights, config, linears, tokens, is_steady=True)
+    folded = FoldedLayers(weights, config, linears, tokens, is_steady)
     area = torch.zeros(tokens * 16 * config.hidden, dtype=torch.uint8)
 
     def carve(first: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -116,3 +149,41 @@ def test_folded_layers_equal_the_oracle(narrow: str, least: float, model: tuple[
         linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
     vectors = run_folded(config, weights, batch, linears)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > least
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("wide", ["all", "down"])
+def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
+    wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only some of a layer's products go there, so that sums over 192 columns and over 128 meet."""
+    config, weights = read_model(make_encoder(tmp_path, hidden=384, heads=6, intermediate=768, layers=3))
+
+    def fits(weight: Tensor, adds: bool) -> bool:
+        return wide == "all" or (adds and weight.shape[1] == 768)
+
+    for name, twin in (("fits", fits), ("linear", multiply_wide), ("add", add_wide), ("prepare", lambda device: None)):
+        monkeypatch.setattr(gemm_wide, name, twin)
+    batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
+    linears = [[Linear(getattr(layer, name).half()) for name in MATRICES] for layer in weights.layers]
+    vectors = run_folded(config, weights, batch, linears, is_steady=False)
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.9999
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+def test_layers_without_a_compiler_for_the_wide_gemm_do_without_it(
+    model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise CompileFailed("no such library: nvrtc")
+
+    monkeypatch.setattr(gemm_wide, "fits", lambda weight, adds: True)
+    monkeypatch.setattr(gemm_wide, "prepare", fail)
+    config, weights = model
+    batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
+    linears = [[Linear(getattr(layer, name).half()) for name in MATRICES] for layer in weights.layers]
+    vectors = run_folded(config, weights, batch, linears, is_steady=False)
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.9999
+    assert "no such library: nvrtc" in caplog.text
