@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serving.kernels.handover import can_hand_over, take_over
+from serving.kernels.handover import starts_early, take_over
 
 _ROWS = 2
 E4M3_MAX = tl.constexpr(448.0)
@@ -69,9 +69,9 @@ def add_norm(
     With `scales` (float32 [T], written here) `quantized` (E4M3 [T, H]) takes the result divided by its row's scale.
     """
     num_tokens, hidden = x.shape
-    columns, hands_over = triton.next_power_of_2(hidden), can_hand_over(x)
+    columns, is_early = triton.next_power_of_2(hidden), starts_early(x)
     _add_norm_kernel[(triton.cdiv(num_tokens, _ROWS),)](
         x, x if residual is None else residual, bias, weight, shift, out, quantized, scales, num_tokens, hidden, eps,
         RESIDUAL=residual is not None, QUANTIZE=scales is not None,
-        ROWS=_ROWS, COLUMNS=columns, HANDOVER=hands_over, num_warps=2, launch_pdl=hands_over,
+        ROWS=_ROWS, COLUMNS=columns, HANDOVER=is_early, num_warps=2, launch_pdl=is_early,
     )  # fmt: skip

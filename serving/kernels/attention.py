@@ -2,8 +2,9 @@
 
 A program takes a tile of packed rows wherever sequences begin and end, so that several short sequences share it. It
 walks the keys from the beginning of its first row's sequence to the end of its last row's, and masks what belongs to
-another sequence; key blocks that lie inside one sequence with all of the tile's rows need no mask. A steady result
-takes the sequences of a tile one by one, each from its own beginning, so that it has the same bits in any batch.
+another sequence: nothing in blocks of keys of the sequence of all its rows, whole rows where a block's keys are of one
+sequence, else key by key. A steady result takes the sequences of a tile one by one, each from its own beginning, so
+that it has the same bits in any batch.
 """
 
 import math
@@ -13,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from serving.kernels.handover import can_hand_over, take_over
+from serving.kernels.gemm import MANY_ROWS, count_hopper_processors
+from serving.kernels.handover import starts_early, take_over
 
 HEAD_SIZES = (32, 64)
+_SHARED_SIZE = 64  # for which `attention_hopper` measured faster
 # By head size and steadiness: stages of the ring of keys and values, and registers a thread where fewer than the
 # compiler takes measured faster, because more programs share a processor.
 _LIMITS = {(32, False): (3, 80), (32, True): (3, 80), (64, False): (3, None), (64, True): (2, 112)}
@@ -23,16 +26,22 @@ _FAR = tl.constexpr(-1.0e30)  # below every score, and finite: a row without a k
 
 
 @triton.jit
-def _attend(q, k, v, m, total, acc, first, last, begin, scale, BN: tl.constexpr, MASKED: tl.constexpr):
-    """One block of keys at row `begin`: the running maximum, sum and weighted values after it."""
+def _attend(q, k, v, m, total, acc, first, last, begin, is_apart, scale, BN: tl.constexpr, MASKED: tl.constexpr):
+    """One block of keys at row `begin`: the running maximum, sum and weighted values after it. Where its keys are not
+    `is_apart`, a row has all of them or none."""
     scores = tl.dot(q, k.T)
     if MASKED:
-        rows = begin + tl.arange(0, BN)
-        place, count = rows[None, :] - first[:, None], tl.maximum(last - first, 0)  # negative places are large ones
-        own = place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)[:, None]
-        scores = tl.where(own, scores, float("-inf"))
-    highest = tl.maximum(m, tl.max(scores, axis=1) * scale)
-    weights = tl.exp2(scores * scale - highest[:, None])
+        if is_apart:
+            rows = begin + tl.arange(0, BN)
+            place, count = rows[None, :] - first[:, None], tl.maximum(last - first, 0)  # negative places are large ones
+            own = place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)[:, None]
+            scores = tl.where(own, scores, float("-inf"))
+        owns = (first < begin + BN) & (last > begin)
+        highest = tl.where(owns, tl.maximum(m, tl.max(scores, axis=1) * scale), m)
+        weights = tl.exp2(scores * scale - tl.where(owns, highest, float("inf"))[:, None])
+    else:
+        highest = tl.maximum(m, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - highest[:, None])
     shrink = tl.exp2(m - highest)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
     return highest, total * shrink + tl.sum(weights, axis=1), acc
@@ -40,15 +49,18 @@ def _attend(q, k, v, m, total, acc, first, last, begin, scale, BN: tl.constexpr,
 
 @triton.jit
 def _walk(
-    keys, q, m, total, acc, first, last, begin, end, whole, column, scale, HIDDEN: tl.constexpr, BN: tl.constexpr
+    keys, q, m, total, acc, first, last, begin, end, whole, upper, lower, column, scale,
+    HIDDEN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """All blocks of keys from `begin` to `end`; the first `whole` keys belong to every row."""
+    """All blocks of keys from `begin` to `end`; the first `whole` keys belong to every row, those before `upper` and
+    those from `lower` on to one sequence each."""
     for block in tl.range(begin, begin + whole, BN):
         k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
-        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, False)
+        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, False, scale, BN, False)
     for block in tl.range(begin + whole, end, BN):
         k, v = keys.load([block, column + HIDDEN]), keys.load([block, column + 2 * HIDDEN])
-        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, scale, BN, True)
+        is_apart = (block + BN > upper) & ((block < lower) | (block + BN > end))
+        m, total, acc = _attend(q, k, v, m, total, acc, first, last, block, is_apart, scale, BN, True)
     return m, total, acc
 
 
@@ -74,10 +86,15 @@ def _attention_kernel(
         while begin <= bottom:
             end = tl.load(ends + begin)
             until = tl.minimum(last, end)  # the last block reaches into the next sequence, whose turn is still to come
-            m, total, acc = _walk(keys, q, m, total, acc, first, until, begin, end, whole, column, scale, HIDDEN, BN)
+            m, total, acc = _walk(
+                keys, q, m, total, acc, first, until, begin, end, whole, end, end, column, scale, HIDDEN, BN
+            )
             begin = end
     else:
-        m, total, acc = _walk(keys, q, m, total, acc, first, last, begin, end, whole, column, scale, HIDDEN, BN)
+        upper, lower = tl.load(ends + tile), tl.load(starts + bottom)
+        m, total, acc = _walk(
+            keys, q, m, total, acc, first, last, begin, end, whole, upper, lower, column, scale, HIDDEN, BN
+        )
     acc = acc / tl.maximum(total, 1e-30)[:, None]  # rows past the end saw no key
     if QUANTIZE:
         acc = tl.clamp(acc * tl.load(out_factor), -448.0, 448.0)
@@ -97,13 +114,19 @@ def attention(
     Head sizes: HEAD_SIZES.
     """
     num_tokens, hidden = out.shape
-    size = hidden // heads
+    size, is_early = hidden // heads, starts_early(qkv)
+    programs = count_hopper_processors(qkv.device)
+    if programs and size == _SHARED_SIZE and (is_steady or num_tokens >= MANY_ROWS):
+        from serving.kernels import attention_hopper  # noqa: PLC0415  Gluon loads only where it can run
+
+        attention_hopper.attention(qkv, starts, ends, heads, out, programs, out_factor, is_steady, is_upward, is_early)
+        return
     rows, keys = 64, 64 if is_long or is_steady else 32
     scale, (stages, registers) = math.log2(math.e) / math.sqrt(size), _LIMITS[size, is_steady]
-    down, hands_over = triton.cdiv(num_tokens, rows), can_hand_over(qkv)
+    down = triton.cdiv(num_tokens, rows)
     _attention_kernel[(heads, down)](
         TensorDescriptor.from_tensor(qkv, [rows, size]), TensorDescriptor.from_tensor(qkv, [keys, size]),
         starts, ends, out, out_factor, num_tokens, down - 1 if is_upward else -1, scale,
         HIDDEN=hidden, D=size, BM=rows, BN=keys, QUANTIZE=out_factor is not None, STEADY=is_steady,
-        HANDOVER=hands_over, num_warps=4, num_stages=stages, maxnreg=registers, launch_pdl=hands_over,
+        HANDOVER=is_early, num_warps=4, num_stages=stages, maxnreg=registers, launch_pdl=is_early,
     )  # fmt: skip

@@ -62,11 +62,10 @@ class CudaKernel:
         if cluster > 1 and not _check(driver.cuOccupancyMaxActiveClusters(self._function, self._configure(cluster))):
             raise CompileFailed(f"no {cluster} programs of {shared} bytes fit this GPU as one cluster")
 
-    def launch(self, argument: ctypes.Structure, programs: int, starts_early: bool = False) -> None:
-        """Once, on torch's current stream; the struct is copied. A kernel that `starts_early` begins while the one
-        before it ends, and waits for it itself."""
+    def launch(self, argument: ctypes.Structure, programs: int, is_early: bool = False) -> None:
+        """Once, on torch's current stream; the struct is copied. `is_early`: see `handover`."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        config = self._configure(programs, starts_early)
+        config = self._configure(programs, is_early)
         config.hStream = self._driver.CUstream(torch.cuda.current_stream().cuda_stream)
         _check(self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
@@ -80,7 +79,7 @@ class CudaKernel:
         ):
             _check(driver.cuFuncSetAttribute(self._function, attribute, value))
 
-    def _configure(self, programs: int, starts_early: bool = False) -> Any:
+    def _configure(self, programs: int, is_early: bool = False) -> Any:
         driver, identifiers = self._driver, self._driver.CUlaunchAttributeID
         config, attributes = driver.CUlaunchConfig(), []
         if self._cluster > 1:
@@ -88,7 +87,7 @@ class CudaKernel:
             attributes[-1].id = identifiers.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             size = attributes[-1].value.clusterDim
             size.x, size.y, size.z = self._cluster, 1, 1
-        if starts_early:
+        if is_early:
             attributes.append(driver.CUlaunchAttribute())
             attributes[-1].id = identifiers.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attributes[-1].value.programmaticStreamSerializationAllowed = 1

@@ -84,8 +84,14 @@ def linear(
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether this is a GPU for the ping-pong kernel."""
-    return device.type == "cuda" and bool(_read_device(device.index).major == _HOPPER)
+    """Whether this is a GPU for the kernels that need Hopper."""
+    return count_hopper_processors(device) > 0
+
+
+def count_hopper_processors(device: torch.device) -> int:
+    """Multiprocessors of such a GPU; 0 of any other device."""
+    properties = _read_device(device.index) if device.type == "cuda" else None
+    return int(properties.multi_processor_count) if properties and properties.major == _HOPPER else 0
 
 
 def add_product(

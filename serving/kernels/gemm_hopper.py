@@ -28,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.gemm_hopper_epilogue import finish, normalize, read_columns, read_rows, store_sums
+from serving.kernels.handover import starts_early
 
 _COLUMNS = 128  # of a tile
 _STEP_BYTES = 128  # of a tile's row in the ring: one swizzle span
@@ -313,5 +314,5 @@ def linear(
         NORM="none" if norm is None else "x" if residual is None else "residual", SUM=out_sums is not None,
         HIDDEN=columns if residual is not None else width,
         PARTS=1 if sums is None else sums.shape[1], num_warps=4, maxnreg=form.registers,
-        launch_pdl=True,
+        launch_pdl=starts_early(x),
     )  # fmt: skip

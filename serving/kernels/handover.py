@@ -1,7 +1,8 @@
 """Kernels that start while the one before them ends: Hopper's programmatic dependent launch.
 
 Such a kernel says at its beginning that the next may start, and waits for the one before it before it reads or writes
-what a kernel has written. So where a processor has done its part, its next program is there already.
+what a kernel has written. So where a processor has done its part, its next program is there already. It is a tenth of
+the time of runs of 4,096 tokens; with 131,072 it was up to 3 % slower.
 """
 
 from functools import cache
@@ -12,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _HAS_HANDOVER = (9, 0)
+_MOST_ROWS = 32_768
 
 
 @triton.jit
@@ -21,11 +23,11 @@ def take_over():
     gdc_wait()
 
 
-def can_hand_over(x: Tensor) -> bool:
-    """Whether the GPU that holds x has it; the interpreter has not."""
-    return x.is_cuda and _capability(x.device) >= _HAS_HANDOVER
+def starts_early(x: Tensor) -> bool:
+    """Whether kernels on the rows of x gain by it, and its GPU has it; the interpreter has not."""
+    return x.is_cuda and len(x) <= _MOST_ROWS and _read_capability(x.device) >= _HAS_HANDOVER
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def _read_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

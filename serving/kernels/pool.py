@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serving.kernels.handover import can_hand_over, take_over
+from serving.kernels.handover import starts_early, take_over
 
 Norm = tuple[Tensor, Tensor, Tensor, float]
 
@@ -72,11 +72,11 @@ def pool(
     """
     hidden = x.shape[1]
     columns = triton.next_power_of_2(hidden)
-    wide, hands_over = columns > 512, can_hand_over(x)
+    wide, is_early = columns > 512, starts_early(x)
     sums, weight, shift, eps = norm or (x, x, x, 0.0)
     _pool_kernel[(len(out),)](
         x, offsets, sums, weight, shift, out, len(out) - 1 if is_upward else -1, eps, HIDDEN=hidden,
         POOLING=pooling, NORM=norm is not None, NORMALIZE=normalize,
         ROWS=32 if wide else 16, COLUMNS=columns, num_warps=16 if wide else 4,
-        PARTS=1 if norm is None else sums.shape[1], HANDOVER=hands_over, launch_pdl=hands_over,
+        PARTS=1 if norm is None else sums.shape[1], HANDOVER=is_early, launch_pdl=is_early,
     )  # fmt: skip

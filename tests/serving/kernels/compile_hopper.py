@@ -1,6 +1,6 @@
-"""Compile the ping-pong GEMM for capability 9.0 without a GPU: `python -m tests.serving.kernels.compile_hopper`.
+"""Compile what is written in Gluon for capability 9.0 without a GPU: `python -m tests.serving.kernels.compile_hopper`.
 
-Prints one JSON object: the bytes of machine code of each form of the kernel. Run by itself, because the driver that
+Prints one JSON object: the bytes of machine code of each form of each kernel. Run by itself, because the driver that
 Triton sees here is not there.
 """
 
@@ -12,7 +12,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from serving.kernels import gemm_hopper
+from serving.kernels import attention_hopper, gemm_hopper
 from serving.kernels.gemm_hopper import RowNorm, linear
 
 ROWS = 2100
@@ -48,6 +48,7 @@ def half(*shape: int) -> torch.Tensor:
 def main() -> int:
     driver.set_active(Absent())  # type: ignore[no-untyped-call]
     gemm_hopper._linear_kernel = Warmed(gemm_hopper._linear_kernel)
+    attention_hopper._attention_kernel = Warmed(attention_hopper._attention_kernel)
     x, inner, sums = half(ROWS, 384), half(ROWS, 1536), torch.empty(ROWS, 3, 2)
     weight, factors = half(1536, 384), torch.empty(1536)
     narrow, one = torch.empty(ROWS, 384, dtype=torch.float8_e4m3fn), torch.empty(1)
@@ -76,6 +77,14 @@ def main() -> int:
             copy=narrow,
         ),
     }
+    bounds = torch.zeros(ROWS, dtype=torch.int32)
+    for name, is_steady, out, factor in (
+        ("attention", False, half(ROWS, 768), None),
+        ("steady attention in E4M3", True, half(ROWS, 768).to(torch.float8_e4m3fn), one),
+    ):
+        forms[name] = attention_hopper.attention(
+            half(ROWS, 2304), bounds, bounds, 12, out, 132, factor, is_steady, is_early=True
+        )
     sys.stdout.write(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in forms.items()}))
     return 0
 

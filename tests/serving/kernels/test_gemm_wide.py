@@ -1,0 +1,84 @@
+"""The GEMM with tiles of 192 columns against plain PyTorch, on a Hopper GPU: tiles not full, several a program."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from serving.kernels import gemm_wide, reference
+from tests.serving.kernels.packs import assert_as_exact_as, poisoned
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs capability 9.x"
+    ),
+]
+PROGRAMS, EPS = 132, 1e-12
+ROWS = [1, 127, 2049, 40_001]
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).half()
+
+
+def row_sums(x: Tensor, columns: int = gemm_wide.COLUMNS) -> Tensor:
+    parts = x.float().view(len(x), -1, columns)
+    return torch.stack([parts.sum(2), (parts * parts).sum(2)], dim=2).contiguous()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("columns", "depth", "part"), [(1152, 384, 128), (2304, 768, 192), (3072, 768, 768)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_normalises_its_input(rows: int, columns: int, depth: int, part: int, gelu: bool) -> None:
+    x, weight, bias = draw(rows, depth) + 0.3, draw(columns, depth, scale=depth**-0.5), draw(columns)
+    scale, shift = draw(depth), draw(depth)
+    scaled = weight.float() * scale.float()
+    centred = (scaled - scaled.mean(1, keepdim=True)).half()
+    folded_bias = (bias.float() + weight.float() @ shift.float()).half()
+    out = poisoned(rows, columns, device=x.device)
+    gemm_wide.linear(x, centred, folded_bias, out, PROGRAMS, row_sums(x, part), EPS, gelu)
+    normed = layer_norm(x.float(), [depth], scale.float(), shift.float(), EPS)
+    oracle = reference.linear(normed, weight.float(), bias.float(), gelu)
+    assert_as_exact_as(out, reference.linear(normed.half(), weight, bias, gelu), oracle)
+    upward = poisoned(rows, columns, device=x.device)
+    gemm_wide.linear(x, centred, folded_bias, upward, PROGRAMS, row_sums(x, part), EPS, gelu, is_upward=True)
+    assert torch.equal(upward, out)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("columns", "depth", "part"), [(384, 1536, 128), (768, 768, 192), (768, 3072, 192)])
+def test_add_normalises_the_residual_and_sums_what_it_writes(rows: int, columns: int, depth: int, part: int) -> None:
+    x, weight, bias = draw(rows, depth), draw(columns, depth, scale=depth**-0.5), draw(columns)
+    total, scale = draw(rows, columns) * 3 - 0.5, draw(columns)
+    normed = layer_norm(total.float(), [columns], scale.float(), None, EPS)
+    oracle = x.float() @ weight.float().T + bias.float() + normed
+    plain = x @ weight.T + bias + normed.half()
+    out_sums = poisoned(rows, columns // gemm_wide.COLUMNS, 2, device=x.device, dtype=torch.float32)
+    gemm_wide.add(x, weight, bias, total, PROGRAMS, row_sums(total, part), scale, EPS, out_sums)
+    assert_as_exact_as(total, plain, oracle)
+    torch.testing.assert_close(out_sums, row_sums(oracle), rtol=1e-2, atol=0.5)
+
+
+def test_kernels_in_a_row_wait_for_each_other() -> None:
+    """Each starts while the one before it ends: a chain of sums is the same as one by one."""
+    x, weight, bias, scale = draw(9000, 768), draw(768, 768, scale=0.03), draw(768), draw(768)
+    start, results = draw(9000, 768), []
+    for waits in (True, False):
+        total, sums = start.clone(), row_sums(start)
+        after = torch.empty_like(sums)
+        for _ in range(20):
+            gemm_wide.add(x, weight, bias, total, PROGRAMS, sums, scale, EPS, after)
+            sums, after = after, sums
+            if waits:
+                torch.cuda.synchronize()
+        results.append(total)
+    assert torch.equal(*results)
+    assert bool(torch.isfinite(results[0].float()).all())
+
+
+def test_what_does_not_fit_goes_elsewhere() -> None:
+    assert gemm_wide.fits(draw(2304, 768))
+    assert not gemm_wide.fits(draw(384, 384))  # the other one keeps such weights in shared memory
+    assert not gemm_wide.fits(draw(1024, 1024))
+    assert not gemm_wide.fits(draw(2304, 768).float())
