@@ -16,7 +16,7 @@ from serving.kernels.compiled import CompileFailed
 from serving.kernels.embed_norm import embed_norm
 from serving.kernels.few_tokens import MAX_TOKENS, FewTokens, Stacked
 from serving.kernels.few_tokens_cluster import FewTokensCluster
-from serving.kernels.gemm import MANY_ROWS, add_product, is_hopper, linear
+from serving.kernels.gemm import MANY_ROWS, add_product, count_hopper_processors, is_hopper, linear
 from serving.kernels.pool import pool
 
 _HALF = torch.float16
@@ -97,9 +97,13 @@ class Encoder:
 
     def _make_folded(self, weights: Weights) -> FoldedLayers | None:
         """The layers for many tokens, on the GPUs that have their GEMM."""
-        is_wide = all(gemm_wide.fits(matrix) for matrix in self._matrices[0])
-        gains = is_wide or (self.config.hidden <= _MAX_FOLDED and self.config.hidden % 128 == 0)
-        if not gains or self.max_tokens < self._least_folded or not is_hopper(self._words.device):
+        hidden, device = self.config.hidden, self._words.device
+        is_narrow = hidden <= _MAX_FOLDED and hidden % 128 == 0
+        if not is_narrow and all(gemm_wide.fits(matrix) for matrix in self._matrices[0]):
+            self._least_folded = gemm_wide.least_rows(hidden, count_hopper_processors(device))
+        elif not is_narrow:
+            return None
+        if self.max_tokens < self._least_folded or not is_hopper(device):
             return None
         linears = [[Linear(matrix) for matrix in matrices] for matrices in self._matrices]
         return FoldedLayers(weights, self.config, linears, self.max_tokens, is_steady=False)

@@ -52,7 +52,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class _Sum:
-    """Added to a state: its norm's scale, and whether `gemm_wide` does it."""
+    """Added to a state: its norm's scale, and whether `gemm_wide` does it for many rows."""
 
     linear: Linear
     bias: Tensor
@@ -94,10 +94,7 @@ class FoldedLayers:
         self._norm = last.down_norm_weight.to(device, _HALF), last.down_norm_bias.to(device, _HALF)
         # Sums of rows with mean 0 and spread 1, of the states after the attention, and of those after the layer.
         self._plain = torch.tensor([0.0, config.hidden], device=device).repeat(max_tokens, 1, 1)
-        self._middle, self._after = (
-            torch.zeros(max_tokens, config.hidden // _tile_columns(each), 2, device=device)
-            for each in (self._layers[0].output, self._layers[0].down)
-        )
+        self._sums = torch.zeros(2, max_tokens * config.hidden // 128, 2, device=device)
         self._programs = torch.cuda.get_device_properties(device).multi_processor_count
 
     def run(self, batch: Packed, states: States, carve: Carve, is_long: bool) -> tuple[Norm, bool]:
@@ -106,8 +103,9 @@ class FoldedLayers:
         Returns the norm that is still to come, and whether who reads the states is to go upward.
         """
         config, tokens = self._config, len(states.x)
-        before, middle, after = (sums[:tokens] for sums in (self._plain, self._middle, self._after))
-        up = True
+        layer = self._layers[0]
+        before, middle = self._plain[:tokens], self._take_sums(0, layer.output, tokens)
+        after, up = self._take_sums(1, layer.down, tokens), True
         for number, layer in enumerate(self._layers):
             follower = self._layers[number + 1].query.linear if number + 1 < config.layers else None
             context = self._attend(layer, batch, states, carve, is_long, None if number == 0 else before, up)
@@ -117,6 +115,14 @@ class FoldedLayers:
             self._add(inner, layer.down, states, (middle, after), follower, up)
             before, up = after, not up
         return (after, *self._norm, config.eps), up
+
+    def _take_sums(self, number: int, added: _Sum, tokens: int) -> Tensor:
+        """Where the sums [T, parts, 2] of what `added` writes lie: one for the columns of each of its tiles."""
+        parts = self._config.hidden // (gemm_wide.COLUMNS if self._goes_wide(added, tokens) else 128)
+        return self._sums[number, : tokens * parts].view(tokens, parts, 2)
+
+    def _goes_wide(self, added: _Sum, tokens: int) -> bool:
+        return added.is_wide and tokens >= gemm_wide.least_rows(self._config.hidden, self._programs)
 
     def _attend(
         self, layer: _Folded, batch: Packed, states: States, carve: Carve, is_long: bool, sums: Tensor | None, up: bool
@@ -155,7 +161,7 @@ class FoldedLayers:
     ) -> None:
         """Add a product to the states, which are normalised by their sums on the way and summed anew."""
         own, eps, (before, after) = added.linear, self._config.eps, sums
-        if added.is_wide:
+        if self._goes_wide(added, len(x)):
             total, programs = states.x, self._programs
             gemm_wide.add(x, own.weight, added.bias, total, programs, before, added.scale, eps, after, up)
             return
@@ -181,11 +187,6 @@ def _prepare_wide(linears: Sequence[Linear]) -> bool:
         _log.warning("many tokens run on the GEMM with smaller tiles reason=%s", error)
         return False
     return True
-
-
-def _tile_columns(added: _Sum) -> int:
-    """What each pair of sums that this leaves is over."""
-    return gemm_wide.COLUMNS if added.is_wide else 128
 
 
 def _fold(layer: Layer, linears: Sequence[Linear], before: Layer | None, has_wide: bool) -> _Folded:

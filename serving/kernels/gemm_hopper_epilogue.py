@@ -26,7 +26,7 @@ def read_columns(
     if BIAS:
         bias = gl.load(bias_at + columns).to(gl.float32) * (0.5 if GELU else 1.0)
     if NORM != "none":
-        factor = gl.load(factors + columns)
+        factor = gl.load(factors + columns).to(gl.float32)
     return bias, factor
 
 

@@ -18,6 +18,7 @@ from serving.kernels.handover import starts_early
 COLUMNS = 192  # of a tile, and of what each pair of sums is over
 _ROWS, _STEP, _PIECE = 128, 64, 64
 _LEAST_DEPTH = 512  # below it `gemm_hopper` keeps its weights in shared memory, which measured faster
+_OTHER_TILE = 128 * 128  # values of a tile of `gemm_hopper`
 _THREADS, _SHARED_BYTES = 384, 227 * 1024
 
 
@@ -38,6 +39,11 @@ def fits(weight: Tensor) -> bool:
     if weight.dtype != torch.float16 or not is_hopper(weight.device):
         return False
     return columns % COLUMNS == 0 and depth % _STEP == 0 and depth >= _LEAST_DEPTH
+
+
+def least_rows(columns: int, num_programs: int) -> int:
+    """Rows that are enough for its tiles: `gemm_hopper` has more of them, which fill the processors sooner."""
+    return num_programs * _OTHER_TILE // columns + 1
 
 
 def linear(

@@ -153,22 +153,30 @@ def test_folded_layers_equal_the_oracle(narrow: str, least: float, model: tuple[
 
 @NEEDS_NO_GPU
 @pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize("wide", ["all", "down"])
+@pytest.mark.parametrize(("wide", "least"), [("all", 1), ("down", 1), ("all", 1000)])
 def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
-    wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where only some of a layer's products go there, so that sums over 192 columns and over 128 meet."""
+    """Also where only some of a layer's products go there, so that sums over 192 columns and over 128 meet, and where
+    rows are too few for those that add."""
+    added = []
     config, weights = read_model(make_encoder(tmp_path, hidden=384, heads=6, intermediate=768, layers=3))
 
     def fits(weight: Tensor) -> bool:
         return wide == "all" or weight.shape[1] == 768
 
-    for name, twin in (("fits", fits), ("linear", multiply_wide), ("add", add_wide), ("prepare", lambda device: None)):
+    def add(x: Tensor, *arguments: Any) -> None:
+        added.append(x.shape[1])
+        add_wide(x, *arguments)
+
+    for name, twin in (("fits", fits), ("linear", multiply_wide), ("add", add), ("prepare", lambda device: None)):
         monkeypatch.setattr(gemm_wide, name, twin)
+    monkeypatch.setattr(gemm_wide, "least_rows", lambda columns, num_programs: least)
     batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
     linears = [[Linear(getattr(layer, name).half()) for name in MATRICES] for layer in weights.layers]
     vectors = run_folded(config, weights, batch, linears, is_steady=False)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.9999
+    assert added == {("all", 1): [384, 768] * 3, ("down", 1): [768] * 3, ("all", 1000): []}[wide, least]
 
 
 @NEEDS_NO_GPU
