@@ -97,7 +97,7 @@ class Encoder:
 
     def _make_folded(self, weights: Weights) -> FoldedLayers | None:
         """The layers for many tokens, on the GPUs that have their GEMM."""
-        is_wide = all(gemm_wide.fits(matrix, adds=True) for matrix in self._matrices[0])
+        is_wide = all(gemm_wide.fits(matrix) for matrix in self._matrices[0])
         gains = is_wide or (self.config.hidden <= _MAX_FOLDED and self.config.hidden % 128 == 0)
         if not gains or self.max_tokens < self._least_folded or not is_hopper(self._words.device):
             return None

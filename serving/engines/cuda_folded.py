@@ -173,7 +173,7 @@ class FoldedLayers:
 def _prepare_wide(linears: Sequence[Linear]) -> bool:
     """Whether `gemm_wide` is to be had for some of a layer's linears."""
     device = linears[0].weight.device
-    if not any(gemm_wide.fits(each.weight, adds) for each, adds in zip(linears, (False, True) * 2, strict=True)):
+    if not any(gemm_wide.fits(each.weight) for each in linears):
         return False
     try:
         gemm_wide.prepare(device)
@@ -194,7 +194,7 @@ def _fold(layer: Layer, linears: Sequence[Linear], before: Layer | None, has_wid
     hidden = len(layer.out_bias)
     if before is None:
         scale, shift = torch.ones(hidden), torch.zeros(hidden)
-        is_wide = has_wide and gemm_wide.fits(query.weight, adds=False)
+        is_wide = has_wide and gemm_wide.fits(query.weight)
         bias = layer.qkv_bias.to(query.weight.device, _HALF)
         product = _Product(query, bias, None if is_wide else torch.empty(0))
     else:
@@ -214,7 +214,7 @@ def _fold(layer: Layer, linears: Sequence[Linear], before: Layer | None, has_wid
 def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], has_wide: bool) -> _Sum:
     """`norm`: scale and shift of that of the state that is added to."""
     (scale, shift), device = norm, own.weight.device
-    is_wide = has_wide and gemm_wide.fits(own.weight, adds=True)
+    is_wide = has_wide and gemm_wide.fits(own.weight)
     return _Sum(own, (bias + shift).to(device, _HALF), scale.to(device, _HALF if is_wide else torch.float32), is_wide)
 
 
@@ -225,7 +225,7 @@ def _fold_product(
     """`norm`: scale and shift; `state`: the calibrated states that this multiplies, of which a norm has one."""
     (scale, shift), device = norm, own.weight.device
     scaled, folded_bias = weight * scale, (bias + weight @ shift).to(device, _HALF)
-    if has_wide and gemm_wide.fits(own.weight, adds=False):
+    if has_wide and gemm_wide.fits(own.weight):
         return _Product(Linear((scaled - scaled.mean(1, keepdim=True)).to(device, _HALF)), folded_bias, None)
     if own.dtype == _HALF:
         folded = Linear(scaled.to(device, _HALF))

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from serving.kernels.compiled import CudaKernel, TensorMap
 from serving.kernels.gemm import is_hopper
+from serving.kernels.handover import starts_early
 
 COLUMNS = 192  # of a tile, and of what each pair of sums is over
 _ROWS, _STEP, _PIECE = 128, 64, 64
-_LEAST_DEPTH, _LEAST_DEPTH_TO_ADD = 384, 512  # below them `gemm_hopper`, which keeps such weights in shared memory
+_LEAST_DEPTH = 512  # below it `gemm_hopper` keeps its weights in shared memory, which measured faster
 _THREADS, _SHARED_BYTES = 384, 227 * 1024
 
 
@@ -31,13 +32,12 @@ class _Argument(ctypes.Structure):
     ]
 
 
-def fits(weight: Tensor, adds: bool) -> bool:
-    """Whether the kernel takes a weight [N, K], and is the faster one for it; `adds`: to a residual."""
+def fits(weight: Tensor) -> bool:
+    """Whether the kernel takes a weight [N, K], and is the faster one for it."""
     columns, depth = weight.shape
-    least = _LEAST_DEPTH_TO_ADD if adds else _LEAST_DEPTH
     if weight.dtype != torch.float16 or not is_hopper(weight.device):
         return False
-    return columns % COLUMNS == 0 and depth % _STEP == 0 and depth >= least
+    return columns % COLUMNS == 0 and depth % _STEP == 0 and depth >= _LEAST_DEPTH
 
 
 def linear(
@@ -91,4 +91,4 @@ def _launch(
         TensorMap.of(x, _ROWS, _STEP), TensorMap.of(weight, COLUMNS, _STEP), pieces, pieces, *pointers,
         eps, 1 / hidden, num_rows, down * across, across, down - 1 if is_upward else -1, depth // _STEP, sums.shape[1],
     )  # fmt: skip
-    kernel.launch(argument, min(num_programs, down * across), starts_early=True)
+    kernel.launch(argument, min(num_programs, down * across), starts_early(x))

@@ -160,8 +160,8 @@ def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
     """Also where only some of a layer's products go there, so that sums over 192 columns and over 128 meet."""
     config, weights = read_model(make_encoder(tmp_path, hidden=384, heads=6, intermediate=768, layers=3))
 
-    def fits(weight: Tensor, adds: bool) -> bool:
-        return wide == "all" or (adds and weight.shape[1] == 768)
+    def fits(weight: Tensor) -> bool:
+        return wide == "all" or weight.shape[1] == 768
 
     for name, twin in (("fits", fits), ("linear", multiply_wide), ("add", add_wide), ("prepare", lambda device: None)):
         monkeypatch.setattr(gemm_wide, name, twin)
@@ -179,7 +179,7 @@ def test_layers_without_a_compiler_for_the_wide_gemm_do_without_it(
     def fail(device: torch.device) -> None:
         raise CompileFailed("no such library: nvrtc")
 
-    monkeypatch.setattr(gemm_wide, "fits", lambda weight, adds: True)
+    monkeypatch.setattr(gemm_wide, "fits", lambda weight: True)
     monkeypatch.setattr(gemm_wide, "prepare", fail)
     config, weights = model
     batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
