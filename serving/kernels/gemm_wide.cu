@@ -10,7 +10,7 @@
 // weights whose rows sum to zero take the mean away. With RESIDUAL it is what is added that is normalised, and the sums
 // over the columns of each tile are left for the norm of who reads the rows. Norms come from such sums.
 //
-// E4M3 has the scales of its operands in the factor of the rows, or, with RESIDUAL, beside the product. NARROW results
+// E4M3 has the scales of its operands in the factor of the rows, or, with RESIDUAL, a factor of all. NARROW results
 // are E4M3 times a factor: of a GELU all of them, with RESIDUAL a copy. A thread has columns 2 t, 2 t + 1, 8 + 2 t and
 // 9 + 2 t of each 16, and they are left side by side: who reads them has its weights in that order.
 //
@@ -24,7 +24,7 @@ constexpr int STAGES = COPIES ? 3 : 4;  // copies take the room of one
 constexpr u32 X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + COLUMNS * 128, COPY_BYTES = COPIES ? ROWS * PIECE : 0;
 constexpr u32 PIECE_BYTES = ROWS * PIECE * (NARROW && !RESIDUAL ? 1 : 2), GROUP_BYTES = 2 * (PIECE_BYTES + COPY_BYTES);
 constexpr int EDGES = RESIDUAL ? 2 * ROWS : ROWS + COLUMNS;                                   // floats
-constexpr int KEPT = RESIDUAL ? COLUMNS : 0, FACTORS = NARROW || (E4M3 && RESIDUAL) ? 2 : 0;  // words of a program
+constexpr int KEPT = RESIDUAL ? COLUMNS : 0, FACTORS = NARROW || (RESIDUAL && E4M3) ? 2 : 0;  // words of a program
 
 struct Argument {
   TensorMap x, weight, out, residual, copy;
@@ -77,14 +77,15 @@ DEVICE void make_barriers(u32 bars) {
 }
 
 DEVICE void produce(const Argument& work, u32 ring, const Barriers& bars, int count) {
-  Tile tile = find_tile(work, 0);
-  for (int k = 0; k < STAGES; k++) {  // the weights are there from the start, x with the kernel before
-    barrier_expect(bars.full + 8 * k, STAGE_BYTES);
-    load_tile(ring + k * STAGE_BYTES + X_BYTES, &work.weight, k * STEP, tile.left, bars.full + 8 * k);
+  // The weights are there from the start, x with the kernel before.
+  for (int fill = 0; fill < min(STAGES, count * work.depth); fill++) {
+    int left = find_tile(work, fill / work.depth).left;
+    barrier_expect(bars.full + 8 * fill, STAGE_BYTES);
+    load_tile(ring + fill * STAGE_BYTES + X_BYTES, &work.weight, fill % work.depth * STEP, left, bars.full + 8 * fill);
   }
   wait_for_kernel_before();
   for (int turn = 0, fill = 0; turn < count; turn++) {
-    tile = find_tile(work, turn);
+    Tile tile = find_tile(work, turn);
     for (int k = 0; k < work.depth; k++, fill++) {
       u32 slot = fill % STAGES, bar = bars.full + 8 * slot, at = ring + slot * STAGE_BYTES;
       if (fill >= STAGES) {
@@ -150,8 +151,8 @@ DEVICE u32 further(u32 place) {
   return at;
 }
 
-// 16 columns of 64 rows, from the accumulators to `buffer`, where the residual lies. `norms`: shift and spread of the
-// thread's two rows; `row` is the one that it names to the matrix copies. `small`: the two rows in E4M3.
+// 16 columns of 64 rows, from the accumulators to where the residual lies: `place` is the lane's in a row of the piece.
+// `norms`: shift and spread of the thread's two rows; `small`: the two rows in E4M3.
 template <int NUMBER>
 DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32* columns, const float2 (&norms)[2],
                            float2 (&sums)[2], u32 place, u32* small, int lane) {
@@ -354,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gemm_wide(const __grid_cons
     int column = blockIdx.x % work.across * COLUMNS + threadIdx.x;
     columns[threadIdx.x] = work.bias[column] | work.scales[column] << 16;
   }
-  if (E4M3 && RESIDUAL && threadIdx.x == 0) columns[KEPT] = __float_as_uint(*work.x_scales * *work.weight_scale);
+  if (RESIDUAL && E4M3 && threadIdx.x == 0) columns[KEPT] = __float_as_uint(*work.x_scales * *work.weight_scale);
   if (NARROW && threadIdx.x == 0) columns[KEPT + 1] = pack(*work.out_factor, *work.out_factor);
   if (threadIdx.x == 0) make_barriers(bars);
   __syncthreads();
