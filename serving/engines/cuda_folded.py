@@ -7,12 +7,13 @@ that the one before it wrote last, which the second cache still has: they go dow
 
 The GEMM is `gemm_wide` where that is faster, else `gemm_hopper`. Where a matrix is E4M3, the state is written in E4M3
 as well, by a calibrated scale: a few states reach a hundred times as far as the others, and their norm, whose mean and
-spread come from all of them, does not survive a cut.
+spread come from all of them, does not survive a cut. What `gemm_wide` writes in E4M3 has an order of columns into which
+the matrices that read it are brought.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,12 +85,12 @@ class FoldedLayers:
         """`linears`: the layers' own, on the device, of which output and down are used as they are and all say which
         is E4M3. `is_steady`: see `attention`."""
         self._config, self._is_steady, device = config, is_steady, linears[0][1].weight.device
-        has_wide = not is_steady and _prepare_wide(linears[0])
-        before: Layer | None = None
+        has_wide = _prepare_wide(linears)
+        before: tuple[Layer, _Folded] | None = None
         self._layers: list[_Folded] = []
         for layer, own in zip(weights.layers, linears, strict=True):
             self._layers.append(_fold(layer, own, before, has_wide))
-            before = layer
+            before = layer, self._layers[-1]
         last = weights.layers[-1]
         self._norm = last.down_norm_weight.to(device, _HALF), last.down_norm_bias.to(device, _HALF)
         # Sums of rows with mean 0 and spread 1, of the states after the attention, and of those after the layer.
@@ -122,7 +123,9 @@ class FoldedLayers:
         return self._sums[number, : tokens * parts].view(tokens, parts, 2)
 
     def _goes_wide(self, added: _Sum, tokens: int) -> bool:
-        return added.is_wide and tokens >= gemm_wide.least_rows(self._config.hidden, self._programs)
+        """A steady result may not depend on the number of rows."""
+        least = 0 if self._is_steady else gemm_wide.least_rows(self._config.hidden, self._programs)
+        return added.is_wide and tokens >= least
 
     def _attend(
         self, layer: _Folded, batch: Packed, states: States, carve: Carve, is_long: bool, sums: Tensor | None, up: bool
@@ -141,16 +144,18 @@ class FoldedLayers:
     ) -> None:  # fmt: skip
         """A product with the normalised states; without `sums` they are normalised already."""
         own, eps = product.linear, self._config.eps
+        x, x_scales = (states.x, None) if own.dtype == _HALF else (states.narrow, states.scales)
+        if sums is not None:
+            x_scales = own.x_scale
+        assert x is not None, "E4M3 states where a layer reads such"
         if product.sums is None:
-            known = self._plain[: len(states.x)] if sums is None else sums
-            gemm_wide.linear(states.x, own.weight, product.bias, out, self._programs, known, eps, gelu, up)
+            known = self._plain[: len(x)] if sums is None else sums
+            scales = x_scales, own.weight_scale, out_factor
+            gemm_wide.linear(x, own.weight, product.bias, out, self._programs, known, eps, gelu, up, *scales)
             return
         from serving.kernels.gemm_hopper import RowNorm, linear  # noqa: PLC0415  Gluon loads only where it can run
 
-        x, x_scales = (states.x, None) if own.dtype == _HALF else (states.narrow, states.scales)
-        norm = None
-        if sums is not None:
-            norm, x_scales = RowNorm(sums, product.sums, eps), own.x_scale
+        norm = None if sums is None else RowNorm(sums, product.sums, eps)
         linear(
             x, own.weight, product.bias, out, self._programs, gelu, None, x_scales, own.weight_scale, out_factor, norm,
             is_upward=up,
@@ -161,35 +166,50 @@ class FoldedLayers:
     ) -> None:
         """Add a product to the states, which are normalised by their sums on the way and summed anew."""
         own, eps, (before, after) = added.linear, self._config.eps, sums
-        if self._goes_wide(added, len(x)):
-            total, programs = states.x, self._programs
-            gemm_wide.add(x, own.weight, added.bias, total, programs, before, added.scale, eps, after, up)
-            return
-        from serving.kernels.gemm_hopper import RowNorm, linear  # noqa: PLC0415  Gluon loads only where it can run
-
         copy: dict[str, Any] = {}
         if reader is not None and reader.dtype != _HALF:
             copy = {"copy": states.narrow, "out_factor": reader.x_factor}
+        if self._goes_wide(added, len(x)):
+            gemm_wide.add(
+                x, own.weight, added.bias, states.x, self._programs, before, added.scale, eps, after, up,
+                own.x_scale, own.weight_scale, **copy,
+            )  # fmt: skip
+            return
+        from serving.kernels.gemm_hopper import RowNorm, linear  # noqa: PLC0415  Gluon loads only where it can run
+
         linear(
             x, own.weight, added.bias, states.x, self._programs, residual=states.x, x_scales=own.x_scale,
             weight_scale=own.weight_scale, norm=RowNorm(before, added.scale, eps), out_sums=after, is_upward=up, **copy,
         )  # fmt: skip
 
 
-def _prepare_wide(linears: Sequence[Linear]) -> bool:
-    """Whether `gemm_wide` is to be had for some of a layer's linears."""
-    device = linears[0].weight.device
-    if not any(gemm_wide.fits(each.weight) for each in linears):
+def _prepare_wide(linears: Sequence[Sequence[Linear]]) -> bool:
+    """Whether `gemm_wide` is to be had, for those of the layers' linears that it fits."""
+    forms = _list_forms(linears)
+    if not forms:
         return False
     try:
-        gemm_wide.prepare(device)
+        gemm_wide.prepare(linears[0][0].weight.device, forms)
     except CompileFailed as error:
         _log.warning("many tokens run on the GEMM with smaller tiles reason=%s", error)
         return False
     return True
 
 
-def _fold(layer: Layer, linears: Sequence[Linear], before: Layer | None, has_wide: bool) -> _Folded:
+def _list_forms(linears: Sequence[Sequence[Linear]]) -> set[gemm_wide.Form]:
+    """What `gemm_wide` is compiled for: a result is in E4M3, or has a copy that is, where its reader takes E4M3."""
+    forms = set()
+    for number, (query, output, up, down) in enumerate(linears):
+        follower = linears[number + 1][0] if number + 1 < len(linears) else None
+        readers = None, up, down, follower
+        for place, (own, reader) in enumerate(zip((query, output, up, down), readers, strict=True)):
+            if gemm_wide.fits(own.weight):
+                is_read = reader is not None and reader.dtype != _HALF
+                forms.add(gemm_wide.Form(place % 2 == 1, place == 2, own.dtype != _HALF, is_read))
+    return forms
+
+
+def _fold(layer: Layer, linears: Sequence[Linear], before: tuple[Layer, _Folded] | None, has_wide: bool) -> _Folded:
     """The layer on states whose norm, that of the layer `before`, is still to come; the embeddings were normalised."""
     query, output, up, down = linears
     hidden = len(layer.out_bias)
@@ -199,17 +219,23 @@ def _fold(layer: Layer, linears: Sequence[Linear], before: Layer | None, has_wid
         bias = layer.qkv_bias.to(query.weight.device, _HALF)
         product = _Product(query, bias, None if is_wide else torch.empty(0))
     else:
-        scale, shift = before.down_norm_weight, before.down_norm_bias
+        earlier, folded = before
+        scale, shift = earlier.down_norm_weight, earlier.down_norm_bias
         product = _fold_product(
-            layer.qkv_weight, layer.qkv_bias, query, (scale, shift), (before.state_amax, 1), has_wide
+            layer.qkv_weight,
+            layer.qkv_bias,
+            query,
+            (scale, shift),
+            (earlier.state_amax, 1),
+            folded.down.is_wide,
+            has_wide,
         )
     middle = layer.out_norm_weight, layer.out_norm_bias
-    return _Folded(
-        query=product,
-        output=_fold_sum(output, layer.out_bias, (scale, shift), has_wide),
-        up=_fold_product(layer.up_weight, layer.up_bias, up, middle, (layer.state_amax, 0), has_wide),
-        down=_fold_sum(down, layer.down_bias, middle, has_wide),
-    )
+    first = _fold_sum(output, layer.out_bias, (scale, shift), has_wide)
+    inner = _fold_product(layer.up_weight, layer.up_bias, up, middle, (layer.state_amax, 0), first.is_wide, has_wide)
+    if inner.sums is None and down.dtype != _HALF:
+        down = replace(down, weight=gemm_wide.reorder(down.weight))
+    return _Folded(product, first, inner, _fold_sum(down, layer.down_bias, middle, has_wide))
 
 
 def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], has_wide: bool) -> _Sum:
@@ -221,17 +247,25 @@ def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], has_wide: 
 
 def _fold_product(
     weight: Tensor, bias: Tensor, own: Linear, norm: tuple[Tensor, Tensor], state: tuple[Tensor | None, int],
-    has_wide: bool,
+    is_reordered: bool, has_wide: bool,
 ) -> _Product:  # fmt: skip
-    """`norm`: scale and shift; `state`: the calibrated states that this multiplies, of which a norm has one."""
+    """`norm`: scale and shift; `state`: the calibrated states that this multiplies, of which a norm has one, and whose
+    E4M3 `is_reordered`.
+
+    A matrix for `gemm_wide` is centred, which takes the mean of a row of states away. In E4M3 its rounding is not: the
+    mean, a small part of the spread, times the sum of a row's rounding errors is left, as little as they otherwise do.
+    """
     (scale, shift), device = norm, own.weight.device
     scaled, folded_bias = weight * scale, (bias + weight @ shift).to(device, _HALF)
-    if has_wide and gemm_wide.fits(own.weight):
-        return _Product(Linear((scaled - scaled.mean(1, keepdim=True)).to(device, _HALF)), folded_bias, None)
+    is_wide = has_wide and gemm_wide.fits(own.weight)
+    if is_wide:
+        scaled = scaled - scaled.mean(1, keepdim=True)
     if own.dtype == _HALF:
         folded = Linear(scaled.to(device, _HALF))
     else:
         amax, number = state
         assert amax is not None, "calibrated"
-        folded = quantize(scaled, choose_input_scale(amax[number]), device)
-    return _Product(folded, folded_bias, folded.weight.float().sum(1))
+        folded = quantize(
+            gemm_wide.reorder(scaled) if is_reordered else scaled, choose_input_scale(amax[number]), device
+        )
+    return _Product(folded, folded_bias, None if is_wide else folded.weight.float().sum(1))

@@ -26,6 +26,7 @@ MATRICES = ("qkv_weight", "out_weight", "up_weight", "down_weight")
 BY_ROW = (0, 2)
 _MARGIN = 2.0  # between the largest input calibration saw and the largest E4M3 can hold: its precision is the same
 _SMALLEST_SCALE = 1e-12
+_SMALLEST_INPUT_SCALE = 2.0**-15  # its inverse is still a float16, in which kernels quantise
 
 
 def calibrate(weights: Weights, config: BertConfig, batches: Iterable[Packed]) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def calibrate(weights: Weights, config: BertConfig, batches: Iterable[Packed]) -
 
 def choose_input_scale(amax: Tensor) -> Tensor:
     """Float32 [1] by which what calibration saw up to `amax` is divided."""
-    return (amax * _MARGIN / reference.E4M3_MAX).clamp(min=_SMALLEST_SCALE).reshape(1)
+    return (amax * _MARGIN / reference.E4M3_MAX).clamp(min=_SMALLEST_INPUT_SCALE).reshape(1)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,16 +24,18 @@ class TensorMap(ctypes.Structure):
 
     @classmethod
     def of(cls, matrix: Tensor, rows: int, columns: int) -> "TensorMap":
-        """Boxes of `rows` x `columns` (64 of float16, a swizzle's span) of a contiguous float16 [M, N]."""
+        """Boxes of `rows` x `columns`, 64 or 128 bytes (a swizzle's span), of a contiguous float16 or E4M3 [M, N]."""
         from cuda.bindings import driver  # noqa: PLC0415  only a GPU's torch has it
 
-        height, width = matrix.shape
+        (height, width), size = matrix.shape, matrix.element_size()
+        types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
         ones, box = [driver.cuuint32_t(1)] * 2, [driver.cuuint32_t(columns), driver.cuuint32_t(rows)]
         encoded = driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, matrix.data_ptr(),
-            [driver.cuuint64_t(width), driver.cuuint64_t(height)], [driver.cuuint64_t(2 * width)], box, ones,
+            types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if size == 2 else types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2, matrix.data_ptr(), [driver.cuuint64_t(width), driver.cuuint64_t(height)],
+            [driver.cuuint64_t(size * width)], box, ones,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if columns * size == 128 else swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )  # fmt: skip

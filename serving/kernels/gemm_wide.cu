@@ -1,4 +1,4 @@
-// GEMM of normalised rows for Hopper in float16: tiles of 128 x 192, two groups of four warps in turns.
+// GEMM of normalised rows for Hopper in float16 or E4M3: tiles of 128 x 192, two groups of four warps in turns.
 //
 // One warp streams tiles of x and of the weights through a ring. The groups take turns at the tensor cores, so that the
 // epilogue of one runs while the other multiplies. A tile of 128 x 192 takes 138 bytes of shared memory a clock where
@@ -10,21 +10,31 @@
 // weights whose rows sum to zero take the mean away. With RESIDUAL it is what is added that is normalised, and the sums
 // over the columns of each tile are left for the norm of who reads the rows. Norms come from such sums.
 //
-// Compiled with RESIDUAL or without, then with GELU or without.
+// E4M3 has the scales of its operands in the factor of the rows, or, with RESIDUAL, a factor of all. NARROW results
+// are E4M3 times a factor: of a GELU all of them, with RESIDUAL a copy. A thread has columns 2 t, 2 t + 1, 8 + 2 t and
+// 9 + 2 t of each 16, and they are left side by side: who reads them has its weights in that order.
+//
+// Compiled with RESIDUAL or without, then with GELU or without; each with operands in E4M3 or not, NARROW or not.
 
 #include "wgmma.cuh"
 
-constexpr int ROWS = 128, COLUMNS = 192, STEP = 64, STAGES = 4, PIECE = 64, PIECES = COLUMNS / PIECE;
-constexpr u32 X_BYTES = ROWS * STEP * 2, STAGE_BYTES = X_BYTES + COLUMNS * STEP * 2, PIECE_BYTES = ROWS * PIECE * 2;
-constexpr int EDGES = RESIDUAL ? 2 * ROWS : ROWS + COLUMNS;  // floats
+constexpr bool COPIES = RESIDUAL && NARROW;
+constexpr int ROWS = 128, COLUMNS = 192, STEP = E4M3 ? 128 : 64, PIECE = 64, PIECES = COLUMNS / PIECE;
+constexpr int STAGES = COPIES ? 3 : 4;  // copies take the room of one
+constexpr u32 X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + COLUMNS * 128, COPY_BYTES = COPIES ? ROWS * PIECE : 0;
+constexpr u32 PIECE_BYTES = ROWS * PIECE * (NARROW && !RESIDUAL ? 1 : 2), GROUP_BYTES = 2 * (PIECE_BYTES + COPY_BYTES);
+constexpr int EDGES = RESIDUAL ? 2 * ROWS : ROWS + COLUMNS;                                   // floats
+constexpr int KEPT = RESIDUAL ? COLUMNS : 0, FACTORS = NARROW || (RESIDUAL && E4M3) ? 2 : 0;  // words of a program
 
 struct Argument {
-  TensorMap x, weight, out, residual;
-  const u16 *bias, *scales;                         // the latter of the residual's norm
-  const float2* sums;                               // sum and sum of squares, [num_rows, parts]
-  float2* out_sums;                                 // [num_rows, across]
+  TensorMap x, weight, out, residual, copy;
+  const u16 *bias, *scales;  // the latter of the residual's norm
+  const float2* sums;        // sum and sum of squares, [num_rows, parts]
+  float2* out_sums;          // [num_rows, across]
+  const float *x_scales, *weight_scale, *out_factor;
   float eps, share;                                 // one over the columns of the norm
   int num_rows, tiles, across, last, depth, parts;  // tiles go down the rows, or up from row `last` where there is one
+  int scale_rows;                                   // whether x has a scale a row
 };
 
 struct Tile {
@@ -67,14 +77,15 @@ DEVICE void make_barriers(u32 bars) {
 }
 
 DEVICE void produce(const Argument& work, u32 ring, const Barriers& bars, int count) {
-  Tile tile = find_tile(work, 0);
-  for (int k = 0; k < STAGES; k++) {  // the weights are there from the start, x with the kernel before
-    barrier_expect(bars.full + 8 * k, STAGE_BYTES);
-    load_tile(ring + k * STAGE_BYTES + X_BYTES, &work.weight, k * STEP, tile.left, bars.full + 8 * k);
+  // The weights are there from the start, x with the kernel before.
+  for (int fill = 0; fill < min(STAGES, count * work.depth); fill++) {
+    int left = find_tile(work, fill / work.depth).left;
+    barrier_expect(bars.full + 8 * fill, STAGE_BYTES);
+    load_tile(ring + fill * STAGE_BYTES + X_BYTES, &work.weight, fill % work.depth * STEP, left, bars.full + 8 * fill);
   }
   wait_for_kernel_before();
   for (int turn = 0, fill = 0; turn < count; turn++) {
-    tile = find_tile(work, turn);
+    Tile tile = find_tile(work, turn);
     for (int k = 0; k < work.depth; k++, fill++) {
       u32 slot = fill % STAGES, bar = bars.full + 8 * slot, at = ring + slot * STAGE_BYTES;
       if (fill >= STAGES) {
@@ -95,9 +106,9 @@ DEVICE void multiply_tile(float (&acc)[2][96], u32 ring, const Barriers& bars, i
     u64 x = describe(ring + slot * STAGE_BYTES), weight = describe(ring + slot * STAGE_BYTES + X_BYTES);
     open_products();
 #pragma unroll
-    for (int part = 0; part < STEP / 16; part++) {
-      multiply_64(acc[0], x + 2 * part, weight + 2 * part, k | part);
-      multiply_64(acc[1], x + 2 * part + 512, weight + 2 * part, k | part);
+    for (int part = 0; part < 4; part++) {
+      multiply_64<E4M3>(acc[0], x + 2 * part, weight + 2 * part, k | part);
+      multiply_64<E4M3>(acc[1], x + 2 * part + 512, weight + 2 * part, k | part);
     }
     close_products();
     wait_for_products<1>();
@@ -121,11 +132,30 @@ DEVICE void activate(u32 (&pairs)[4]) {
   for (int i = 0; i < 4; i++) asm("fma.rn.f16x2 %0, %0, %1, %0;" : "+r"(pairs[i]) : "r"(inner[i]));
 }
 
-// 16 columns of 64 rows, from the accumulators to `buffer`, where the residual lies. `norms`: shift and spread of the
-// thread's two rows; `row` is the one that it names to the matrix copies.
+// 4 columns of E4M3 from two pairs of halves; what is beyond E4M3 becomes its largest.
+DEVICE u32 narrow(u32 low, u32 high, u32 factor) {
+  u32 values;
+  asm("{\n.reg .b32 l, h;\n.reg .b16 a, b;\nmul.f16x2 l, %1, %3;\nmul.f16x2 h, %2, %3;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 a, l;\ncvt.rn.satfinite.e4m3x2.f16x2 b, h;\nmov.b32 %0, {a, b};\n}"
+      : "=r"(values)
+      : "r"(low), "r"(high), "r"(factor));
+  return values;
+}
+
+// From the first 32 bytes of a swizzled row to others. Said anew each time: kept, the places take registers that a tile
+// does not leave.
+template <int NUMBER>
+DEVICE u32 further(u32 place) {
+  u32 at;
+  asm volatile("xor.b32 %0, %1, %2;" : "=r"(at) : "r"(place), "n"(NUMBER * 32));
+  return at;
+}
+
+// 16 columns of 64 rows, from the accumulators to where the residual lies: `place` is the lane's in a row of the piece.
+// `norms`: shift and spread of the thread's two rows; `small`: the two rows in E4M3.
 template <int NUMBER>
 DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32* columns, const float2 (&norms)[2],
-                           float2 (&sums)[2], u32 buffer, int row, int lane) {
+                           float2 (&sums)[2], u32 place, u32* small, int lane) {
   float2 bias[2], scale[2] = {};
 #pragma unroll
   for (int side = 0; side < 2; side++) {
@@ -138,7 +168,7 @@ DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32
       bias[side] = *(const float2*)(edges + ROWS + column);
     }
   }
-  u32 at = buffer + row * 128 + ((NUMBER % 4 * 2 + lane / 16 ^ row & 7) << 4), residual[4] = {}, packed[4];
+  u32 at = further<NUMBER % 4>(place), residual[4] = {}, packed[4];
   if (RESIDUAL) load_matrices(at, residual);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -146,6 +176,7 @@ DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32
     float left = acc[(NUMBER * 2 + side) * 4 + low * 2], right = acc[(NUMBER * 2 + side) * 4 + low * 2 + 1];
     float2 norm = norms[low], added = unpack(residual[i]);
     if (RESIDUAL) {
+      if (E4M3) left *= __uint_as_float(columns[KEPT]), right *= __uint_as_float(columns[KEPT]);
       left += bias[side].x + (added.x * norm.y + norm.x) * scale[side].x;
       right += bias[side].y + (added.y * norm.y + norm.x) * scale[side].y;
       sums[low].x += left + right, sums[low].y += left * left + right * right;
@@ -155,7 +186,9 @@ DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32
     packed[i] = pack(left, right);
   }
   if (GELU) activate(packed);
-  store_matrices(at, packed);
+  if (NARROW)
+    for (int low = 0; low < 2; low++) small[low] = narrow(packed[low], packed[2 + low], columns[KEPT + 1]);
+  if (RESIDUAL || !NARROW) store_matrices(at, packed);
 }
 
 // Piece number NUMBER of a tile, which is piece `piece` of the group's.
@@ -164,20 +197,25 @@ DEVICE void finish_piece(const float (&acc)[2][96], const float* edges, const u3
                          u32 buffers, const Barriers& bars, int piece, int warp, int lane) {
   int side = piece & 1;
   barrier_wait(bars.open + 8 * side, piece >> 1 & 1 ^ (RESIDUAL ? 0 : 1));
+  int row = warp * 16 + lane % 16;  // that the lane names to the matrix copies
+  u32 buffer = buffers + side * PIECE_BYTES, copy = COPIES ? buffers + 2 * PIECE_BYTES + side * COPY_BYTES : buffer;
+  u32 place = buffer + row * 128 + ((lane / 16 ^ row & 7) << 4);
+  u32 narrow_place = copy + row * 64 + ((lane / 16 ^ row >> 1 & 3) << 4);
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    int top = half * 64 + warp * 16, row = top + lane % 16;
-    u32 buffer = buffers + side * PIECE_BYTES;
+  for (int half = 0; half < 2; half++, place += 64 * 128, narrow_place += 64 * 64) {
     float2 norms[2];
 #pragma unroll
     for (int low = 0; low < 2; low++) {
-      int own = top + lane / 4 + low * 8;
+      int own = half * 64 + warp * 16 + lane / 4 + low * 8;
       norms[low] = RESIDUAL ? ((const float2*)edges)[own] : make_float2(0, edges[own]);
     }
-    finish_columns<NUMBER * 4>(acc[half], edges, columns, norms, sums[half], buffer, row, lane);
-    finish_columns<NUMBER * 4 + 1>(acc[half], edges, columns, norms, sums[half], buffer, row, lane);
-    finish_columns<NUMBER * 4 + 2>(acc[half], edges, columns, norms, sums[half], buffer, row, lane);
-    finish_columns<NUMBER * 4 + 3>(acc[half], edges, columns, norms, sums[half], buffer, row, lane);
+    u32 small[2][4];
+    finish_columns<NUMBER * 4>(acc[half], edges, columns, norms, sums[half], place, small[0], lane);
+    finish_columns<NUMBER * 4 + 1>(acc[half], edges, columns, norms, sums[half], place, small[0] + 2, lane);
+    if (NARROW) store_matrices(narrow_place, small[0]);
+    finish_columns<NUMBER * 4 + 2>(acc[half], edges, columns, norms, sums[half], place, small[1], lane);
+    finish_columns<NUMBER * 4 + 3>(acc[half], edges, columns, norms, sums[half], place, small[1] + 2, lane);
+    if (NARROW) store_matrices(further<1>(narrow_place), small[1]);
   }
   fence_copies();
   barrier_arrive(bars.written + 8 * side);
@@ -239,6 +277,10 @@ DEVICE Edges fetch_edges(const Argument& work, Tile tile, int lane) {
   for (int i = 0; i < ROWS / 32; i++) {
     float mean = edges.rows[i].x * work.share, square = edges.rows[i].y * work.share;
     float spread = rsqrtf(square - mean * mean + work.eps);
+    if (E4M3 && !RESIDUAL) {
+      int row = min(tile.top + i * 32 + lane, work.num_rows - 1);
+      spread *= work.x_scales[row * work.scale_rows] * *work.weight_scale;
+    }
     edges.rows[i] = make_float2(-mean * spread, spread);
   }
   if (!RESIDUAL)
@@ -290,6 +332,8 @@ DEVICE void attend(const Argument& work, u32 buffers, float* edges, const Barrie
       u32 side = piece & 1;
       barrier_wait(bars.written + 8 * side, piece >> 1 & 1);
       if (lane == 0) {
+        if (COPIES)
+          begin_store(&work.copy, buffers + 2 * PIECE_BYTES + side * COPY_BYTES, tile.left + number * PIECE, tile.top);
         store_tile(&work.out, buffers + side * PIECE_BYTES, tile.left + number * PIECE, tile.top);
         if (!RESIDUAL) barrier_arrive(bars.open + 8 * side);
         if (RESIDUAL && piece + 2 < pieces) load_residual(work, buffers, bars, group, piece + 2);
@@ -303,19 +347,21 @@ DEVICE void attend(const Argument& work, u32 buffers, float* edges, const Barrie
 extern "C" __global__ void __launch_bounds__(384, 1) gemm_wide(const __grid_constant__ Argument work) {
   extern __shared__ __align__(1024) char area[];
   let_next_kernel_start();
-  char* behind = area + STAGES * STAGE_BYTES + 4 * PIECE_BYTES;
+  char* behind = area + STAGES * STAGE_BYTES + 2 * GROUP_BYTES;
   u32 ring = address_of(area), bars = address_of(behind);
   u32* columns = (u32*)(behind + 8 * BARRIERS);
-  float* edges = (float*)(columns + (RESIDUAL ? COLUMNS : 0));
+  float* edges = (float*)(columns + KEPT + FACTORS);
   if (RESIDUAL && threadIdx.x < COLUMNS) {  // bias and scale: a program keeps its column
     int column = blockIdx.x % work.across * COLUMNS + threadIdx.x;
     columns[threadIdx.x] = work.bias[column] | work.scales[column] << 16;
   }
+  if (RESIDUAL && E4M3 && threadIdx.x == 0) columns[KEPT] = __float_as_uint(*work.x_scales * *work.weight_scale);
+  if (NARROW && threadIdx.x == 0) columns[KEPT + 1] = pack(*work.out_factor, *work.out_factor);
   if (threadIdx.x == 0) make_barriers(bars);
   __syncthreads();
   int count = (work.tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x, warp = threadIdx.x / 32;
   int group = warp < 4 ? warp - 1 : warp / 4 - 1;
-  u32 buffers = ring + STAGES * STAGE_BYTES + group * 2 * PIECE_BYTES;
+  u32 buffers = ring + STAGES * STAGE_BYTES + group * GROUP_BYTES;
   Barriers own = find_barriers(bars, group);
   if (warp < 4) {
     leave_registers<40>();

@@ -1,12 +1,16 @@
 """GEMM of normalised rows for Hopper (capability 9.0) in CUDA C++: see gemm_wide.cu.
 
 Faster than `gemm_hopper` where that one has to stream its weights: Triton has no tiles of 192 columns.
+
+E4M3 that it writes has the columns of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, as the tensor cores
+leave them to a thread: a weight that multiplies it is brought into that order by `reorder`, once.
 """
 
 import ctypes
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +20,42 @@ from serving.kernels.gemm import is_hopper
 from serving.kernels.handover import starts_early
 
 COLUMNS = 192  # of a tile, and of what each pair of sums is over
-_ROWS, _STEP, _PIECE = 128, 64, 64
+_ROWS, _PIECE = 128, 64
+_STEP_BYTES = 128  # of a tile's row in the ring: one swizzle span
 _LEAST_DEPTH = 512  # below it `gemm_hopper` keeps its weights in shared memory, which measured faster
 _OTHER_TILE = 128 * 128  # values of a tile of `gemm_hopper`
 _THREADS, _SHARED_BYTES = 384, 227 * 1024
+
+
+class Form(NamedTuple):
+    """What is compiled by itself: `add` or `linear`, operands in E4M3 or not, and a result that is, or a copy of it."""
+
+    adds: bool = False
+    gelu: bool = False
+    takes_e4m3: bool = False
+    gives_e4m3: bool = False
 
 
 class _Argument(ctypes.Structure):
     """`Argument` of the kernel."""
 
     _fields_ = [
-        *((name, TensorMap) for name in ("x", "weight", "out", "residual")),
+        *((name, TensorMap) for name in ("x", "weight", "out", "residual", "copy")),
         *((name, ctypes.c_void_p) for name in ("bias", "scales", "sums", "out_sums")),
+        *((name, ctypes.c_void_p) for name in ("x_scales", "weight_scale", "out_factor")),
         *((name, ctypes.c_float) for name in ("eps", "share")),
-        *((name, ctypes.c_int) for name in ("num_rows", "tiles", "across", "last", "depth", "parts")),
+        *((name, ctypes.c_int) for name in ("num_rows", "tiles", "across", "last", "depth", "parts", "scale_rows")),
+        ("rest", ctypes.c_char * 36),  # tensor maps make the kernel's struct a multiple of 64 bytes
     ]
 
 
 def fits(weight: Tensor) -> bool:
     """Whether the kernel takes a weight [N, K], and is the faster one for it."""
     columns, depth = weight.shape
-    if weight.dtype != torch.float16 or not is_hopper(weight.device):
+    if weight.dtype not in (torch.float16, torch.float8_e4m3fn) or not is_hopper(weight.device):
         return False
-    return columns % COLUMNS == 0 and depth % _STEP == 0 and depth >= _LEAST_DEPTH
+    is_whole = columns % COLUMNS == 0 and depth * weight.element_size() % _STEP_BYTES == 0
+    return is_whole and depth >= _LEAST_DEPTH
 
 
 def least_rows(columns: int, num_programs: int) -> int:
@@ -46,55 +63,76 @@ def least_rows(columns: int, num_programs: int) -> int:
     return num_programs * _OTHER_TILE // columns + 1
 
 
+def reorder(weight: Tensor) -> Tensor:
+    """A weight [N, K] for an x in the order in which E4M3 is written here; K in multiples of 16."""
+    return weight.unflatten(1, (-1, 2, 4, 2)).transpose(2, 3).flatten(1).contiguous()
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, num_programs: int, sums: Tensor, eps: float,
-    gelu: bool = False, is_upward: bool = False,
+    gelu: bool = False, is_upward: bool = False, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
+    out_factor: Tensor | None = None,
 ) -> None:  # fmt: skip
     """norm(x) @ weight.T + bias, with GELU when `gelu`: x [T, K], weight [N, K], bias [N], out [T, N], all float16.
 
     The norm's scale is in the weight, whose rows sum to 0, and its shift in the bias. `sums` (float32 [T, parts, 2]):
     sum and sum of squares of each row of x, in parts. `num_programs`: multiprocessors. `is_upward` begins with the
-    last rows: those that whoever wrote x downward left in the second cache. Raises CompileFailed.
+    last rows: those that whoever wrote x downward left in the second cache. x and weight may be E4M3, to be multiplied
+    by `x_scales` (float32, of x [1] or of its rows [T]) and `weight_scale` [1]; of a GELU `out` may be E4M3, which
+    takes the result times `out_factor` (float32 [1], at most 65504), in the module's order. Raises CompileFailed.
     """
-    kernel = _load(x.device, False, gelu)
-    _launch(kernel, x.shape[1], x, weight, bias, out, num_programs, sums, eps, is_upward)
+    form = Form(False, gelu, x_scales is not None, out_factor is not None)
+    pieces = TensorMap.of(out, _ROWS, _PIECE)
+    vectors = bias, None, sums, None, x_scales, weight_scale, out_factor
+    _launch(form, x, weight, (pieces, pieces, pieces), vectors, num_programs, x.shape[1], eps, is_upward)
 
 
 def add(
     x: Tensor, weight: Tensor, bias: Tensor, total: Tensor, num_programs: int, sums: Tensor, scale: Tensor, eps: float,
-    out_sums: Tensor, is_upward: bool = False,
+    out_sums: Tensor, is_upward: bool = False, x_scale: Tensor | None = None, weight_scale: Tensor | None = None,
+    out_factor: Tensor | None = None, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
     """total = norm(total) + x @ weight.T + bias in place: x [T, K], weight [N, K], bias [N], total [T, N].
 
     `scale` (float16 [N]) is the norm's; its shift is in the bias. `sums` as of `linear`, of `total`; `out_sums`
-    (float32 [T, N / COLUMNS, 2]) takes those of the result. Raises CompileFailed.
+    (float32 [T, N / COLUMNS, 2]) takes those of the result. x and weight may be E4M3 with float32 [1] scales. `copy`
+    (E4M3 [T, N]) takes the result times `out_factor` as of `linear`. Raises CompileFailed.
     """
-    kernel = _load(x.device, True, False)
+    form = Form(True, False, x_scale is not None, copy is not None)
     num_programs -= num_programs % (len(weight) // COLUMNS)  # a program keeps its column
-    _launch(kernel, total.shape[1], x, weight, bias, total, num_programs, sums, eps, is_upward, scale, out_sums)
+    pieces = TensorMap.of(total, _ROWS, _PIECE)
+    copies = pieces if copy is None else TensorMap.of(copy, _ROWS, _PIECE)
+    vectors = bias, scale, sums, out_sums, x_scale, weight_scale, out_factor
+    _launch(form, x, weight, (pieces, pieces, copies), vectors, num_programs, len(weight), eps, is_upward)
 
 
-def prepare(device: torch.device) -> None:
-    """Compile all forms, beside each other. Raises CompileFailed."""
+def prepare(device: torch.device, forms: Collection[Form]) -> None:
+    """Compile the forms, beside each other. Raises CompileFailed."""
     with ThreadPoolExecutor() as pool:
-        list(pool.map(partial(_load, device), (True, False, False), (False, False, True)))
+        list(pool.map(partial(_load, device), forms))
 
 
 @cache
-def _load(device: torch.device, adds: bool, gelu: bool) -> CudaKernel:
-    return CudaKernel("gemm_wide", {"RESIDUAL": int(adds), "GELU": int(gelu)}, device, _THREADS, _SHARED_BYTES)
+def _load(device: torch.device, form: Form) -> CudaKernel:
+    names = "RESIDUAL", "GELU", "E4M3", "NARROW"
+    macros = {name: int(value) for name, value in zip(names, form, strict=True)}
+    return CudaKernel("gemm_wide", macros, device, _THREADS, _SHARED_BYTES)
 
 
 def _launch(
-    kernel: CudaKernel, hidden: int, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, num_programs: int,
-    sums: Tensor, eps: float, is_upward: bool, scale: Tensor | None = None, out_sums: Tensor | None = None,
+    form: Form, x: Tensor, weight: Tensor, results: tuple[TensorMap, TensorMap, TensorMap],
+    vectors: tuple[Tensor | None, ...], num_programs: int, normed: int, eps: float, is_upward: bool,
 ) -> None:  # fmt: skip
+    """`results`: out, residual and copy; `vectors` in the order of the argument; `normed` columns have the norm."""
     (num_rows, depth), across = x.shape, len(weight) // COLUMNS
-    down = -(-num_rows // _ROWS)
-    pieces = TensorMap.of(out, _ROWS, _PIECE)
-    pointers: list[Any] = [None if each is None else each.data_ptr() for each in (bias, scale, sums, out_sums)]
+    down, step = -(-num_rows // _ROWS), _STEP_BYTES // x.element_size()
+    _, _, sums, _, x_scales, _, _ = vectors
+    assert sums is not None
+    pointers: list[Any] = [None if each is None else each.data_ptr() for each in vectors]
+    has_row_scales = x_scales is not None and x_scales.numel() > 1
     argument = _Argument(
-        TensorMap.of(x, _ROWS, _STEP), TensorMap.of(weight, COLUMNS, _STEP), pieces, pieces, *pointers,
-        eps, 1 / hidden, num_rows, down * across, across, down - 1 if is_upward else -1, depth // _STEP, sums.shape[1],
+        TensorMap.of(x, _ROWS, step), TensorMap.of(weight, COLUMNS, step), *results, *pointers,
+        eps, 1 / normed, num_rows, down * across, across, down - 1 if is_upward else -1, depth // step, sums.shape[1],
+        has_row_scales,
     )  # fmt: skip
-    kernel.launch(argument, min(num_programs, down * across), starts_early(x))
+    _load(x.device, form).launch(argument, min(num_programs, down * across), starts_early(x))

@@ -1,6 +1,8 @@
 """Layers folded into their neighbours are the layers: the algebra, on a twin of Hopper's GEMM in plain PyTorch."""
 
+import ctypes
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,25 +70,60 @@ def sum_rows(x: Tensor, columns: int) -> Tensor:
     return torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
 
 
+def multiply_scaled(x: Tensor, weight: Tensor, x_scales: Tensor | None, weight_scale: Tensor | None) -> Tensor:
+    """The product of float16, or of E4M3 with its scales: never one of each."""
+    assert x.dtype == weight.dtype
+    product = x.float() @ weight.float().T
+    if x_scales is None or weight_scale is None:
+        assert x.dtype == torch.float16
+        return product
+    return product * x_scales.reshape(-1, 1) * weight_scale
+
+
+def narrow(x: Tensor, factor: Tensor) -> Tensor:
+    """E4M3 in the order of columns that `gemm_wide` names."""
+    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+    return reference.quantize_tensor(x.view(len(x), -1, 16)[:, :, order].flatten(1), 1 / factor)
+
+
 def multiply_wide(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, num_programs: int, sums: Tensor, eps: float,
-    gelu: bool = False, is_upward: bool = False,
+    gelu: bool = False, is_upward: bool = False, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
+    out_factor: Tensor | None = None,
 ) -> None:  # fmt: skip
     """What `gemm_wide.linear` says of itself: rows of the weight that sum to 0 take the mean away."""
     _, spread = read_norm(sums, x.shape[1], eps)
-    result = x.float() @ weight.float().T * spread + bias.float()
-    out.copy_(torch.nn.functional.gelu(result) if gelu else result)
+    result = multiply_scaled(x, weight, x_scales, weight_scale) * spread + bias.float()
+    result = torch.nn.functional.gelu(result) if gelu else result
+    out.copy_(result if out_factor is None else narrow(result, out_factor))
 
 
 def add_wide(
     x: Tensor, weight: Tensor, bias: Tensor, total: Tensor, num_programs: int, sums: Tensor, scale: Tensor, eps: float,
-    out_sums: Tensor, is_upward: bool = False,
+    out_sums: Tensor, is_upward: bool = False, x_scale: Tensor | None = None, weight_scale: Tensor | None = None,
+    out_factor: Tensor | None = None, copy: Tensor | None = None,
 ) -> None:  # fmt: skip
     """What `gemm_wide.add` says of itself."""
     mean, spread = read_norm(sums, total.shape[1], eps)
-    result = x.float() @ weight.float().T + bias.float() + (total.float() - mean) * spread * scale.float()
+    product = multiply_scaled(x, weight, x_scale, weight_scale)
+    result = product + bias.float() + (total.float() - mean) * spread * scale.float()
     out_sums.copy_(sum_rows(result, gemm_wide.COLUMNS))
     total.copy_(result)
+    if copy is not None:
+        assert out_factor is not None
+        copy.copy_(narrow(result, out_factor))
+
+
+def use_wide(monkeypatch: pytest.MonkeyPatch, fits: Callable[[Tensor], bool]) -> list[gemm_wide.Form]:
+    """The wide GEMM in plain PyTorch, for the weights that it `fits`; returns what will have been compiled."""
+    forms: list[gemm_wide.Form] = []
+
+    def prepare(device: torch.device, wanted: Collection[gemm_wide.Form]) -> None:
+        forms.extend(wanted)
+
+    for name, twin in (("fits", fits), ("linear", multiply_wide), ("add", add_wide), ("prepare", prepare)):
+        monkeypatch.setattr(gemm_wide, name, twin)
+    return forms
 
 
 def run_folded(
@@ -162,15 +199,12 @@ def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
     added = []
     config, weights = read_model(make_encoder(tmp_path, hidden=384, heads=6, intermediate=768, layers=3))
 
-    def fits(weight: Tensor) -> bool:
-        return wide == "all" or weight.shape[1] == 768
-
     def add(x: Tensor, *arguments: Any) -> None:
         added.append(x.shape[1])
         add_wide(x, *arguments)
 
-    for name, twin in (("fits", fits), ("linear", multiply_wide), ("add", add), ("prepare", lambda device: None)):
-        monkeypatch.setattr(gemm_wide, name, twin)
+    use_wide(monkeypatch, lambda weight: wide == "all" or weight.shape[1] == 768)
+    monkeypatch.setattr(gemm_wide, "add", add)
     monkeypatch.setattr(gemm_wide, "least_rows", lambda columns, num_programs: least)
     batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
     linears = [[Linear(getattr(layer, name).half()) for name in MATRICES] for layer in weights.layers]
@@ -181,10 +215,51 @@ def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
 
 @NEEDS_NO_GPU
 @pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("wide", ["all", "long", "short", "E4M3"])
+@pytest.mark.parametrize("narrow", ["all", "every second"])
+def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
+    wide: str, narrow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever products go there: who reads what it writes in E4M3 has its matrix in the same order."""
+    config, weights = read_model(make_encoder(tmp_path, hidden=384, heads=6, intermediate=768, layers=3))
+    chosen: dict[str, Callable[[Tensor], bool]] = {
+        "all": lambda weight: True,
+        "long": lambda weight: weight.shape[1] == 768,
+        "short": lambda weight: weight.shape[1] == 384,
+        "E4M3": lambda weight: weight.dtype == torch.float8_e4m3fn,
+    }
+    forms = use_wide(monkeypatch, chosen[wide])
+    batch, cpu = make_packed([5, 1, 90, 33], torch.device("cpu")), torch.device("cpu")
+    float16 = {"all": [], "every second": list_linears(3)[::2]}[narrow]
+    linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
+    vectors = run_folded(config, weights, batch, linears)
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
+    if narrow == "all" and wide == "all":
+        query, up = (False, False, True, False), (False, True, True, True)
+        add, last_down = (True, False, True, True), (True, False, True, False)
+        assert sorted(forms) == sorted([query, up, add, last_down])
+
+
+def test_the_wide_gemm_reorders_weights_as_it_writes() -> None:
+    """x in its order times a weight in its order is the product; for E4M3 as well."""
+    x, weight = torch.randn(5, 64), torch.randn(3, 64)
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert gemm_wide.reorder(torch.arange(32.0).reshape(1, 32))[0].tolist() == [*order, *(each + 16 for each in order)]
+    torch.testing.assert_close(gemm_wide.reorder(x) @ gemm_wide.reorder(weight).T, x @ weight.T)
+    small = weight.to(torch.float8_e4m3fn)
+    assert torch.equal(gemm_wide.reorder(small).float(), gemm_wide.reorder(small.float()))
+
+
+def test_the_wide_gemms_argument_is_as_long_as_the_kernels_struct() -> None:
+    assert ctypes.sizeof(gemm_wide._Argument) % 64 == 0
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
 def test_layers_without_a_compiler_for_the_wide_gemm_do_without_it(
     model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(device: torch.device) -> None:
+    def fail(device: torch.device, forms: Collection[gemm_wide.Form]) -> None:
         raise CompileFailed("no such library: nvrtc")
 
     monkeypatch.setattr(gemm_wide, "fits", lambda weight: True)
