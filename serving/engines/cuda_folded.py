@@ -82,8 +82,8 @@ class FoldedLayers:
         max_tokens: int,
         is_steady: bool,
     ) -> None:
-        """`linears`: the layers' own, on the device, of which output and down are used as they are, but for their columns'
-        order, and all say which is E4M3. `is_steady`: see `attention`."""
+        """`linears`: the layers' own, on the device, of which output and down are used as they are, their
+        columns perhaps in another order, and all say which is E4M3. `is_steady`: see `attention`."""
         self._config, self._is_steady, device = config, is_steady, linears[0][1].weight.device
         has_wide = _prepare_wide(linears)
         before: tuple[Layer, _Folded] | None = None
