@@ -82,8 +82,8 @@ class FoldedLayers:
         max_tokens: int,
         is_steady: bool,
     ) -> None:
-        """`linears`: the layers' own, on the device, of which output and down are used as they are and all say which
-        is E4M3. `is_steady`: see `attention`."""
+        """`linears`: the layers' own, on the device, of which output and down are used as they are, their
+        columns perhaps in another order, and all say which is E4M3. `is_steady`: see `attention`."""
         self._config, self._is_steady, device = config, is_steady, linears[0][1].weight.device
         has_wide = _prepare_wide(linears)
         before: tuple[Layer, _Folded] | None = None
@@ -252,8 +252,8 @@ def _fold_product(
     """`norm`: scale and shift; `state`: the calibrated states that this multiplies, of which a norm has one, and whose
     E4M3 `is_reordered`.
 
-    A matrix for `gemm_wide` is centred, which takes the mean of a row of states away. In E4M3 its rounding is not: the
-    mean, a small part of the spread, times the sum of a row's rounding errors is left, as little as they otherwise do.
+    A matrix for `gemm_wide` is centred, which takes the mean of a row of states away. The rounding of its values to
+    E4M3 is not centred: the mean, a part of the states like any other, times the sum of a row's rounding errors stays.
     """
     (scale, shift), device = norm, own.weight.device
     scaled, folded_bias = weight * scale, (bias + weight @ shift).to(device, _HALF)
