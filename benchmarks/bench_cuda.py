@@ -8,6 +8,7 @@ sentence-transformers in float32) and adds the quality rows. Weights are random 
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -261,6 +262,7 @@ def _mixed_lengths() -> list[int]:
 
 
 def _start_peak() -> int:
+    gc.collect()  # torch.compile leaves cycles that hold memory, whose end would count against whoever comes next
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()

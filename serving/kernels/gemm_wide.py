@@ -23,6 +23,7 @@ COLUMNS = 192  # of a tile, and of what each pair of sums is over
 _ROWS, _PIECE = 128, 64
 _STEP_BYTES = 128  # of a tile's row in the ring: one swizzle span
 _LEAST_DEPTH = 512  # below it `gemm_hopper` keeps its weights in shared memory, which measured faster
+_LEAST_COLUMNS_E4M3 = 768  # E4M3 takes it for any number of rows, of which few have too few tiles with fewer columns
 _OTHER_TILE = 128 * 128  # values of a tile of `gemm_hopper`
 _THREADS, _SHARED_BYTES = 384, 227 * 1024
 
@@ -52,7 +53,10 @@ class _Argument(ctypes.Structure):
 def fits(weight: Tensor) -> bool:
     """Whether the kernel takes a weight [N, K], and is the faster one for it."""
     columns, depth = weight.shape
-    if weight.dtype not in (torch.float16, torch.float8_e4m3fn) or not is_hopper(weight.device):
+    is_e4m3 = weight.dtype == torch.float8_e4m3fn
+    if not (is_e4m3 or weight.dtype == torch.float16) or not is_hopper(weight.device):
+        return False
+    if is_e4m3 and columns < _LEAST_COLUMNS_E4M3:
         return False
     is_whole = columns % COLUMNS == 0 and depth * weight.element_size() % _STEP_BYTES == 0
     return is_whole and depth >= _LEAST_DEPTH

@@ -165,3 +165,4 @@ def test_what_does_not_fit_goes_elsewhere() -> None:
     assert gemm_wide.fits(draw(2304, 768).to(E4M3))
     assert not gemm_wide.fits(draw(2304, 448).to(E4M3))  # not whole steps of the ring
     assert not gemm_wide.fits(draw(1024, 1024).to(E4M3))
+    assert not gemm_wide.fits(draw(384, 1536).to(E4M3))  # too few tiles for few rows
