@@ -115,3 +115,18 @@ def test_newest_run_is_the_last_of_the_file(tmp_path: Path, capsys: pytest.Captu
     assert "old" not in printed
     path.write_text("", encoding="utf-8")
     assert main([str(path)]) == 1
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "other.jsonl")])
+    assert "there is no file" in capsys.readouterr().err
+
+
+def test_rows_without_a_run_are_those_of_a_commit_with_every_ratio() -> None:
+    """As those of the GPU, which several baselines have in one run."""
+    rows = [
+        row("mixed", "thorforge", 1.0, commit="old", config={"tokens": 3}),
+        row("mixed", "thorforge", 2.0, commit="new", config={"tokens": 3}, baseline="padded", ratio=8.8),
+        row("mixed", "thorforge", 2.0, commit="new", config={"tokens": 3}, baseline="sorted", ratio=2.9),
+    ]
+    newest = newest_run(rows)
+    assert newest == rows[1:]
+    assert "8.8 × padded, 2.9 × sorted" in render_table(newest)
