@@ -30,7 +30,7 @@ def check_batch(input_ids: Ids, attention_mask: Ids, limits: Limits) -> Lengths:
     if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape or not len(input_ids):
         raise ValueError(f"ids {input_ids.shape} and mask {attention_mask.shape} must both be [B, T] with B at least 1")
     lengths: Lengths = attention_mask.sum(axis=1)
-    if (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64).tobytes() != attention_mask.tobytes():
+    if not np.array_equal(attention_mask, np.arange(input_ids.shape[1]) < lengths[:, None]):
         raise ValueError("a row of the mask is not ones followed by zeros")
     if lengths.min() < 1:
         raise ValueError(f"row {int(lengths.argmin())} has no tokens")
