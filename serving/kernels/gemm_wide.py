@@ -116,11 +116,15 @@ def prepare(device: torch.device, forms: Collection[Form]) -> None:
         list(pool.map(partial(_load, device), forms))
 
 
+def make_macros(form: Form) -> dict[str, int]:
+    """What the kernel is compiled with."""
+    names = "RESIDUAL", "GELU", "E4M3", "NARROW"
+    return {name: int(value) for name, value in zip(names, form, strict=True)}
+
+
 @cache
 def _load(device: torch.device, form: Form) -> CudaKernel:
-    names = "RESIDUAL", "GELU", "E4M3", "NARROW"
-    macros = {name: int(value) for name, value in zip(names, form, strict=True)}
-    return CudaKernel("gemm_wide", macros, device, _THREADS, _SHARED_BYTES)
+    return CudaKernel("gemm_wide", make_macros(form), device, _THREADS, _SHARED_BYTES)
 
 
 def _launch(

@@ -5,14 +5,21 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from pathlib import Path
 
 # Program → Debian package. PostgreSQL's server is not on the path there, but by version below /usr/lib.
 _PROGRAMS = {"chromium": "chromium", "postgres": "postgresql"}
 _ELSEWHERE = {"postgres": "/usr/lib/postgresql/*/bin/postgres"}
+_COMPILER = "nvidia-cuda-nvrtc==13.5.37"  # beside the packages, among which that of torch's CUDA build may be
+COMPILER_FOLDER = Path(sys.prefix) / "nvrtc"
 
 
 def main() -> int:
-    """Install missing system packages as root on Debian; otherwise say what to install. Returns the exit status."""
+    """Install NVIDIA's compiler, and missing system packages as root on Debian; otherwise say which. Returns the exit
+    status."""
+    if not COMPILER_FOLDER.exists():
+        quiet = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(COMPILER_FOLDER)]
+        subprocess.run([sys.executable, "-m", "pip", "install", *quiet, _COMPILER], check=True)
     missing = [package for program, package in _PROGRAMS.items() if not _is_there(program)]
     if not missing:
         return 0
