@@ -21,7 +21,7 @@ from serving.kernels import gemm_wide, reference
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
-from tests.serving.kernels.packs import make_packed, poisoned
+from tests.serving.kernels.packs import make_packed, poisoned, sum_rows
 
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the GEMM itself")
 
@@ -65,11 +65,6 @@ def read_norm(sums: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
     return mean, torch.rsqrt(square - mean * mean + eps)
 
 
-def sum_rows(x: Tensor, columns: int) -> Tensor:
-    parts = x.view(len(x), -1, columns)
-    return torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
-
-
 def multiply_scaled(x: Tensor, weight: Tensor, x_scales: Tensor | None, weight_scale: Tensor | None) -> Tensor:
     """The product of float16, or of E4M3 with its scales: never one of each."""
     assert x.dtype == weight.dtype
@@ -107,7 +102,7 @@ def add_wide(
     mean, spread = read_norm(sums, total.shape[1], eps)
     product = multiply_scaled(x, weight, x_scale, weight_scale)
     result = product + bias.float() + (total.float() - mean) * spread * scale.float()
-    out_sums.copy_(sum_rows(result, gemm_wide.COLUMNS))
+    out_sums.copy_(sum_rows(result))
     total.copy_(result)
     if copy is not None:
         assert out_factor is not None
