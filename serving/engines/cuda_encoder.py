@@ -164,7 +164,7 @@ class Fp8Encoder(Encoder):
         if self.config.hidden % 128 or not is_calibrated or not is_hopper(self._words.device):
             return None
         folded = FoldedLayers(weights, self.config, self._linears, self.max_tokens, is_steady=True)
-        self._linears = self._linears[:1]  # of which the embeddings ask what the first layer reads
+        self._linears = [self._linears[0][:1]]  # of which the embeddings ask what it reads
         return folded
 
     def _states(self, x: Tensor) -> States:

@@ -104,10 +104,9 @@ class FoldedLayers:
         Returns the norm that is still to come, and whether who reads the states is to go upward.
         """
         config, tokens = self._config, len(states.x)
-        layer = self._layers[0]
-        before, middle = self._plain[:tokens], self._take_sums(0, layer.output, tokens)
-        after, up = self._take_sums(1, layer.down, tokens), True
+        before, up = self._plain[:tokens], True
         for number, layer in enumerate(self._layers):
+            middle, after = self._take_sums(0, layer.output, tokens), self._take_sums(1, layer.down, tokens)
             follower = self._layers[number + 1].query.linear if number + 1 < config.layers else None
             context = self._attend(layer, batch, states, carve, is_long, None if number == 0 else before, up)
             self._add(context, layer.output, states, (before, middle), layer.up.linear, up)

@@ -50,19 +50,20 @@ class CudaKernel:
     ):
         """Compile and load. Raises CompileFailed, also where the GPU cannot hold one such cluster."""
         self._threads, self._shared, self._cluster = threads, shared, cluster
-        torch.cuda.current_stream(device).synchronize()  # torch's context is current from here on
         major, minor = torch.cuda.get_device_capability(device)
         definitions = [f"-D{key}={value}" for key, value in macros.items()]
         options = [f"--gpu-architecture=sm_{major}{minor}a", "--std=c++17", *definitions]
-        try:
-            from cuda.bindings import driver  # noqa: PLC0415  only a GPU's torch has it
+        with torch.cuda.device(device):  # a new thread has the first GPU
+            torch.cuda.current_stream().synchronize()  # torch's context is current from here on
+            try:
+                from cuda.bindings import driver  # noqa: PLC0415  only a GPU's torch has it
 
-            self._driver = driver
-            self._load(name, _compile((_FOLDER / f"{name}.cu").read_bytes(), name, options))
-        except (ImportError, RuntimeError) as error:  # the latter: no such shared library
-            raise CompileFailed(str(error)) from None
-        if cluster > 1 and not _check(driver.cuOccupancyMaxActiveClusters(self._function, self._configure(cluster))):
-            raise CompileFailed(f"no {cluster} programs of {shared} bytes fit this GPU as one cluster")
+                self._driver = driver
+                self._load(name, _compile((_FOLDER / f"{name}.cu").read_bytes(), name, options))
+            except (ImportError, RuntimeError) as error:  # the latter: no such shared library
+                raise CompileFailed(str(error)) from None
+            if cluster > 1 and not self._count_clusters():
+                raise CompileFailed(f"no {cluster} programs of {shared} bytes fit this GPU as one cluster")
 
     def launch(self, argument: ctypes.Structure, programs: int, is_early: bool = False) -> None:
         """Once, on torch's current stream; the struct is copied. `is_early`: see `handover`."""
@@ -80,6 +81,10 @@ class CudaKernel:
             (attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1),
         ):
             _check(driver.cuFuncSetAttribute(self._function, attribute, value))
+
+    def _count_clusters(self) -> int:
+        """How many the GPU can hold at a time."""
+        return int(_check(self._driver.cuOccupancyMaxActiveClusters(self._function, self._configure(self._cluster))))
 
     def _configure(self, programs: int, is_early: bool = False) -> Any:
         driver, identifiers = self._driver, self._driver.CUlaunchAttributeID

@@ -31,10 +31,10 @@ _THREADS, _SHARED_BYTES = 384, 227 * 1024
 class Form(NamedTuple):
     """What is compiled by itself: `add` or `linear`, operands in E4M3 or not, and a result that is, or a copy of it."""
 
-    adds: bool = False
-    gelu: bool = False
-    takes_e4m3: bool = False
-    gives_e4m3: bool = False
+    adds: bool
+    gelu: bool
+    takes_e4m3: bool
+    gives_e4m3: bool
 
 
 class _Argument(ctypes.Structure):

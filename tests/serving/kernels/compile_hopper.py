@@ -45,15 +45,13 @@ def half(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=torch.float16)
 
 
-def main() -> int:
-    driver.set_active(Absent())  # type: ignore[no-untyped-call]
+def compile_linear() -> dict[str, Any]:
     gemm_hopper._linear_kernel = Warmed(gemm_hopper._linear_kernel)
-    attention_hopper._attention_kernel = Warmed(attention_hopper._attention_kernel)
     x, inner, sums = half(ROWS, 384), half(ROWS, 1536), torch.empty(ROWS, 3, 2)
     weight, factors = half(1536, 384), torch.empty(1536)
     narrow, one = torch.empty(ROWS, 384, dtype=torch.float8_e4m3fn), torch.empty(1)
     matrix, inner8 = torch.empty(1536, 384, dtype=torch.float8_e4m3fn), inner.to(torch.float8_e4m3fn)
-    forms = {
+    return {
         "plain": linear(x, weight, half(1536), inner, 132),
         "norm of x": linear(x, weight, half(1536), inner, 132, True, norm=RowNorm(sums, factors, 1e-12)),
         "norm of the residual": linear(
@@ -77,14 +75,23 @@ def main() -> int:
             copy=narrow,
         ),
     }
-    bounds = torch.zeros(ROWS, dtype=torch.int32)
-    for name, is_steady, out, factor in (
-        ("attention", False, half(ROWS, 768), None),
-        ("steady attention in E4M3", True, half(ROWS, 768).to(torch.float8_e4m3fn), one),
-    ):
-        forms[name] = attention_hopper.attention(
-            half(ROWS, 2304), bounds, bounds, 12, out, 132, factor, is_steady, is_early=True
-        )
+
+
+def compile_attention() -> dict[str, Any]:
+    attention_hopper._attention_kernel = Warmed(attention_hopper._attention_kernel)
+    qkv, bounds, out = half(ROWS, 2304), torch.zeros(ROWS, dtype=torch.int32), half(ROWS, 768)
+    narrow, factor = out.to(torch.float8_e4m3fn), torch.empty(1)
+    return {
+        "attention": attention_hopper.attention(qkv, bounds, bounds, 12, out, 132, is_early=True),
+        "steady attention in E4M3": attention_hopper.attention(
+            qkv, bounds, bounds, 12, narrow, 132, factor, is_steady=True, is_early=True
+        ),
+    }
+
+
+def main() -> int:
+    driver.set_active(Absent())  # type: ignore[no-untyped-call]
+    forms = compile_linear() | compile_attention()
     sys.stdout.write(json.dumps({name: len(kernel.asm["cubin"]) for name, kernel in forms.items()}))
     return 0
 

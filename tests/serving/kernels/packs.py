@@ -1,4 +1,4 @@
-"""Random packed batches and the rule by which a kernel's error is judged."""
+"""Random packed batches and matrices, and the rule by which a kernel's error is judged."""
 
 from collections.abc import Sequence
 
@@ -22,6 +22,17 @@ def make_packed(lengths: Sequence[int], device: torch.device) -> Packed:
 def poisoned(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16) -> Tensor:
     """Memory that shows whatever a kernel leaves unwritten."""
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    """Normal float16 on the GPU."""
+    return (torch.randn(*shape, device="cuda") * scale).half()
+
+
+def sum_rows(x: Tensor, columns: int = 192) -> Tensor:
+    """Float32 [T, parts, 2]: sum and sum of squares of each row of x, in parts of so many columns, as `gemm_wide`."""
+    parts = x.float().view(len(x), -1, columns)
+    return torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
 
 
 def relative_error(out: Tensor, oracle: Tensor) -> float:

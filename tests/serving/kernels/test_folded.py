@@ -1,9 +1,9 @@
 """Layers folded into their neighbours are the layers: the algebra, on a twin of Hopper's GEMM in plain PyTorch."""
 
-import ctypes
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from serving.kernels import gemm_wide, reference
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
-from tests.serving.kernels.packs import make_packed, poisoned
+from tests.serving.kernels.packs import make_packed, poisoned, sum_rows
 
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the GEMM itself")
 
@@ -65,11 +65,6 @@ def read_norm(sums: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
     return mean, torch.rsqrt(square - mean * mean + eps)
 
 
-def sum_rows(x: Tensor, columns: int) -> Tensor:
-    parts = x.view(len(x), -1, columns)
-    return torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
-
-
 def multiply_scaled(x: Tensor, weight: Tensor, x_scales: Tensor | None, weight_scale: Tensor | None) -> Tensor:
     """The product of float16, or of E4M3 with its scales: never one of each."""
     assert x.dtype == weight.dtype
@@ -107,23 +102,36 @@ def add_wide(
     mean, spread = read_norm(sums, total.shape[1], eps)
     product = multiply_scaled(x, weight, x_scale, weight_scale)
     result = product + bias.float() + (total.float() - mean) * spread * scale.float()
-    out_sums.copy_(sum_rows(result, gemm_wide.COLUMNS))
+    out_sums.copy_(sum_rows(result))
     total.copy_(result)
     if copy is not None:
         assert out_factor is not None
         copy.copy_(narrow(result, out_factor))
 
 
-def use_wide(monkeypatch: pytest.MonkeyPatch, fits: Callable[[Tensor], bool]) -> list[gemm_wide.Form]:
-    """The wide GEMM in plain PyTorch, for the weights that it `fits`; returns what will have been compiled."""
-    forms: list[gemm_wide.Form] = []
+def use_wide(
+    monkeypatch: pytest.MonkeyPatch, fits: Callable[[Tensor], bool]
+) -> tuple[set[gemm_wide.Form], set[gemm_wide.Form]]:
+    """The wide GEMM in plain PyTorch, for the weights that it `fits`; what will have been compiled, and have run."""
+    compiled: set[gemm_wide.Form] = set()
+    ran: set[gemm_wide.Form] = set()
 
     def prepare(device: torch.device, wanted: Collection[gemm_wide.Form]) -> None:
-        forms.extend(wanted)
+        compiled.update(wanted)
 
-    for name, twin in (("fits", fits), ("linear", multiply_wide), ("add", add_wide), ("prepare", prepare)):
+    def multiply(*arguments: Any) -> None:
+        given = signature(multiply_wide).bind(*arguments).arguments
+        ran.add(gemm_wide.Form(False, given["gelu"], given["x_scales"] is not None, given["out_factor"] is not None))
+        multiply_wide(*arguments)
+
+    def add(*arguments: Any, **copy: Any) -> None:
+        given = signature(add_wide).bind(*arguments, **copy).arguments
+        ran.add(gemm_wide.Form(True, False, given["x_scale"] is not None, "copy" in given))
+        add_wide(*arguments, **copy)
+
+    for name, twin in (("fits", fits), ("linear", multiply), ("add", add), ("prepare", prepare)):
         monkeypatch.setattr(gemm_wide, name, twin)
-    return forms
+    return compiled, ran
 
 
 def run_folded(
@@ -216,11 +224,12 @@ def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
 @NEEDS_NO_GPU
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("wide", ["all", "long", "short", "E4M3"])
-@pytest.mark.parametrize("narrow", ["all", "every second"])
+@pytest.mark.parametrize("narrow", ["all", "every second", "two layers"])
 def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
     wide: str, narrow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever products go there: who reads what it writes in E4M3 has its matrix in the same order."""
+    """Whichever products go there, in one layer perhaps others than in the next: who reads what it writes in E4M3 has
+    its matrix in the same order. All that runs was compiled."""
     config, weights = read_model(make_encoder(tmp_path, hidden=384, heads=6, intermediate=768, layers=3))
     chosen: dict[str, Callable[[Tensor], bool]] = {
         "all": lambda weight: True,
@@ -228,16 +237,14 @@ def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
         "short": lambda weight: weight.shape[1] == 384,
         "E4M3": lambda weight: weight.dtype == torch.float8_e4m3fn,
     }
-    forms = use_wide(monkeypatch, chosen[wide])
+    compiled, ran = use_wide(monkeypatch, chosen[wide])
     batch, cpu = make_packed([5, 1, 90, 33], torch.device("cpu")), torch.device("cpu")
-    float16 = {"all": [], "every second": list_linears(3)[::2]}[narrow]
+    names = list_linears(3)
+    float16 = {"all": [], "every second": names[::2], "two layers": names[4:8]}[narrow]
     linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
     vectors = run_folded(config, weights, batch, linears)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
-    if narrow == "all" and wide == "all":
-        query, up = (False, False, True, False), (False, True, True, True)
-        add, last_down = (True, False, True, True), (True, False, True, False)
-        assert sorted(forms) == sorted([query, up, add, last_down])
+    assert compiled == ran
 
 
 def test_the_wide_gemm_reorders_weights_as_it_writes() -> None:
@@ -248,10 +255,6 @@ def test_the_wide_gemm_reorders_weights_as_it_writes() -> None:
     torch.testing.assert_close(gemm_wide.reorder(x) @ gemm_wide.reorder(weight).T, x @ weight.T)
     small = weight.to(torch.float8_e4m3fn)
     assert torch.equal(gemm_wide.reorder(small).float(), gemm_wide.reorder(small.float()))
-
-
-def test_the_wide_gemms_argument_is_as_long_as_the_kernels_struct() -> None:
-    assert ctypes.sizeof(gemm_wide._Argument) % 64 == 0
 
 
 @NEEDS_NO_GPU

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from serving.kernels import reference
-from tests.serving.kernels.packs import assert_as_exact_as, poisoned, relative_error
+from tests.serving.kernels.packs import assert_as_exact_as, draw, poisoned, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,10 +14,6 @@ pytestmark = [
 ]
 SHAPES = [(2049, 1536, 384), (6001, 384, 1536), (2560, 1152, 384), (1, 384, 384), (65, 768, 768)]
 PROGRAMS = 132
-
-
-def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).half()
 
 
 @pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES)

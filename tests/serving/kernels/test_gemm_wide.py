@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from serving.kernels import gemm_wide, reference
-from tests.serving.kernels.packs import assert_as_exact_as, poisoned
+from serving.kernels.handover import starts_early
+from tests.serving.kernels.packs import assert_as_exact_as, draw, poisoned, sum_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,15 +16,6 @@ pytestmark = [
 ]
 PROGRAMS, EPS = 132, 1e-12
 ROWS = [1, 127, 2049, 40_001]
-
-
-def draw(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).half()
-
-
-def row_sums(x: Tensor, columns: int = gemm_wide.COLUMNS) -> Tensor:
-    parts = x.float().view(len(x), -1, columns)
-    return torch.stack([parts.sum(2), (parts * parts).sum(2)], dim=2).contiguous()
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -37,12 +28,12 @@ def test_linear_normalises_its_input(rows: int, columns: int, depth: int, part: 
     centred = (scaled - scaled.mean(1, keepdim=True)).half()
     folded_bias = (bias.float() + weight.float() @ shift.float()).half()
     out = poisoned(rows, columns, device=x.device)
-    gemm_wide.linear(x, centred, folded_bias, out, PROGRAMS, row_sums(x, part), EPS, gelu)
+    gemm_wide.linear(x, centred, folded_bias, out, PROGRAMS, sum_rows(x, part), EPS, gelu)
     normed = layer_norm(x.float(), [depth], scale.float(), shift.float(), EPS)
     oracle = reference.linear(normed, weight.float(), bias.float(), gelu)
     assert_as_exact_as(out, reference.linear(normed.half(), weight, bias, gelu), oracle)
     upward = poisoned(rows, columns, device=x.device)
-    gemm_wide.linear(x, centred, folded_bias, upward, PROGRAMS, row_sums(x, part), EPS, gelu, is_upward=True)
+    gemm_wide.linear(x, centred, folded_bias, upward, PROGRAMS, sum_rows(x, part), EPS, gelu, is_upward=True)
     assert torch.equal(upward, out)
 
 
@@ -55,17 +46,18 @@ def test_add_normalises_the_residual_and_sums_what_it_writes(rows: int, columns:
     oracle = x.float() @ weight.float().T + bias.float() + normed
     plain = x @ weight.T + bias + normed.half()
     out_sums = poisoned(rows, columns // gemm_wide.COLUMNS, 2, device=x.device, dtype=torch.float32)
-    gemm_wide.add(x, weight, bias, total, PROGRAMS, row_sums(total, part), scale, EPS, out_sums)
+    gemm_wide.add(x, weight, bias, total, PROGRAMS, sum_rows(total, part), scale, EPS, out_sums)
     assert_as_exact_as(total, plain, oracle)
-    torch.testing.assert_close(out_sums, row_sums(oracle), rtol=1e-2, atol=0.5)
+    torch.testing.assert_close(out_sums, sum_rows(oracle), rtol=1e-2, atol=0.5)
 
 
 def test_kernels_in_a_row_wait_for_each_other() -> None:
     """Each starts while the one before it ends: a chain of sums is the same as one by one."""
-    x, weight, bias, scale = draw(9000, 768), draw(768, 768, scale=0.03), draw(768), draw(768)
-    start, results = draw(9000, 768), []
+    x, weight, bias, scale = draw(8000, 768), draw(768, 768, scale=0.03), draw(768), draw(768)
+    start, results = draw(8000, 768), []
+    assert starts_early(x)
     for waits in (True, False):
-        total, sums = start.clone(), row_sums(start)
+        total, sums = start.clone(), sum_rows(start)
         after = torch.empty_like(sums)
         for _ in range(20):
             gemm_wide.add(x, weight, bias, total, PROGRAMS, sums, scale, EPS, after)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from serving.kernels import gemm_wide, reference
-from tests.serving.kernels.packs import poisoned, relative_error
+from tests.serving.kernels.packs import draw, poisoned, relative_error, sum_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,15 +17,6 @@ pytestmark = [
 PROGRAMS, EPS = 132, 1e-12
 ROWS = [1, 127, 2049, 40_001]
 E4M3 = torch.float8_e4m3fn
-
-
-def draw(*shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).half()
-
-
-def row_sums(x: Tensor, columns: int = gemm_wide.COLUMNS) -> Tensor:
-    parts = x.float().view(len(x), -1, columns)
-    return torch.stack([parts.sum(2), (parts * parts).sum(2)], dim=2).contiguous()
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +49,7 @@ def test_linear_normalises_its_input(rows: int, columns: int, depth: int, gives:
     product = (values.float() * scales[0]) @ (small.float() * scales[1]).T * spread + bias.float()
     oracle = torch.nn.functional.gelu(product) if gelu else product
     factor = torch.tensor([300.0], device=x.device) if gives == "narrow" else None  # some are cut
-    sums, results = row_sums(x), []
+    sums, results = sum_rows(x), []
     for up in (False, True):
         out = poisoned_e4m3(rows, columns) if gives == "narrow" else poisoned(rows, columns, device=x.device)
         gemm_wide.linear(values, small, bias, out, PROGRAMS, sums, EPS, gelu, up, *scales, factor)
@@ -93,7 +84,7 @@ def test_add_normalises_the_residual_and_copies_what_it_writes(
     total, scale = draw(rows, columns) * 3 - 0.5, draw(columns)
     normed = layer_norm(total.float(), [columns], scale.float(), None, EPS)
     oracle = (values.float() * scales[0]) @ (small.float() * scales[1]).T + bias.float() + normed
-    sums, factor = row_sums(total, part), torch.tensor([20.0], device=total.device)
+    sums, factor = sum_rows(total, part), torch.tensor([20.0], device=total.device)
     out_sums = poisoned(rows, columns // gemm_wide.COLUMNS, 2, device=total.device, dtype=torch.float32)
     copy = poisoned_e4m3(rows, columns) if copies else None
     gemm_wide.add(
@@ -112,7 +103,7 @@ def test_add_normalises_the_residual_and_copies_what_it_writes(
         copy,
     )
     assert relative_error(total, oracle) < 2e-3
-    torch.testing.assert_close(out_sums, row_sums(oracle), rtol=1e-2, atol=0.5)
+    torch.testing.assert_close(out_sums, sum_rows(oracle), rtol=1e-2, atol=0.5)
     if copy is not None:
         assert relative_error(in_order(copy) / factor, oracle) < 0.03
 
@@ -128,9 +119,9 @@ def test_float16_gives_e4m3() -> None:
     down, total, scale = draw(768, 3072, scale=0.02), draw(2049, 768), draw(768)
     inner, copy = draw(2049, 3072), poisoned_e4m3(2049, 768)
     oracle = inner.float() @ down.float().T + layer_norm(total.float(), [768], scale.float(), None, EPS)
-    none, out_sums = torch.zeros(768, device=x.device).half(), row_sums(total)
+    none, out_sums = torch.zeros(768, device=x.device).half(), sum_rows(total)
     gemm_wide.add(
-        inner, down, none, total, PROGRAMS, row_sums(total), scale, EPS, out_sums, out_factor=factor, copy=copy
+        inner, down, none, total, PROGRAMS, sum_rows(total), scale, EPS, out_sums, out_factor=factor, copy=copy
     )
     assert relative_error(total, oracle) < 2e-3
     assert relative_error(in_order(copy) / factor, oracle) < 0.03
@@ -138,7 +129,7 @@ def test_float16_gives_e4m3() -> None:
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     (x, values, small, scales), bias = make_product(5000, 3072, 768), draw(3072)
-    factor, sums = torch.tensor([40.0], device=x.device), row_sums(x)
+    factor, sums = torch.tensor([40.0], device=x.device), sum_rows(x)
     whole, part = poisoned_e4m3(5000, 3072), poisoned_e4m3(3, 3072)
     gemm_wide.linear(values, small, bias, whole, PROGRAMS, sums, EPS, True, False, *scales, factor)
     some = values[4001:4004].contiguous(), small, bias, part, PROGRAMS, sums[4001:4004].contiguous()
@@ -149,13 +140,13 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
 def test_what_was_written_is_read_by_a_reordered_weight() -> None:
     (x, values, small, scales), bias = make_product(2049, 3072, 768), draw(3072)
     factor, inner = torch.tensor([40.0], device=x.device), poisoned_e4m3(2049, 3072)
-    gemm_wide.linear(values, small, bias, inner, PROGRAMS, row_sums(x), EPS, True, False, *scales, factor)
+    gemm_wide.linear(values, small, bias, inner, PROGRAMS, sum_rows(x), EPS, True, False, *scales, factor)
     (down, down_scale), total, scale = quantize(draw(768, 3072)), draw(2049, 768), draw(768)
     normed = layer_norm(total.float(), [768], scale.float(), None, EPS)
     oracle = in_order(inner) / factor @ (down.float() * down_scale).T + normed
-    none, out_sums = torch.zeros(768, device=x.device).half(), row_sums(total)
+    none, out_sums = torch.zeros(768, device=x.device).half(), sum_rows(total)
     gemm_wide.add(
-        inner, gemm_wide.reorder(down), none, total, PROGRAMS, row_sums(total), scale, EPS, out_sums, False,
+        inner, gemm_wide.reorder(down), none, total, PROGRAMS, sum_rows(total), scale, EPS, out_sums, False,
         1 / factor, down_scale,
     )  # fmt: skip
     assert relative_error(total, oracle) < 2e-3

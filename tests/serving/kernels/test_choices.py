@@ -1,0 +1,88 @@
+"""Which kernel takes what, as the host decides it: the same on any machine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving import kernels
+from serving.kernels import attention, gemm_wide, handover, reference
+from tests.serving.kernels.packs import make_packed, poisoned, relative_error
+
+HALF, E4M3 = torch.float16, torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("columns", "depth", "dtype", "fits"),
+    [
+        (2304, 768, HALF, True),
+        (384, 1536, HALF, True),
+        (1536, 512, HALF, True),
+        (1536, 384, HALF, False),  # the other GEMM keeps such weights in shared memory
+        (1024, 1024, HALF, False),  # no whole tiles
+        (2304, 800, HALF, False),  # no whole steps of the ring
+        (2304, 768, torch.float32, False),
+        (768, 768, E4M3, True),
+        (576, 768, E4M3, False),  # too few tiles for few rows
+        (2304, 576, E4M3, False),
+    ],
+)
+def test_the_wide_gemm_fits_whole_tiles_of_long_rows(
+    columns: int, depth: int, dtype: torch.dtype, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.empty(columns, depth, dtype=dtype)
+    assert not gemm_wide.fits(weight)  # this is no Hopper GPU
+    monkeypatch.setattr(gemm_wide, "is_hopper", lambda device: True)
+    assert gemm_wide.fits(weight) == fits
+
+
+def test_rows_are_enough_for_the_wide_gemm_once_the_other_ones_tiles_are_more_than_the_processors() -> None:
+    for columns, programs in ((384, 132), (768, 132), (768, 114), (1152, 78)):
+        least = gemm_wide.least_rows(columns, programs)
+        tiles = [rows / 128 * columns / 128 for rows in (least - 1, least)]
+        assert tiles[0] <= programs < tiles[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "capability", "starts_early"),
+    [(8192, (9, 0), True), (8193, (9, 0), False), (1, (12, 0), True), (1, (8, 9), False)],
+)
+def test_kernels_start_early_on_few_rows_of_hopper_and_later(
+    rows: int, capability: tuple[int, int], starts_early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGpu(list[None]):
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    monkeypatch.setattr(handover, "_read_capability", lambda device: capability)
+    assert handover.starts_early(OnGpu([None] * rows)) == starts_early  # type: ignore[arg-type]
+    assert not handover.starts_early(torch.empty(rows, 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize(
+    ("processors", "heads", "is_steady", "many", "shares"),
+    [
+        (132, 2, True, 2048, True),
+        (132, 2, False, 20, True),
+        (132, 2, False, 2048, False),  # too few rows
+        (132, 4, True, 20, False),  # heads of 32
+        (0, 2, True, 20, False),  # no Hopper GPU
+    ],
+)
+def test_heads_of_64_share_their_keys_on_hopper_where_rows_are_many_or_bits_steady(
+    processors: int, heads: int, is_steady: bool, many: int, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def share(qkv: Tensor, starts: Tensor, ends: Tensor, heads: int, out: Tensor, *others: object) -> None:
+        calls.append(others)
+        out.copy_(reference.attention(qkv, starts, ends, heads))
+
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(kernels, "attention_hopper", SimpleNamespace(attention=share), raising=False)
+    monkeypatch.setattr(attention, "count_hopper_processors", lambda device: processors)
+    monkeypatch.setattr(attention, "MANY_ROWS", many)
+    batch = make_packed([5, 1, 14], torch.device("cpu"))
+    qkv, out = torch.randn(20, 3 * 128).half(), poisoned(20, 128, device=torch.device("cpu"))
+    attention.attention(qkv, batch.starts, batch.ends, heads, out, is_steady=is_steady, is_upward=False)
+    assert relative_error(out, reference.attention(qkv.float(), batch.starts, batch.ends, heads)) < 2e-3
+    assert calls == ([(processors, None, is_steady, False, False)] if shares else [])

@@ -1,0 +1,67 @@
+"""Kernels in CUDA C++ as the host has them: on which GPU they are loaded, and what they are given."""
+
+import ctypes
+import re
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from serving.kernels import compiled, gemm_wide
+from serving.kernels.compiled import _FOLDER, CudaKernel, TensorMap
+
+
+class Gpus:
+    """The current GPU of each thread, as CUDA has it: the first, until somebody asks for another."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    @property
+    def current(self) -> int:
+        return int(getattr(self._own, "index", 0))
+
+    def device(self, device: torch.device) -> "Gpus":
+        self._own.index = device.index
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *problem: object) -> None:
+        self._own.index = 0
+
+
+def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compiled in threads."""
+    gpus, loaded = Gpus(), []
+
+    def load(kernel: CudaKernel, name: str, image: bytes) -> None:
+        loaded.append((threading.current_thread() is threading.main_thread(), gpus.current))
+
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=None))
+    monkeypatch.setattr(torch.cuda, "device", gpus.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiled, "_compile", lambda source, name, options: b"")
+    monkeypatch.setattr(CudaKernel, "_load", load)
+    forms = [gemm_wide.Form(adds, False, False, False) for adds in (False, True)]
+    gemm_wide.prepare(torch.device("cuda", 1), forms)
+    gemm_wide._load.cache_clear()
+    assert loaded == [(False, 1)] * 2
+    assert gpus.current == 0
+
+
+def test_the_wide_gemms_argument_is_the_kernels_struct() -> None:
+    """Every field where the kernel has it: the same names in the same order, of the same sizes."""
+    source = (_FOLDER / "gemm_wide.cu").read_text()
+    (struct,) = re.findall(r"struct Argument \{(.*?)\n\};", source, re.DOTALL)
+    sizes, fields = {"TensorMap": 128, "float": 4, "int": 4}, []
+    for kind, names in re.findall(r"(?:const )?(\w+)\b([^;]*);", re.sub(r"//.*", "", struct)):
+        fields.extend((name.strip(" *"), 8 if "*" in name else sizes[kind]) for name in names.split(","))
+    own = [(name, ctypes.sizeof(kind)) for name, kind in gemm_wide._Argument._fields_]
+    assert own[:-1] == fields
+    assert ctypes.sizeof(gemm_wide._Argument) == -(-sum(size for _, size in fields) // 64) * 64
+    assert ctypes.sizeof(TensorMap) == 128
