@@ -45,18 +45,14 @@ def test_rows_are_enough_for_the_wide_gemm_once_the_other_ones_tiles_are_more_th
 
 
 @pytest.mark.parametrize(
-    ("rows", "capability", "starts_early"),
-    [(8192, (9, 0), True), (8193, (9, 0), False), (1, (12, 0), True), (1, (8, 9), False)],
+    ("rows", "is_hopper", "starts_early"),
+    [(8192, True, True), (8193, True, False), (1, False, False)],
 )
-def test_kernels_start_early_on_few_rows_of_hopper_and_later(
-    rows: int, capability: tuple[int, int], starts_early: bool, monkeypatch: pytest.MonkeyPatch
+def test_kernels_start_early_on_few_rows_of_hopper(
+    rows: int, is_hopper: bool, starts_early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class OnGpu(list[None]):
-        is_cuda, device = True, torch.device("cuda", 0)
-
-    monkeypatch.setattr(handover, "_read_capability", lambda device: capability)
-    assert handover.starts_early(OnGpu([None] * rows)) == starts_early  # type: ignore[arg-type]
-    assert not handover.starts_early(torch.empty(rows, 1))
+    monkeypatch.setattr(handover, "is_hopper", lambda device: is_hopper)
+    assert handover.starts_early(torch.empty(rows, 1)) == starts_early
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
