@@ -51,15 +51,13 @@ class CudaKernel:
         """Compile and load. Raises CompileFailed, also where the GPU cannot hold one such cluster."""
         self._threads, self._shared, self._cluster = threads, shared, cluster
         major, minor = torch.cuda.get_device_capability(device)
-        definitions = [f"-D{key}={value}" for key, value in macros.items()]
-        options = [f"--gpu-architecture=sm_{major}{minor}a", "--std=c++17", *definitions]
         with torch.cuda.device(device):  # a new thread has the first GPU
             torch.cuda.current_stream().synchronize()  # torch's context is current from here on
             try:
                 from cuda.bindings import driver  # noqa: PLC0415  only a GPU's torch has it
 
                 self._driver = driver
-                self._load(name, _compile((_FOLDER / f"{name}.cu").read_bytes(), name, options))
+                self._load(name, compile_kernel(name, f"sm_{major}{minor}a", macros))
             except (ImportError, RuntimeError) as error:  # the latter: no such shared library
                 raise CompileFailed(str(error)) from None
             if cluster > 1 and not self._count_clusters():
@@ -104,9 +102,12 @@ class CudaKernel:
         return config
 
 
-def _compile(source: bytes, name: str, options: list[str]) -> bytes:
+def compile_kernel(name: str, architecture: str, macros: dict[str, int]) -> bytes:
+    """Machine code of `name`.cu for an architecture (`sm_90a`); no GPU is needed. Raises CompileFailed."""
     from cuda.bindings import nvrtc  # noqa: PLC0415  only a GPU's torch has it
 
+    source = (_FOLDER / f"{name}.cu").read_bytes()
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={macros[key]}" for key in macros)]
     headers = sorted(_FOLDER.glob("*.cuh"))
     texts, names = [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
     program = _check(nvrtc.nvrtcCreateProgram(source, f"{name}.cu".encode(), len(headers), texts, names))

@@ -10,7 +10,8 @@ from pathlib import Path
 # Program → Debian package. PostgreSQL's server is not on the path there, but by version below /usr/lib.
 _PROGRAMS = {"chromium": "chromium", "postgres": "postgresql"}
 _ELSEWHERE = {"postgres": "/usr/lib/postgresql/*/bin/postgres"}
-_COMPILER = "nvidia-cuda-nvrtc==13.5.37"  # beside the packages, among which that of torch's CUDA build may be
+# Beside the packages, among which those of torch's CUDA build may be.
+_COMPILER = ("nvidia-cuda-nvrtc==13.5.37", "cuda-bindings==13.0.3", "cuda-pathfinder==1.9.1")
 COMPILER_FOLDER = Path(sys.prefix) / "nvrtc"
 
 
@@ -19,7 +20,7 @@ def main() -> int:
     status."""
     if not COMPILER_FOLDER.exists():
         quiet = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(COMPILER_FOLDER)]
-        subprocess.run([sys.executable, "-m", "pip", "install", *quiet, _COMPILER], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", *quiet, *_COMPILER], check=True)
     missing = [package for program, package in _PROGRAMS.items() if not _is_there(program)]
     if not missing:
         return 0

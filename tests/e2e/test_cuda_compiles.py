@@ -1,16 +1,17 @@
 """Kernels in CUDA C++ compile for their GPUs on any machine: Hopper, and Jetson Thor where nothing is only Hopper's."""
 
 import ctypes
-from pathlib import Path
+import sys
+from collections.abc import Iterator
 
 import pytest
 
-from serving.kernels import compiled, few_tokens_cluster, gemm_wide
+from serving.kernels import few_tokens_cluster, gemm_wide
+from serving.kernels.compiled import CompileFailed, compile_kernel
 from serving.kernels.gemm_wide import Form
 from tests.e2e.prepare import COMPILER_FOLDER
 
 pytestmark = pytest.mark.e2e
-SOURCES = Path(compiled.__file__).parent
 HOPPER, THOR = "sm_90a", "sm_110a"
 GEMM_FORMS = [
     Form(adds, gelu, takes, gives)
@@ -21,51 +22,28 @@ GEMM_FORMS = [
 ]
 
 
-class Compiler:
-    """NVIDIA's runtime compiler, by its C interface."""
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(next(COMPILER_FOLDER.glob("**/libnvrtc.so.*"))))
-
-    def compile(self, name: str, architecture: str, macros: dict[str, int]) -> int:
-        """The bytes of machine code of `name`.cu; fails with the compiler's words."""
-        library, program, size = self._library, ctypes.c_void_p(), ctypes.c_size_t()
-        headers = sorted(SOURCES.glob("*.cuh"))
-        texts = (ctypes.c_char_p * len(headers))(*[path.read_bytes() for path in headers])
-        names = (ctypes.c_char_p * len(headers))(*[path.name.encode() for path in headers])
-        source = (SOURCES / f"{name}.cu").read_bytes()
-        arguments = (source, f"{name}.cu".encode(), len(headers), texts, names)
-        assert library.nvrtcCreateProgram(ctypes.byref(program), *arguments) == 0
-        options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros.items())]
-        encoded = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
-        status = library.nvrtcCompileProgram(program, len(options), encoded)
-        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetProgramLog(program, log)
-        assert status == 0, log.value.decode()
-        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        library.nvrtcDestroyProgram(ctypes.byref(program))
-        return size.value
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Compiler:
-    return Compiler()
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> Iterator[None]:
+    """What a GPU's torch has, to be found by the test alone."""
+    ctypes.CDLL(str(next(COMPILER_FOLDER.glob("**/libnvrtc.so.*"))))  # the bindings take a library that is there
+    sys.path.append(str(COMPILER_FOLDER))
+    yield
+    sys.path.remove(str(COMPILER_FOLDER))
 
 
 @pytest.mark.parametrize("form", GEMM_FORMS)
-def test_the_wide_gemm_compiles(form: Form, compiler: Compiler) -> None:
-    assert compiler.compile("gemm_wide", HOPPER, gemm_wide.make_macros(form)) > 10_000
+def test_the_wide_gemm_compiles(form: Form) -> None:
+    assert len(compile_kernel("gemm_wide", HOPPER, gemm_wide.make_macros(form))) > 10_000
 
 
 @pytest.mark.parametrize("architecture", [HOPPER, THOR])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("rows", [16, 32])
-def test_few_tokens_as_a_cluster_compiles(rows: int, pooling: str, architecture: str, compiler: Compiler) -> None:
+def test_few_tokens_as_a_cluster_compiles(rows: int, pooling: str, architecture: str) -> None:
     macros = few_tokens_cluster.make_macros(rows, pooling, normalize=True)
-    assert compiler.compile("few_tokens_cluster", architecture, macros) > 10_000
+    assert len(compile_kernel("few_tokens_cluster", architecture, macros)) > 10_000
 
 
-def test_what_does_not_compile_says_why(compiler: Compiler) -> None:
-    with pytest.raises(AssertionError, match="GELU"):
-        compiler.compile("gemm_wide", HOPPER, {"RESIDUAL": 0})
+def test_what_does_not_compile_says_why() -> None:
+    with pytest.raises(CompileFailed, match="GELU"):
+        compile_kernel("gemm_wide", HOPPER, {"RESIDUAL": 0})

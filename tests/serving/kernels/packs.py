@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from serving.engines.bert import Packed
 
+NEEDS_HOPPER = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs capability 9.x"
+    ),
+]
 TOKENS = 30  # size of the vocabulary the batches draw from
 
 

@@ -5,14 +5,9 @@ import torch
 from torch import Tensor
 
 from serving.kernels import reference
-from tests.serving.kernels.packs import assert_as_exact_as, make_packed, poisoned, relative_error
+from tests.serving.kernels.packs import NEEDS_HOPPER, assert_as_exact_as, make_packed, poisoned, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs capability 9.x"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 HEADS, SIZE = 12, 64
 ODD = [1, 2, 63, 64, 65, 127, 512, 300, 16, 1, 1, 50, 50, 129, 200, 3, 256, 255, 257, 31, 33, *[16] * 21, 400, 7, 90, 1]
 BATCHES = [ODD, [1], [64], [65], [300, 2], [16] * 77 + [500], ODD * 9, [1] * 200]

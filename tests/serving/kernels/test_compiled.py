@@ -45,7 +45,7 @@ def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "device", gpus.device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(compiled, "_compile", lambda source, name, options: b"")
+    monkeypatch.setattr(compiled, "compile_kernel", lambda name, architecture, macros: b"")
     monkeypatch.setattr(CudaKernel, "_load", load)
     forms = [gemm_wide.Form(adds, False, False, False) for adds in (False, True)]
     gemm_wide.prepare(torch.device("cuda", 1), forms)

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from serving.kernels import reference
-from tests.serving.kernels.packs import assert_as_exact_as, draw, poisoned, relative_error
+from tests.serving.kernels.packs import NEEDS_HOPPER, assert_as_exact_as, draw, poisoned, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs capability 9.x"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 SHAPES = [(2049, 1536, 384), (6001, 384, 1536), (2560, 1152, 384), (1, 384, 384), (65, 768, 768)]
 PROGRAMS = 132
 

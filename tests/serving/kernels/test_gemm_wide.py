@@ -6,14 +6,9 @@ from torch.nn.functional import layer_norm
 
 from serving.kernels import gemm_wide, reference
 from serving.kernels.handover import starts_early
-from tests.serving.kernels.packs import assert_as_exact_as, draw, poisoned, sum_rows
+from tests.serving.kernels.packs import NEEDS_HOPPER, assert_as_exact_as, draw, poisoned, sum_rows
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs capability 9.x"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 PROGRAMS, EPS = 132, 1e-12
 ROWS = [1, 127, 2049, 40_001]
 

@@ -6,14 +6,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from serving.kernels import gemm_wide, reference
-from tests.serving.kernels.packs import draw, poisoned, relative_error, sum_rows
+from tests.serving.kernels.packs import NEEDS_HOPPER, draw, poisoned, relative_error, sum_rows
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs capability 9.x"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 PROGRAMS, EPS = 132, 1e-12
 ROWS = [1, 127, 2049, 40_001]
 E4M3 = torch.float8_e4m3fn
