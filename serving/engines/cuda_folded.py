@@ -5,15 +5,16 @@ a matrix has the norm's scale in the matrix and its shift in the bias, and corre
 adds it normalises what it adds. The norm behind the last layer is left to the pooling. Each kernel begins with the rows
 that the one before it wrote last, which the second cache still has: they go down and up in turns.
 
-The GEMM is `gemm_wide` where that is faster, else `gemm_hopper`. Where a matrix is E4M3, the state is written in E4M3
-as well, by a calibrated scale: a few states reach a hundred times as far as the others, and their norm, whose mean and
-spread come from all of them, does not survive a cut. What `gemm_wide` writes in E4M3 has an order of columns into which
-the matrices that read it are brought.
+The GEMM is `gemm_wide` where that is faster, else `gemm_hopper`; MiniLM's feed-forward block in E4M3 is one kernel.
+Where a matrix is E4M3, the state is written in E4M3 as well, by a calibrated scale: a few states reach a hundred times
+as far as the others, and their norm, whose mean and spread come from all of them, does not survive a cut. What is
+written in E4M3 in CUDA C++ has an order of columns into which the matrices that read it are brought.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.engines.cuda_linears import Linear, quantize
 from serving.engines.e4m3 import choose_input_scale
-from serving.kernels import gemm_wide
+from serving.kernels import feed_forward, gemm_wide
 from serving.kernels.attention import attention
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import Norm
@@ -63,12 +64,34 @@ class _Sum:
 
 @dataclass(frozen=True, slots=True)
 class _Folded:
-    """One layer."""
+    """One layer; `block` is up and down in one, for runs that take it."""
 
     query: _Product
     output: _Sum
     up: _Product
     down: _Sum
+    block: feed_forward.Block | None
+
+    @property
+    def gives_reordered(self) -> bool:
+        """Whether E4M3 that it leaves is in `gemm_wide`'s order."""
+        return self.down.is_wide or self.block is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """Which of the kernels in CUDA C++ are to be had."""
+
+    has_wide: bool
+    has_block: bool
+
+    def are_wide(self, weight: Tensor) -> bool:
+        """Whether `gemm_wide` multiplies by the weight."""
+        return self.has_wide and gemm_wide.fits(weight)
+
+    def are_block(self, up: Linear, down: Linear) -> bool:
+        """Whether `feed_forward` takes both at once."""
+        return self.has_block and feed_forward.fits(up.weight, down.weight)
 
 
 class FoldedLayers:
@@ -85,11 +108,11 @@ class FoldedLayers:
         """`linears`: the layers' own, on the device, of which output and down are used as they are, their
         columns perhaps in another order, and all say which is E4M3. `is_steady`: see `attention`."""
         self._config, self._is_steady, device = config, is_steady, linears[0][1].weight.device
-        has_wide = _prepare_wide(linears)
+        kernels = _prepare(linears)
         before: tuple[Layer, _Folded] | None = None
         self._layers: list[_Folded] = []
         for layer, own in zip(weights.layers, linears, strict=True):
-            self._layers.append(_fold(layer, own, before, has_wide))
+            self._layers.append(_fold(layer, own, before, kernels))
             before = layer, self._layers[-1]
         last = weights.layers[-1]
         self._norm = last.down_norm_weight.to(device, _HALF), last.down_norm_bias.to(device, _HALF)
@@ -106,19 +129,24 @@ class FoldedLayers:
         config, tokens = self._config, len(states.x)
         before, up = self._plain[:tokens], True
         for number, layer in enumerate(self._layers):
-            middle, after = self._take_sums(0, layer.output, tokens), self._take_sums(1, layer.down, tokens)
+            middle = self._take_sums(0, self._goes_wide(layer.output, tokens), tokens)
+            after = self._take_sums(1, layer.block is not None or self._goes_wide(layer.down, tokens), tokens)
             follower = self._layers[number + 1].query.linear if number + 1 < config.layers else None
             context = self._attend(layer, batch, states, carve, is_long, None if number == 0 else before, up)
             self._add(context, layer.output, states, (before, middle), layer.up.linear, up)
-            inner = carve(0, tokens, config.intermediate, layer.down.linear.dtype)
-            self._multiply(layer.up, states, inner, middle, not up, True, layer.down.linear.x_factor)
-            self._add(inner, layer.down, states, (middle, after), follower, up)
+            if layer.block is not None:
+                self._feed_forward(layer.block, states, (middle, after), follower, not up)
+                up = not up  # one kernel instead of two
+            else:
+                inner = carve(0, tokens, config.intermediate, layer.down.linear.dtype)
+                self._multiply(layer.up, states, inner, middle, not up, True, layer.down.linear.x_factor)
+                self._add(inner, layer.down, states, (middle, after), follower, up)
             before, up = after, not up
         return (after, *self._norm, config.eps), up
 
-    def _take_sums(self, number: int, added: _Sum, tokens: int) -> Tensor:
-        """Where the sums [T, parts, 2] of what `added` writes lie: one for the columns of each of its tiles."""
-        parts = self._config.hidden // (gemm_wide.COLUMNS if self._goes_wide(added, tokens) else 128)
+    def _take_sums(self, number: int, is_wide: bool, tokens: int) -> Tensor:
+        """Where the sums [T, parts, 2] of what is added lie: one for the columns of each tile."""
+        parts = self._config.hidden // (gemm_wide.COLUMNS if is_wide else 128)
         return self._sums[number, : tokens * parts].view(tokens, parts, 2)
 
     def _goes_wide(self, added: _Sum, tokens: int) -> bool:
@@ -160,6 +188,15 @@ class FoldedLayers:
             is_upward=up,
         )  # fmt: skip
 
+    def _feed_forward(
+        self, block: feed_forward.Block, states: States, sums: tuple[Tensor, Tensor], reader: Linear | None, up: bool
+    ) -> None:
+        """Up, down and their sum with the states."""
+        assert states.narrow is not None, "E4M3 states where a layer reads such"
+        factor = None if reader is None else reader.x_factor
+        before, after = sums
+        feed_forward.run(states.x, states.narrow, before, block, after, self._programs, self._config.eps, up, factor)
+
     def _add(
         self, x: Tensor, added: _Sum, states: States, sums: tuple[Tensor, Tensor], reader: Linear | None, up: bool
     ) -> None:
@@ -182,17 +219,32 @@ class FoldedLayers:
         )  # fmt: skip
 
 
-def _prepare_wide(linears: Sequence[Sequence[Linear]]) -> bool:
-    """Whether `gemm_wide` is to be had, for those of the layers' linears that it fits."""
-    forms = _list_forms(linears)
-    if not forms:
-        return False
+def _prepare(linears: Sequence[Sequence[Linear]]) -> _Kernels:
+    """Compile what the layers' linears need."""
+    device = linears[0][0].weight.device
+    return _Kernels(
+        _has(partial(gemm_wide.prepare, device, _list_forms(linears)), "the GEMM with smaller tiles"),
+        _has(partial(feed_forward.prepare, device, _list_blocks(linears)), "two GEMMs for each feed-forward block"),
+    )
+
+
+def _has(prepare: Callable[[], None], instead: str) -> bool:
     try:
-        gemm_wide.prepare(linears[0][0].weight.device, forms)
+        prepare()
     except CompileFailed as error:
-        _log.warning("many tokens run on the GEMM with smaller tiles reason=%s", error)
+        _log.warning("many tokens run on %s reason=%s", instead, error)
         return False
     return True
+
+
+def _list_blocks(linears: Sequence[Sequence[Linear]]) -> set[bool]:
+    """What `feed_forward` is compiled for: whether somebody reads its result in E4M3."""
+    readers = [*(query.dtype != _HALF for query, *_ in linears[1:]), False]
+    return {
+        is_read
+        for (_, _, up, down), is_read in zip(linears, readers, strict=True)
+        if feed_forward.fits(up.weight, down.weight)
+    }
 
 
 def _list_forms(linears: Sequence[Sequence[Linear]]) -> set[gemm_wide.Form]:
@@ -208,56 +260,62 @@ def _list_forms(linears: Sequence[Sequence[Linear]]) -> set[gemm_wide.Form]:
     return forms
 
 
-def _fold(layer: Layer, linears: Sequence[Linear], before: tuple[Layer, _Folded] | None, has_wide: bool) -> _Folded:
+def _fold(layer: Layer, linears: Sequence[Linear], before: tuple[Layer, _Folded] | None, kernels: _Kernels) -> _Folded:
     """The layer on states whose norm, that of the layer `before`, is still to come; the embeddings were normalised."""
     query, output, up, down = linears
     hidden = len(layer.out_bias)
     if before is None:
         scale, shift = torch.ones(hidden), torch.zeros(hidden)
-        is_wide = has_wide and gemm_wide.fits(query.weight)
         bias = layer.qkv_bias.to(query.weight.device, _HALF)
-        product = _Product(query, bias, None if is_wide else torch.empty(0))
+        product = _Product(query, bias, None if kernels.are_wide(query.weight) else torch.empty(0))
     else:
         earlier, folded = before
         scale, shift = earlier.down_norm_weight, earlier.down_norm_bias
+        state, is_wide = (earlier.state_amax, 1), kernels.are_wide(query.weight)
         product = _fold_product(
-            layer.qkv_weight,
-            layer.qkv_bias,
-            query,
-            (scale, shift),
-            (earlier.state_amax, 1),
-            folded.down.is_wide,
-            has_wide,
+            (layer.qkv_weight, layer.qkv_bias), query, (scale, shift), state, folded.gives_reordered, is_wide, is_wide
         )
     middle = layer.out_norm_weight, layer.out_norm_bias
-    first = _fold_sum(output, layer.out_bias, (scale, shift), has_wide)
-    inner = _fold_product(layer.up_weight, layer.up_bias, up, middle, (layer.state_amax, 0), first.is_wide, has_wide)
-    if inner.sums is None and down.dtype != _HALF:
+    first = _fold_sum(output, layer.out_bias, (scale, shift), kernels)
+    is_block, is_wide = kernels.are_block(up, down), kernels.are_wide(up.weight)
+    state = layer.state_amax, 0
+    inner = _fold_product(
+        (layer.up_weight, layer.up_bias), up, middle, state, first.is_wide, is_wide, is_wide or is_block
+    )
+    if is_wide and not is_block and down.dtype != _HALF:
         down = replace(down, weight=gemm_wide.reorder(down.weight))
-    return _Folded(product, first, inner, _fold_sum(down, layer.down_bias, middle, has_wide))
+    last = _fold_sum(down, layer.down_bias, middle, kernels)
+    return _Folded(product, first, inner, last, _make_block(inner, last) if is_block else None)
 
 
-def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], has_wide: bool) -> _Sum:
+def _make_block(up: _Product, down: _Sum) -> feed_forward.Block:
+    first, second = up.linear, down.linear
+    scales = first.x_scale, first.weight_scale, second.x_scale, second.weight_scale, second.x_factor
+    known = [each for each in scales if each is not None]
+    weights = feed_forward.arrange(first.weight, second.weight)
+    return feed_forward.Block(weights, up.bias, down.bias, down.scale.to(_HALF), *known)
+
+
+def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], kernels: _Kernels) -> _Sum:
     """`norm`: scale and shift of that of the state that is added to."""
     (scale, shift), device = norm, own.weight.device
-    is_wide = has_wide and gemm_wide.fits(own.weight)
+    is_wide = kernels.are_wide(own.weight)
     return _Sum(own, (bias + shift).to(device, _HALF), scale.to(device, _HALF if is_wide else torch.float32), is_wide)
 
 
 def _fold_product(
-    weight: Tensor, bias: Tensor, own: Linear, norm: tuple[Tensor, Tensor], state: tuple[Tensor | None, int],
-    is_reordered: bool, has_wide: bool,
+    layer: tuple[Tensor, Tensor], own: Linear, norm: tuple[Tensor, Tensor], state: tuple[Tensor | None, int],
+    is_reordered: bool, is_wide: bool, is_centred: bool,
 ) -> _Product:  # fmt: skip
-    """`norm`: scale and shift; `state`: the calibrated states that this multiplies, of which a norm has one, and whose
-    E4M3 `is_reordered`.
+    """`layer`: weight and bias; `norm`: scale and shift; `state`: the calibrated states that this multiplies, of which
+    a norm has one, and whose E4M3 `is_reordered`.
 
-    A matrix for `gemm_wide` is centred, which takes the mean of a row of states away. The rounding of its values to
-    E4M3 is not centred: the mean, a part of the states like any other, times the sum of a row's rounding errors stays.
+    A matrix whose rows are centred takes the mean of a row of states away. The rounding of its values to E4M3 is not
+    centred: the mean, a part of the states like any other, times the sum of a row's rounding errors stays.
     """
-    (scale, shift), device = norm, own.weight.device
+    (weight, bias), (scale, shift), device = layer, norm, own.weight.device
     scaled, folded_bias = weight * scale, (bias + weight @ shift).to(device, _HALF)
-    is_wide = has_wide and gemm_wide.fits(own.weight)
-    if is_wide:
+    if is_centred:
         scaled = scaled - scaled.mean(1, keepdim=True)
     if own.dtype == _HALF:
         folded = Linear(scaled.to(device, _HALF))

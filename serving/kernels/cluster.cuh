@@ -50,6 +50,16 @@ DEVICE void send(u32 target, u32 source, u32 bytes, u32 bar, u32 rank) {
                "r"(source), "r"(bytes), "r"(on_rank(bar, rank))
                : "memory");
 }
+// 16 bytes into the shared memory behind an address of `on_rank`, whose own `bar` counts them.
+DEVICE void store_there(u32 target, u32 a, u32 b, u32 c, u32 d, u32 bar) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   target),
+               "r"(a), "r"(b), "r"(c), "r"(d), "r"(bar)
+               : "memory");
+}
+DEVICE void arrive_there(u32 bar, u32 rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(on_rank(bar, rank)) : "memory");
+}
 // Makes what this thread wrote visible to copies that are started behind the next barrier.
 DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -16,7 +16,7 @@
 //
 // Compiled with RESIDUAL or without, then with GELU or without; each with operands in E4M3 or not, NARROW or not.
 
-#include "wgmma.cuh"
+#include "wide_results.cuh"
 
 constexpr bool COPIES = RESIDUAL && NARROW;
 constexpr int ROWS = 128, COLUMNS = 192, STEP = E4M3 ? 128 : 64, PIECE = 64, PIECES = COLUMNS / PIECE;
@@ -116,41 +116,6 @@ DEVICE void multiply_tile(float (&acc)[2][96], u32 ring, const Barriers& bars, i
   }
 }
 
-// The GELU of twice each value, as gemm.gelu has it, in pairs of halves: fewer instructions, of which the epilogue has
-// the time of one product.
-DEVICE void activate(u32 (&pairs)[4]) {
-  u32 inner[4], first = 0x3e643e64, third = 0x348c348c;  // 2 A = 1.5972 and 8 B = 0.28417
-#pragma unroll
-  for (int i = 0; i < 4; i++) asm("mul.f16x2 %0, %1, %1;" : "=r"(inner[i]) : "r"(pairs[i]));
-#pragma unroll
-  for (int i = 0; i < 4; i++) asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(inner[i]) : "r"(third), "r"(first));
-#pragma unroll
-  for (int i = 0; i < 4; i++) asm("mul.f16x2 %0, %0, %1;" : "+r"(inner[i]) : "r"(pairs[i]));
-#pragma unroll
-  for (int i = 0; i < 4; i++) asm("tanh.approx.f16x2 %0, %0;" : "+r"(inner[i]));
-#pragma unroll
-  for (int i = 0; i < 4; i++) asm("fma.rn.f16x2 %0, %0, %1, %0;" : "+r"(pairs[i]) : "r"(inner[i]));
-}
-
-// 4 columns of E4M3 from two pairs of halves; what is beyond E4M3 becomes its largest.
-DEVICE u32 narrow(u32 low, u32 high, u32 factor) {
-  u32 values;
-  asm("{\n.reg .b32 l, h;\n.reg .b16 a, b;\nmul.f16x2 l, %1, %3;\nmul.f16x2 h, %2, %3;\n"
-      "cvt.rn.satfinite.e4m3x2.f16x2 a, l;\ncvt.rn.satfinite.e4m3x2.f16x2 b, h;\nmov.b32 %0, {a, b};\n}"
-      : "=r"(values)
-      : "r"(low), "r"(high), "r"(factor));
-  return values;
-}
-
-// From the first 32 bytes of a swizzled row to others. Said anew each time: kept, the places take registers that a tile
-// does not leave.
-template <int NUMBER>
-DEVICE u32 further(u32 place) {
-  u32 at;
-  asm volatile("xor.b32 %0, %1, %2;" : "=r"(at) : "r"(place), "n"(NUMBER * 32));
-  return at;
-}
-
 // 16 columns of 64 rows, from the accumulators to where the residual lies: `place` is the lane's in a row of the piece.
 // `norms`: shift and spread of the thread's two rows; `small`: the two rows in E4M3.
 template <int NUMBER>
@@ -224,12 +189,7 @@ DEVICE void finish_piece(const float (&acc)[2][96], const float* edges, const u3
 DEVICE void store_sums(const Argument& work, float2 (&sums)[2][2], Tile tile, int warp, int lane) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    float2& own = sums[i / 2][i % 2];
-#pragma unroll
-    for (int other = 1; other < 4; other *= 2) {
-      own.x += __shfl_xor_sync(~0u, own.x, other);
-      own.y += __shfl_xor_sync(~0u, own.y, other);
-    }
+    float2 own = add_neighbours(sums[i / 2][i % 2]);
     int row = tile.top + i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8;
     if (lane % 4 == 0 && row < work.num_rows) work.out_sums[(u64)row * work.across + tile.left / COLUMNS] = own;
   }

@@ -57,31 +57,58 @@ DEVICE void load_matrices(u32 at, u32 (&to)[4]) {
                : "r"(at));
 }
 
-// An operand in rows of 128 bytes, swizzled as the copy engine writes it; 32 bytes further is 2 more, 8 rows 64.
-DEVICE u64 describe(u32 at) { return (u64)(at >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+// An operand in rows of 128 or 64 bytes, swizzled as the copy engine writes it; 32 bytes further is 2 more.
+template <int BYTES = 128>
+DEVICE u64 describe(u32 at) {
+  constexpr u64 SWIZZLE = BYTES == 128 ? 1 : 2;
+  return (u64)(at >> 4 & 0x3fff) | 1ull << 16 | (u64)(BYTES / 2) << 32 | SWIZZLE << 62;
+}
 
 #define R8(i)                                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define PRODUCT(TYPES, ORDERS)                                                                                         \
-  asm volatile(                                                                                                        \
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192" TYPES                     \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "    \
-      "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
-      "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, " \
-      "%67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, " \
-      "%89, %90, %91, %92, %93, %94, %95}, %96, %97, adds, 1, 1" ORDERS ";\n}"                                         \
-      : R8(0), R8(8), R8(16), R8(24), R8(32), R8(40), R8(48), R8(56), R8(64), R8(72), R8(80), R8(88)                   \
-      : "l"(a), "l"(b), "r"(adds))
-// 32 bytes of each row of the operands: 16 values of float16, or 32 of E4M3.
+#define R32(i) R8(i), R8(i + 8), R8(i + 16), R8(i + 24)
+#define R96 R32(0), R32(32), R32(64)
+#define D32                                                                                                          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "   \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define D96                                                                                                          \
+  D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "  \
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, "    \
+      "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+// `adds` is the operand ADDS: without it the product takes the place of what d held.
+#define PRODUCT(ADDS, FORM, D, OPERANDS, ORDERS)                                              \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " ADDS ", 0;\nwgmma.mma_async.sync.aligned." FORM " {" D "}, " OPERANDS \
+  ", adds, 1, 1" ORDERS ";\n}"
+
+// Of 64 rows by four warps: 32 bytes of each row of the operands, 16 values of float16 or 32 of E4M3.
 template <bool IS_E4M3>
 DEVICE void multiply_64(float (&d)[96], u64 a, u64 b, int adds) {
   if constexpr (IS_E4M3)
-    PRODUCT("k32.f32.e4m3.e4m3", "");
+    asm volatile(PRODUCT("%98", "m64n192k32.f32.e4m3.e4m3", D96, "%96, %97", "")
+                 : R96
+                 : "l"(a), "l"(b), "r"(adds));
   else
-    PRODUCT("k16.f32.f16.f16", ", 0, 0");
+    asm volatile(PRODUCT("%98", "m64n192k16.f32.f16.f16", D96, "%96, %97", ", 0, 0")
+                 : R96
+                 : "l"(a), "l"(b), "r"(adds));
+}
+// In E4M3 with 64 columns.
+DEVICE void multiply_64_64(float (&d)[32], u64 a, u64 b, int adds) {
+  asm volatile(PRODUCT("%34", "m64n64k32.f32.e4m3.e4m3", D32, "%32, %33", "") : R32(0) : "l"(a), "l"(b), "r"(adds));
+}
+// In E4M3 with the first operand in registers: of rows l / 4 and 8 + l / 4 of a warp's 16 the 4 bytes at 4 (l % 4), then
+// those at 16 + 4 (l % 4).
+DEVICE void multiply_registers(float (&d)[96], const u32 (&a)[4], u64 b, int adds) {
+  asm volatile(PRODUCT("%101", "m64n192k32.f32.e4m3.e4m3", D96, "{%96, %97, %98, %99}, %100", "")
+               : R96
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
 #undef PRODUCT
+#undef D96
+#undef D32
+#undef R96
+#undef R32
 #undef R8
 DEVICE void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -90,7 +117,8 @@ DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 // Keeps the compiler from reading results before the wait.
-DEVICE void fence_results(float (&d)[96]) {
+template <int COUNT>
+DEVICE void fence_results(float (&d)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < 96; i++) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
