@@ -99,3 +99,27 @@ DEVICE float gelu(float x) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(half * (2 * 0.79862082f + half * half * (8 * 0.0355207f))));
   return half + half * tanh;
 }
+// The GELU of twice each value, as gemm.gelu has it, in pairs of halves: fewer instructions for an epilogue
+// that has the time of one product.
+DEVICE void activate(u32 (&pairs)[4]) {
+  u32 inner[4], first = 0x3e643e64, third = 0x348c348c;  // 2 A = 1.5972 and 8 B = 0.28417
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm("mul.f16x2 %0, %1, %1;" : "=r"(inner[i]) : "r"(pairs[i]));
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(inner[i]) : "r"(third), "r"(first));
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm("mul.f16x2 %0, %0, %1;" : "+r"(inner[i]) : "r"(pairs[i]));
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm("tanh.approx.f16x2 %0, %0;" : "+r"(inner[i]));
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm("fma.rn.f16x2 %0, %0, %1, %0;" : "+r"(pairs[i]) : "r"(inner[i]));
+}
+// 4 columns of E4M3 from two pairs of halves; what is beyond E4M3 becomes its largest.
+DEVICE u32 narrow(u32 low, u32 high, u32 factor) {
+  u32 values;
+  asm("{\n.reg .b32 l, h;\n.reg .b16 a, b;\nmul.f16x2 l, %1, %3;\nmul.f16x2 h, %2, %3;\n"
+      "cvt.rn.satfinite.e4m3x2.f16x2 a, l;\ncvt.rn.satfinite.e4m3x2.f16x2 b, h;\nmov.b32 %0, {a, b};\n}"
+      : "=r"(values)
+      : "r"(low), "r"(high), "r"(factor));
+  return values;
+}
