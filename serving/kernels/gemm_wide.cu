@@ -348,6 +348,7 @@ DEVICE void attend(const Argument& work, u32 buffers, float* edges, const Barrie
     for (int number = 0; number < PIECES; number++, piece++) {
       u32 side = piece & 1;
       barrier_wait(bars.written + 8 * side, piece >> 1 & 1);
+      __syncwarp();  // what follows lets the barrier go on, perhaps past who has not looked yet
       if (lane == 0) {
         store_piece(work, buffers, tile, tile.left + number * PIECE, side);
         if (!RESIDUAL) barrier_arrive(bars.open + 8 * side);

@@ -1,6 +1,7 @@
 """GEMM of normalised rows for Hopper (capability 9.0) in CUDA C++: see gemm_wide.cu.
 
-Faster than `gemm_hopper` where that one has to stream its weights: Triton has no tiles of 192 columns.
+Faster than `gemm_hopper` where that one has to stream its weights: Triton has no tiles of 192 columns. A last round of
+few tiles is cut in halves for more programs; a row's bits depend on neither that nor the other rows.
 
 E4M3 that it writes has the columns of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, as the tensor cores
 leave them to a thread: a weight that multiplies it is brought into that order by `reorder`, once.
