@@ -53,12 +53,13 @@ def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool) -> None
     filled = -(-rows // 128) * 128
     x, total, scale, results = draw(filled, 768), draw(filled, 768), draw(768), []
     up, down, bias, sums = draw(3072, 768, scale=0.03), draw(768, 768, scale=0.03), draw(3072), sum_rows(x)
+    before = sum_rows(total)
     for size, programs in ((filled, (16, 4)), (rows, (PROGRAMS, PROGRAMS))):
         out, added = poisoned(size, 3072, device=x.device), total[:size].clone()
         after = poisoned(size, 4, 2, device=x.device, dtype=torch.float32)
         gemm_wide.linear(x[:size], up, bias, out, programs[0], sums[:size], EPS, True, is_upward)
         gemm_wide.add(
-            x[:size], down, bias[:768], added, programs[1], sum_rows(added), scale, EPS, after, is_upward
+            x[:size], down, bias[:768], added, programs[1], before[:size], scale, EPS, after, is_upward
         )  # fmt: skip
         results.append((out[:rows], added[:rows], after[:rows]))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

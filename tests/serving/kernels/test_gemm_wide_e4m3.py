@@ -139,7 +139,8 @@ def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool) -> None
     filled = -(-rows // 128) * 128
     (x, values, up, scales), bias = make_product(filled, 3072, 768), draw(3072)
     (down, down_scale), total, scale = quantize(draw(768, 768)), draw(filled, 768), draw(768)
-    factor, sums, results = torch.tensor([40.0], device=x.device), sum_rows(x), []
+    factor, results = torch.tensor([40.0], device=x.device), []
+    sums, before = sum_rows(x), sum_rows(total)
     for size, programs in ((filled, (16, 4)), (rows, (PROGRAMS, PROGRAMS))):
         out, added, copy = poisoned_e4m3(size, 3072), total[:size].clone(), poisoned_e4m3(size, 768)
         after = poisoned(size, 4, 2, device=x.device, dtype=torch.float32)
@@ -147,7 +148,7 @@ def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool) -> None
             values[:size], up, bias, out, programs[0], sums[:size], EPS, True, is_upward, *scales, factor
         )  # fmt: skip
         gemm_wide.add(
-            values[:size], down, bias[:768], added, programs[1], sum_rows(added), scale, EPS, after, is_upward,
+            values[:size], down, bias[:768], added, programs[1], before[:size], scale, EPS, after, is_upward,
             scales[0], down_scale, factor, copy,
         )  # fmt: skip
         bits = out.view(torch.uint8), copy.view(torch.uint8), added, after
