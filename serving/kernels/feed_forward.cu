@@ -331,7 +331,8 @@ DEVICE void attend(const Argument& work, u32 tile, float2* norms, const Barriers
       __syncwarp();
       if (lane > 0) continue;
       if (COPIES) begin_store(&work.narrow, tile + (round & 1) * OPERAND_BYTES + column * ROWS, column, top);
-      store_tile(&work.x, tile + ADDED + i * ADDED_BYTES, column, top);
+      begin_store(&work.x, tile + ADDED + i * ADDED_BYTES, column, top);
+      wait_for_reads();
       if (round + 1 < count) load_added(work, tile, bars, rank, i, coming);
     }
     if (lane == 0 && round + 2 < count) load_operand(work, tile, bars, round + 2, find_top(work, round + 2, group));

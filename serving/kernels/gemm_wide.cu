@@ -14,12 +14,16 @@
 // are E4M3 times a factor: of a GELU all of them, with RESIDUAL a copy. A thread has columns 2 t, 2 t + 1, 8 + 2 t and
 // 9 + 2 t of each 16, and they are left side by side: who reads them has its weights in that order.
 //
+// The halves of a tile, of 64 rows, are products by themselves. Where the tiles of the last round are at most half as
+// many as the programs, each is cut in two for two of them. Such a half, and the last rows where they are as few, are
+// what the first half of a whole tile is, and a row has the same bits in either.
+//
 // Compiled with RESIDUAL or without, then with GELU or without; each with operands in E4M3 or not, NARROW or not.
 
 #include "wide_results.cuh"
 
 constexpr bool COPIES = RESIDUAL && NARROW;
-constexpr int ROWS = 128, COLUMNS = 192, STEP = E4M3 ? 128 : 64, PIECE = 64, PIECES = COLUMNS / PIECE;
+constexpr int HALF = 64, ROWS = 2 * HALF, COLUMNS = 192, STEP = E4M3 ? 128 : 64, PIECE = 64, PIECES = COLUMNS / PIECE;
 constexpr int STAGES = COPIES ? 3 : 4;  // copies take the room of one
 constexpr u32 X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + COLUMNS * 128, COPY_BYTES = COPIES ? ROWS * PIECE : 0;
 constexpr u32 PIECE_BYTES = ROWS * PIECE * (NARROW && !RESIDUAL ? 1 : 2), GROUP_BYTES = 2 * (PIECE_BYTES + COPY_BYTES);
@@ -32,18 +36,31 @@ struct Argument {
   const float2* sums;        // sum and sum of squares, [num_rows, parts]
   float2* out_sums;          // [num_rows, across]
   const float *x_scales, *weight_scale, *out_factor;
-  float eps, share;                                 // one over the columns of the norm
-  int num_rows, tiles, across, last, depth, parts;  // tiles go down the rows, or up from row `last` where there is one
-  int scale_rows;                                   // whether x has a scale a row
+  float eps, share;                // one over the columns of the norm
+  int num_rows, tiles, cut;        // so many of the tiles, the last, are cut in halves
+  int across, last, depth, parts;  // tiles go down the rows, or up from row `last` where there is one
+  int scale_rows;                  // whether x has a scale a row
 };
 
+// Rows `top` to `end`, which take so many halves.
 struct Tile {
-  int top, left;
+  int top, end, left, halves;
 };
 
+// Second halves are numbered behind all tiles. With RESIDUAL the programs and so `cut` are a multiple of `across`: what
+// is further by either is in the same column.
 DEVICE Tile find_tile(const Argument& work, int turn) {
-  int tile = blockIdx.x + turn * gridDim.x, row = tile / work.across;
-  return {(work.last < 0 ? row : work.last - row) * ROWS, tile % work.across * COLUMNS};
+  int number = blockIdx.x + turn * gridDim.x, is_second = number >= work.tiles;
+  int tile = number - is_second * work.cut, row = tile / work.across;
+  int top = (work.last < 0 ? row : work.last - row) * ROWS + is_second * HALF;
+  int end = min(top + (number < work.tiles - work.cut ? ROWS : HALF), work.num_rows);
+  return {top, end, tile % work.across * COLUMNS, end - top > HALF ? 2 : 1};
+}
+
+// How many tiles and halves the program takes. A second half, which only its last can be, may have no rows.
+DEVICE int count_turns(const Argument& work) {
+  int turns = (work.tiles + work.cut - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+  return turns - (find_tile(work, turns - 1).top >= work.num_rows);
 }
 
 // By address: stages of the ring that are full and free, and whose turn it is; of each group the pieces that it may
@@ -76,12 +93,17 @@ DEVICE void make_barriers(u32 bars) {
   fence_copies();
 }
 
+// The first part of a stage; x follows.
+DEVICE void load_weight(const Argument& work, Tile tile, int k, u32 stage, u32 bar) {
+  barrier_expect(bar, STAGE_BYTES - (2 - tile.halves) * X_BYTES / 2);
+  load_tile(stage + X_BYTES, &work.weight, k * STEP, tile.left, bar);
+}
+
 DEVICE void produce(const Argument& work, u32 ring, const Barriers& bars, int count) {
   // The weights are there from the start, x with the kernel before.
   for (int fill = 0; fill < min(STAGES, count * work.depth); fill++) {
-    int left = find_tile(work, fill / work.depth).left;
-    barrier_expect(bars.full + 8 * fill, STAGE_BYTES);
-    load_tile(ring + fill * STAGE_BYTES + X_BYTES, &work.weight, fill % work.depth * STEP, left, bars.full + 8 * fill);
+    Tile tile = find_tile(work, fill / work.depth);
+    load_weight(work, tile, fill % work.depth, ring + fill * STAGE_BYTES, bars.full + 8 * fill);
   }
   wait_for_kernel_before();
   for (int turn = 0, fill = 0; turn < count; turn++) {
@@ -90,30 +112,38 @@ DEVICE void produce(const Argument& work, u32 ring, const Barriers& bars, int co
       u32 slot = fill % STAGES, bar = bars.full + 8 * slot, at = ring + slot * STAGE_BYTES;
       if (fill >= STAGES) {
         barrier_wait(bars.free + 8 * slot, fill / STAGES & 1 ^ 1);
-        barrier_expect(bar, STAGE_BYTES);
-        load_tile(at + X_BYTES, &work.weight, k * STEP, tile.left, bar);
+        load_weight(work, tile, k, at, bar);
       }
-      load_tile(at, &work.x, k * STEP, tile.top, bar);
+      for (int half = 0; half < tile.halves; half++)
+        load_tile(at + half * X_BYTES / 2, &work.x, k * STEP, tile.top + half * HALF, bar);
     }
   }
 }
 
-// The product of a tile, whose first stage is fill number `first`; the last is still being read.
-DEVICE void multiply_tile(float (&acc)[2][96], u32 ring, const Barriers& bars, int first, int depth, int lane) {
+// The product of a tile whose first stage is fill number `first`; the other group's turn begins while the last is read.
+// No branch may lie between products in flight: the compiler would have each wait for the one before.
+template <int HALVES>
+DEVICE void multiply_tile(float (&acc)[2][96], u32 ring, const Barriers& bars, u32 next_turn, int first, int depth,
+                          int lane) {
   for (int k = 0; k < depth; k++) {
     int fill = first + k, slot = fill % STAGES;
     barrier_wait(bars.full + 8 * slot, fill / STAGES & 1);
     u64 x = describe(ring + slot * STAGE_BYTES), weight = describe(ring + slot * STAGE_BYTES + X_BYTES);
     open_products();
 #pragma unroll
-    for (int part = 0; part < 4; part++) {
-      multiply_64<E4M3>(acc[0], x + 2 * part, weight + 2 * part, k | part);
-      multiply_64<E4M3>(acc[1], x + 2 * part + 512, weight + 2 * part, k | part);
-    }
+    for (int part = 0; part < 4; part++)
+#pragma unroll
+      for (int half = 0; half < HALVES; half++)
+        multiply_64<E4M3>(acc[half], x + 2 * part + half * (HALF / 8 * 64), weight + 2 * part, k | part);
     close_products();
     wait_for_products<1>();
     if (k > 0 && lane == 0) barrier_arrive(bars.free + 8 * ((fill - 1) % STAGES));
   }
+  barrier_arrive(next_turn);
+  wait_for_products<0>();
+#pragma unroll
+  for (int half = 0; half < HALVES; half++) fence_results(acc[half]);
+  if (lane == 0) barrier_arrive(bars.free + 8 * ((first + depth - 1) % STAGES));
 }
 
 // 16 columns of 64 rows, from the accumulators to where the residual lies: `place` is the lane's in a row of the piece.
@@ -141,12 +171,12 @@ DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32
     float left = acc[(NUMBER * 2 + side) * 4 + low * 2], right = acc[(NUMBER * 2 + side) * 4 + low * 2 + 1];
     float2 norm = norms[low], added = unpack(residual[i]);
     if (RESIDUAL) {
-      if (E4M3) left *= __uint_as_float(columns[KEPT]), right *= __uint_as_float(columns[KEPT]);
-      left += bias[side].x + (added.x * norm.y + norm.x) * scale[side].x;
-      right += bias[side].y + (added.y * norm.y + norm.x) * scale[side].y;
-      sums[low].x += left + right, sums[low].y += left * left + right * right;
+      float factor = E4M3 ? __uint_as_float(columns[KEPT]) : 1;
+      left = fmaf(left, factor, fmaf(fmaf(added.x, norm.y, norm.x), scale[side].x, bias[side].x));
+      right = fmaf(right, factor, fmaf(fmaf(added.y, norm.y, norm.x), scale[side].y, bias[side].y));
+      sums[low].x += left + right, sums[low].y += fmaf(left, left, right * right);
     } else {
-      left = left * norm.y + bias[side].x, right = right * norm.y + bias[side].y;
+      left = fmaf(left, norm.y, bias[side].x), right = fmaf(right, norm.y, bias[side].y);
     }
     packed[i] = pack(left, right);
   }
@@ -156,10 +186,10 @@ DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32
   if (RESIDUAL || !NARROW) store_matrices(at, packed);
 }
 
-// Piece number NUMBER of a tile, which is piece `piece` of the group's.
+// Piece number NUMBER of a tile of so many halves, which is piece `piece` of the group's.
 template <int NUMBER>
 DEVICE void finish_piece(const float (&acc)[2][96], const float* edges, const u32* columns, float2 (&sums)[2][2],
-                         u32 buffers, const Barriers& bars, int piece, int warp, int lane) {
+                         u32 buffers, const Barriers& bars, int halves, int piece, int warp, int lane) {
   int side = piece & 1;
   barrier_wait(bars.open + 8 * side, piece >> 1 & 1 ^ (RESIDUAL ? 0 : 1));
   int row = warp * 16 + lane % 16;  // that the lane names to the matrix copies
@@ -167,11 +197,12 @@ DEVICE void finish_piece(const float (&acc)[2][96], const float* edges, const u3
   u32 place = buffer + row * 128 + ((lane / 16 ^ row & 7) << 4);
   u32 narrow_place = copy + row * 64 + ((lane / 16 ^ row >> 1 & 3) << 4);
 #pragma unroll
-  for (int half = 0; half < 2; half++, place += 64 * 128, narrow_place += 64 * 64) {
+  for (int half = 0; half < 2; half++, place += HALF * 128, narrow_place += HALF * 64) {
+    if (half >= halves) break;
     float2 norms[2];
 #pragma unroll
     for (int low = 0; low < 2; low++) {
-      int own = half * 64 + warp * 16 + lane / 4 + low * 8;
+      int own = half * HALF + warp * 16 + lane / 4 + low * 8;
       norms[low] = RESIDUAL ? ((const float2*)edges)[own] : make_float2(0, edges[own]);
     }
     u32 small[2][4];
@@ -190,8 +221,8 @@ DEVICE void store_sums(const Argument& work, float2 (&sums)[2][2], Tile tile, in
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     float2 own = add_neighbours(sums[i / 2][i % 2]);
-    int row = tile.top + i / 2 * 64 + warp * 16 + lane / 4 + i % 2 * 8;
-    if (lane % 4 == 0 && row < work.num_rows) work.out_sums[(u64)row * work.across + tile.left / COLUMNS] = own;
+    int row = tile.top + i / 2 * HALF + warp * 16 + lane / 4 + i % 2 * 8;
+    if (lane % 4 == 0 && row < tile.end) work.out_sums[(u64)row * work.across + tile.left / COLUMNS] = own;
   }
 }
 
@@ -203,17 +234,17 @@ DEVICE void consume(const Argument& work, u32 ring, u32 buffers, const float* ed
   for (int turn = group, piece = 0; turn < count; turn += 2, piece += PIECES) {
     float acc[2][96];
     float2 sums[2][2] = {};
+    int halves = find_tile(work, turn).halves, first = turn * work.depth;
+    u32 next_turn = bars.turns + 8 * (1 - group);
     barrier_wait(bars.turns + 8 * group, turn / 2 & 1 ^ (group == 0 ? 1 : 0));
-    multiply_tile(acc, ring, bars, turn * work.depth, work.depth, lane);
-    barrier_arrive(bars.turns + 8 * (1 - group));
-    wait_for_products<0>();
-    fence_results(acc[0]);
-    fence_results(acc[1]);
-    if (lane == 0) barrier_arrive(bars.free + 8 * (((turn + 1) * work.depth - 1) % STAGES));
+    if (halves == 2)
+      multiply_tile<2>(acc, ring, bars, next_turn, first, work.depth, lane);
+    else
+      multiply_tile<1>(acc, ring, bars, next_turn, first, work.depth, lane);
     barrier_wait(bars.edged, turn / 2 & 1);
-    finish_piece<0>(acc, edges, columns, sums, buffers, bars, piece, warp, lane);
-    finish_piece<1>(acc, edges, columns, sums, buffers, bars, piece + 1, warp, lane);
-    finish_piece<2>(acc, edges, columns, sums, buffers, bars, piece + 2, warp, lane);
+    finish_piece<0>(acc, edges, columns, sums, buffers, bars, halves, piece, warp, lane);
+    finish_piece<1>(acc, edges, columns, sums, buffers, bars, halves, piece + 1, warp, lane);
+    finish_piece<2>(acc, edges, columns, sums, buffers, bars, halves, piece + 2, warp, lane);
     if (RESIDUAL) store_sums(work, sums, find_tile(work, turn), warp, lane);
   }
 }
@@ -230,15 +261,15 @@ DEVICE Edges fetch_edges(const Argument& work, Tile tile, int lane) {
 #pragma unroll
     for (int i = 0; i < ROWS / 32; i++) {
       int row = tile.top + i * 32 + lane;
-      float2 own = row < work.num_rows ? work.sums[(u64)row * work.parts + part] : float2();
+      float2 own = row < tile.end ? work.sums[(u64)row * work.parts + part] : float2();
       edges.rows[i].x += own.x, edges.rows[i].y += own.y;
     }
 #pragma unroll
   for (int i = 0; i < ROWS / 32; i++) {
     float mean = edges.rows[i].x * work.share, square = edges.rows[i].y * work.share;
-    float spread = rsqrtf(square - mean * mean + work.eps);
+    float spread = rsqrtf(fmaf(-mean, mean, square) + work.eps);
     if (E4M3 && !RESIDUAL) {
-      int row = min(tile.top + i * 32 + lane, work.num_rows - 1);
+      int row = min(tile.top + i * 32 + lane, tile.end - 1);
       spread *= work.x_scales[row * work.scale_rows] * *work.weight_scale;
     }
     edges.rows[i] = make_float2(-mean * spread, spread);
@@ -270,9 +301,21 @@ DEVICE void write_edges(float* to, const Edges& edges, int lane) {
 
 DEVICE void load_residual(const Argument& work, u32 buffers, const Barriers& bars, int group, int piece) {
   Tile tile = find_tile(work, group + piece / PIECES * 2);
-  u32 side = piece & 1, bar = bars.open + 8 * side;
-  barrier_expect(bar, PIECE_BYTES);
-  load_tile(buffers + side * PIECE_BYTES, &work.residual, tile.left + piece % PIECES * PIECE, tile.top, bar);
+  u32 side = piece & 1, bar = bars.open + 8 * side, to = buffers + side * PIECE_BYTES;
+  int column = tile.left + piece % PIECES * PIECE;
+  barrier_expect(bar, tile.halves * PIECE_BYTES / 2);
+  for (int half = 0; half < tile.halves; half++)
+    load_tile(to + half * PIECE_BYTES / 2, &work.residual, column, tile.top + half * HALF, bar);
+}
+
+DEVICE void store_piece(const Argument& work, u32 buffers, Tile tile, int column, int side) {
+  u32 from = buffers + side * PIECE_BYTES, copy = buffers + 2 * PIECE_BYTES + side * COPY_BYTES;
+  for (int half = 0; half < tile.halves; half++) {
+    int row = tile.top + half * HALF;
+    if (COPIES) begin_store(&work.copy, copy + half * COPY_BYTES / 2, column, row);
+    begin_store(&work.out, from + half * PIECE_BYTES / 2, column, row);
+  }
+  wait_for_reads();
 }
 
 // What a group needs of memory. That it has written the last piece of a tile says that it has read the tile's edges.
@@ -291,10 +334,9 @@ DEVICE void attend(const Argument& work, u32 buffers, float* edges, const Barrie
     for (int number = 0; number < PIECES; number++, piece++) {
       u32 side = piece & 1;
       barrier_wait(bars.written + 8 * side, piece >> 1 & 1);
+      __syncwarp();  // what follows lets the barrier go on, perhaps past who has not looked yet
       if (lane == 0) {
-        if (COPIES)
-          begin_store(&work.copy, buffers + 2 * PIECE_BYTES + side * COPY_BYTES, tile.left + number * PIECE, tile.top);
-        store_tile(&work.out, buffers + side * PIECE_BYTES, tile.left + number * PIECE, tile.top);
+        store_piece(work, buffers, tile, tile.left + number * PIECE, side);
         if (!RESIDUAL) barrier_arrive(bars.open + 8 * side);
         if (RESIDUAL && piece + 2 < pieces) load_residual(work, buffers, bars, group, piece + 2);
       }
@@ -319,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) gemm_wide(const __grid_cons
   if (NARROW && threadIdx.x == 0) columns[KEPT + 1] = pack(*work.out_factor, *work.out_factor);
   if (threadIdx.x == 0) make_barriers(bars);
   __syncthreads();
-  int count = (work.tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x, warp = threadIdx.x / 32;
+  int count = count_turns(work), warp = threadIdx.x / 32;
   int group = warp < 4 ? warp - 1 : warp / 4 - 1;
   u32 buffers = ring + STAGES * STAGE_BYTES + group * GROUP_BYTES;
   Barriers own = find_barriers(bars, group);

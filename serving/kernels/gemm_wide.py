@@ -1,6 +1,7 @@
 """GEMM of normalised rows for Hopper (capability 9.0) in CUDA C++: see gemm_wide.cu.
 
-Faster than `gemm_hopper` where that one has to stream its weights: Triton has no tiles of 192 columns.
+Faster than `gemm_hopper` where that one has to stream its weights: Triton has no tiles of 192 columns. A last round of
+few tiles is cut in halves for more programs; a row's bits depend on neither that nor the other rows.
 
 E4M3 that it writes has the columns of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, as the tensor cores
 leave them to a thread: a weight that multiplies it is brought into that order by `reorder`, once.
@@ -20,7 +21,7 @@ from serving.kernels.gemm import is_hopper
 from serving.kernels.handover import starts_early
 
 COLUMNS = 192  # of a tile, and of what each pair of sums is over
-_ROWS, _PIECE = 128, 64
+_ROWS, _HALF, _PIECE = 128, 64, 64  # of a tile, its halves, and the columns of what is read and written at a time
 _STEP_BYTES = 128  # of a tile's row in the ring: one swizzle span
 _LEAST_DEPTH = 512  # below it `gemm_hopper` keeps its weights in shared memory, which measured faster
 _LEAST_COLUMNS_E4M3 = 768  # E4M3 takes it for any number of rows, of which few have too few tiles with fewer columns
@@ -45,8 +46,9 @@ class _Argument(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("bias", "scales", "sums", "out_sums")),
         *((name, ctypes.c_void_p) for name in ("x_scales", "weight_scale", "out_factor")),
         *((name, ctypes.c_float) for name in ("eps", "share")),
-        *((name, ctypes.c_int) for name in ("num_rows", "tiles", "across", "last", "depth", "parts", "scale_rows")),
-        ("rest", ctypes.c_char * 36),  # tensor maps make the kernel's struct a multiple of 64 bytes
+        *((name, ctypes.c_int) for name in ("num_rows", "tiles", "cut")),
+        *((name, ctypes.c_int) for name in ("across", "last", "depth", "parts", "scale_rows")),
+        ("rest", ctypes.c_char * 32),  # tensor maps make the kernel's struct a multiple of 64 bytes
     ]
 
 
@@ -65,6 +67,12 @@ def fits(weight: Tensor) -> bool:
 def least_rows(columns: int, num_programs: int) -> int:
     """Rows that are enough for its tiles: `gemm_hopper` has more of them, which fill the processors sooner."""
     return num_programs * _OTHER_TILE // columns + 1
+
+
+def count_cut(tiles: int, num_programs: int) -> int:
+    """How many tiles are cut in halves: those of the last round, if they are at most half as many as the programs."""
+    last = tiles % num_programs
+    return last if 2 * last <= num_programs else 0
 
 
 def reorder(weight: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ def linear(
     takes the result times `out_factor` (float32 [1], at most 65504), in the module's order. Raises CompileFailed.
     """
     form = Form(False, gelu, x_scales is not None, out_factor is not None)
-    pieces = TensorMap.of(out, _ROWS, _PIECE)
+    pieces = TensorMap.of(out, _HALF, _PIECE)
     vectors = bias, None, sums, None, x_scales, weight_scale, out_factor
     _launch(form, x, weight, (pieces, pieces, pieces), vectors, num_programs, x.shape[1], eps, is_upward)
 
@@ -104,8 +112,8 @@ def add(
     """
     form = Form(True, False, x_scale is not None, copy is not None)
     num_programs -= num_programs % (len(weight) // COLUMNS)  # a program keeps its column
-    pieces = TensorMap.of(total, _ROWS, _PIECE)
-    copies = pieces if copy is None else TensorMap.of(copy, _ROWS, _PIECE)
+    pieces = TensorMap.of(total, _HALF, _PIECE)
+    copies = pieces if copy is None else TensorMap.of(copy, _HALF, _PIECE)
     vectors = bias, scale, sums, out_sums, x_scale, weight_scale, out_factor
     _launch(form, x, weight, (pieces, pieces, copies), vectors, num_programs, len(weight), eps, is_upward)
 
@@ -134,13 +142,15 @@ def _launch(
     """`results`: out, residual and copy; `vectors` in the order of the argument; `normed` columns have the norm."""
     (num_rows, depth), across = x.shape, len(weight) // COLUMNS
     down, step = -(-num_rows // _ROWS), _STEP_BYTES // x.element_size()
+    tiles = down * across
+    cut = count_cut(tiles, num_programs)
     _, _, sums, _, x_scales, _, _ = vectors
     assert sums is not None
     pointers: list[Any] = [None if each is None else each.data_ptr() for each in vectors]
     has_row_scales = x_scales is not None and x_scales.numel() > 1
     argument = _Argument(
-        TensorMap.of(x, _ROWS, step), TensorMap.of(weight, COLUMNS, step), *results, *pointers,
-        eps, 1 / normed, num_rows, down * across, across, down - 1 if is_upward else -1, depth // step, sums.shape[1],
+        TensorMap.of(x, _HALF, step), TensorMap.of(weight, COLUMNS, step), *results, *pointers,
+        eps, 1 / normed, num_rows, tiles, cut, across, down - 1 if is_upward else -1, depth // step, sums.shape[1],
         has_row_scales,
     )  # fmt: skip
-    _load(x.device, form).launch(argument, min(num_programs, down * across), starts_early(x))
+    _load(x.device, form).launch(argument, min(num_programs, tiles + cut), starts_early(x))

@@ -17,19 +17,14 @@ DEVICE void load_tile(u32 to, const TensorMap* map, int column, int row, u32 bar
       "l"(map), "r"(column), "r"(row), "r"(bar)
       : "memory");
 }
-// Is waited for with the next tile that is stored.
 DEVICE void begin_store(const TensorMap* map, u32 from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
                "r"(row), "r"(from)
                : "memory");
 }
-// Returns once the tile may be written again.
-DEVICE void store_tile(const TensorMap* map, u32 from, int column, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
-      "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::"l"(map),
-      "r"(column), "r"(row), "r"(from)
-      : "memory");
+// Returns once the tiles whose stores were begun may be written again.
+DEVICE void wait_for_reads() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 DEVICE void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

@@ -45,6 +45,23 @@ def test_rows_are_enough_for_the_wide_gemm_once_the_other_ones_tiles_are_more_th
 
 
 @pytest.mark.parametrize(
+    ("tiles", "programs", "cut"),
+    [(800, 132, 8), (132, 132, 0), (264 + 66, 132, 66), (264 + 68, 132, 0), (1, 132, 1), (67, 132, 0), (5, 1, 0)],
+)
+def test_the_tiles_of_the_last_round_are_cut_where_their_halves_are_no_more_than_the_programs(
+    tiles: int, programs: int, cut: int
+) -> None:
+    assert gemm_wide.count_cut(tiles, programs) == cut
+
+
+@pytest.mark.parametrize("across", [1, 2, 4, 6, 8, 12, 16])
+def test_a_program_that_keeps_its_column_keeps_it_in_a_half(across: int) -> None:
+    """Its number is further by whole rows of tiles in each turn, and by the cut tiles in a second half."""
+    programs = 132 - 132 % across
+    assert all(gemm_wide.count_cut(down * across, programs) % across == 0 for down in range(1, 500))
+
+
+@pytest.mark.parametrize(
     ("rows", "is_hopper", "starts_early"),
     [(8192, True, True), (8193, True, False), (1, False, False)],
 )

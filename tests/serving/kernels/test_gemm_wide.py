@@ -6,7 +6,7 @@ from torch.nn.functional import layer_norm
 
 from serving.kernels import gemm_wide, reference
 from serving.kernels.handover import starts_early
-from tests.serving.kernels.packs import NEEDS_HOPPER, assert_as_exact_as, draw, poisoned, sum_rows
+from tests.serving.kernels.packs import HALVED_ROWS, NEEDS_HOPPER, assert_as_exact_as, draw, poisoned, sum_rows
 
 pytestmark = NEEDS_HOPPER
 PROGRAMS, EPS = 132, 1e-12
@@ -44,6 +44,25 @@ def test_add_normalises_the_residual_and_sums_what_it_writes(rows: int, columns:
     gemm_wide.add(x, weight, bias, total, PROGRAMS, sum_rows(total, part), scale, EPS, out_sums)
     assert_as_exact_as(total, plain, oracle)
     torch.testing.assert_close(out_sums, sum_rows(oracle), rtol=1e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("is_upward", [False, True])
+@pytest.mark.parametrize("rows", HALVED_ROWS)
+def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool) -> None:
+    """Whole tiles: with rows that fill them, in full rounds of one row of tiles."""
+    filled = -(-rows // 128) * 128
+    x, total, scale, results = draw(filled, 768), draw(filled, 768), draw(768), []
+    up, down, bias, sums = draw(3072, 768, scale=0.03), draw(768, 768, scale=0.03), draw(3072), sum_rows(x)
+    before = sum_rows(total)
+    for size, programs in ((filled, (16, 4)), (rows, (PROGRAMS, PROGRAMS))):
+        out, added = poisoned(size, 3072, device=x.device), total[:size].clone()
+        after = poisoned(size, 4, 2, device=x.device, dtype=torch.float32)
+        gemm_wide.linear(x[:size], up, bias, out, programs[0], sums[:size], EPS, True, is_upward)
+        gemm_wide.add(
+            x[:size], down, bias[:768], added, programs[1], before[:size], scale, EPS, after, is_upward
+        )  # fmt: skip
+        results.append((out[:rows], added[:rows], after[:rows]))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_kernels_in_a_row_wait_for_each_other() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from serving.kernels import gemm_wide, reference
-from tests.serving.kernels.packs import NEEDS_HOPPER, draw, poisoned, relative_error, sum_rows
+from tests.serving.kernels.packs import HALVED_ROWS, NEEDS_HOPPER, draw, poisoned, relative_error, sum_rows
 
 pytestmark = NEEDS_HOPPER
 PROGRAMS, EPS = 132, 1e-12
@@ -130,6 +130,30 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
     some = values[4001:4004].contiguous(), small, bias, part, PROGRAMS, sums[4001:4004].contiguous()
     gemm_wide.linear(*some, EPS, True, False, *scales, factor)
     assert torch.equal(part.view(torch.uint8), whole[4001:4004].view(torch.uint8))
+
+
+@pytest.mark.parametrize("is_upward", [False, True])
+@pytest.mark.parametrize("rows", HALVED_ROWS)
+def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool) -> None:
+    """Whole tiles: with rows that fill them, in full rounds of one row of tiles."""
+    filled = -(-rows // 128) * 128
+    (x, values, up, scales), bias = make_product(filled, 3072, 768), draw(3072)
+    (down, down_scale), total, scale = quantize(draw(768, 768)), draw(filled, 768), draw(768)
+    factor, results = torch.tensor([40.0], device=x.device), []
+    sums, before = sum_rows(x), sum_rows(total)
+    for size, programs in ((filled, (16, 4)), (rows, (PROGRAMS, PROGRAMS))):
+        out, added, copy = poisoned_e4m3(size, 3072), total[:size].clone(), poisoned_e4m3(size, 768)
+        after = poisoned(size, 4, 2, device=x.device, dtype=torch.float32)
+        gemm_wide.linear(
+            values[:size], up, bias, out, programs[0], sums[:size], EPS, True, is_upward, *scales, factor
+        )  # fmt: skip
+        gemm_wide.add(
+            values[:size], down, bias[:768], added, programs[1], before[:size], scale, EPS, after, is_upward,
+            scales[0], down_scale, factor, copy,
+        )  # fmt: skip
+        bits = out.view(torch.uint8), copy.view(torch.uint8), added, after
+        results.append([each[:rows] for each in bits])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_what_was_written_is_read_by_a_reordered_weight() -> None:
