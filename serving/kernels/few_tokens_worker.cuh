@@ -35,7 +35,7 @@ struct Input {
 
 typedef float Tile[GROUPS][4];  // 16 features of all tokens, as the products leave them
 
-DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+DEVICE void meet() { meet_threads<THREADS>(); }
 
 // Where chunk `chunk` (8 columns) of row `row` lies in its slice.
 DEVICE u32 place(int row, int chunk) { return row * 64 + (((chunk ^ (row >> 1)) & 3) << 4); }
