@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 131_072  # of one run; a larger batch takes several
 MAX_ROWS = 4096
-_LEAST_LENGTH = 8  # tokens of a text, on average, from which a run is full of tokens and not of texts
+_LEAST_LENGTH = 16  # tokens of a text, on average, from which a run is full of tokens and not of texts
 _LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
 _STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
 _LONG_LENGTH, _LONG_TOKENS = 128, 4096  # tokens that one attends to, and of a run, from which long texts have graphs

@@ -10,7 +10,7 @@ constexpr int SLICE = ROWS * 64;    // bytes
 constexpr int STATE = HEADS * SLICE;
 // A box is 32 x 64 weights, two tiles over four steps, in bytes; a unit is one fill of the ring.
 constexpr int BOX_ROWS = 32, BOX_COLUMNS = 64, BOX = 2 * BOX_ROWS * BOX_COLUMNS, BOXES = 6, UNIT = BOXES * BOX;
-constexpr int BIASES = 2 * (96 + 32 + 128 + 32), NORMS = 2 * 4 * HIDDEN, VECTORS = BIASES + NORMS;  // bytes, of a layer
+constexpr int BIASES = 2 * (96 + 32 + 128 + 32), NORMS = 2 * 4 * HIDDEN, VECTORS = BIASES + NORMS;  // bytes of a layer
 // Offsets of the vectors, in halves.
 constexpr int QKV_BIAS = 0, OUT_BIAS = 96, UP_BIAS = 128, DOWN_BIAS = 256, NORM_1 = 288, NORM_2 = 288 + 2 * HIDDEN;
 // Shared memory: what is left after everything else is the ring.
@@ -75,6 +75,7 @@ struct Worker {
   DEVICE void pass_units(u32 end) {
 #pragma unroll 1
     while (filled < end) next_unit(), release_unit();
+    filled = end;  // as it is: so the compiler knows where units lie
   }
   // acc += two tiles of weights x activations, COUNT steps from `first` on of those that lie at `boxes` and `from`.
   template <int COUNT>

@@ -67,7 +67,7 @@ inline Machine* machine;
 
 struct Thread {
   int program, x, cluster_turn;
-  static Thread* now;
+  static Thread* now;  // none while copies land
   static void stop();  // until somebody else has run
 
   static Thread index() { return *now; }
@@ -77,12 +77,10 @@ struct Thread {
 };
 inline Thread* Thread::now;
 
-[[noreturn]] inline void fail(const char* why) {
-  machine->failure = why;
-  for (;;) Thread::stop();
-}
 inline void require(bool holds, const char* otherwise) {
-  if (!holds) fail(otherwise);
+  if (holds) return;
+  if (!machine->failure) machine->failure = otherwise;
+  while (Thread::now) Thread::stop();  // never to go on
 }
 template <typename Condition>
 void wait_until(Condition holds) {
@@ -192,7 +190,8 @@ inline void load_tile(u32 to, const TensorMap* map, int column, int row, u32 bar
   begin_copy(Thread::now->program, to, 128 * box.rows, bar, [=](u8* memory) {
     for (u32 chunk = 0; chunk < 8 * box.rows; chunk++) {
       u32 at = to + 16 * chunk;
-      memcpy(memory + (at ^ (at >> 7 & 7) << 4), box.matrix + (row + chunk / 8) * box.width + column + chunk % 8 * 8, 16);
+      const u16* from = box.matrix + (row + chunk / 8) * box.width + column + chunk % 8 * 8;
+      memcpy(memory + (at ^ (at >> 7 & 7) << 4), from, 16);
     }
   });
 }

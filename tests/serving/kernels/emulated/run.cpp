@@ -50,6 +50,7 @@ static void run_warp(Machine& all, Fiber* lanes) {
       running = lanes + lane, Thread::now = &running->thread;
       if (!running->is_done) swapcontext(&scheduler, &running->context);
     }
+    Thread::now = nullptr;
   } while (all.progress != before && !all.failure);
 }
 
