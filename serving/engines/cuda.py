@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 131_072  # of one run; a larger batch takes several
 MAX_ROWS = 4096
+_LEAST_LENGTH = 16  # tokens of a text, on average, from which a run is full of tokens and not of texts
 _LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
 _STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
 _LONG_LENGTH, _LONG_TOKENS = 128, 4096  # tokens that one attends to, and of a run, from which long texts have graphs
@@ -56,6 +57,8 @@ class CudaEngine:
         self._streams = _Streams.make()
         self.memory_limit_tokens: int | None = None
         self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
+        self._last = self._slots[-1]
+        self._vectors = torch.zeros_like(self._slots[0].results, device=self._device)
         self._static = torch.zeros_like(self._slots[0].integers)
         with _small_workspace():
             self._graphs = self._capture()
@@ -109,7 +112,7 @@ class CudaEngine:
         import torch  # noqa: PLC0415  loaded with the engine
 
         torch.cuda.synchronize(self._device)
-        del self._graphs, self._encoder, self._slots, self._static
+        del self._graphs, self._encoder, self._slots, self._last, self._vectors, self._static
         torch.cuda.empty_cache()
 
     def _embed(self, input_ids: Ids, lengths: Lengths) -> Embeddings:
@@ -140,12 +143,14 @@ class CudaEngine:
         with torch.cuda.stream(streams.compute):
             slot.copied.wait()
             out = self._compute(slot.integers, shape)
-            slot.vectors[: len(lengths)].copy_(out[: len(lengths)], non_blocking=True)
+            self._last.done.wait()  # its vectors left while this run computed
+            self._vectors[: len(lengths)].copy_(out[: len(lengths)], non_blocking=True)
             slot.computed.record()
         with torch.cuda.stream(streams.copy_out):
             slot.computed.wait()
-            slot.results[: len(lengths)].copy_(slot.vectors[: len(lengths)], non_blocking=True)
+            slot.results[: len(lengths)].copy_(self._vectors[: len(lengths)], non_blocking=True)
             slot.done.record()
+        self._last = slot
 
     def _choose_shape(self, lengths: Lengths) -> "Shape":
         real = int(lengths.sum())
@@ -249,12 +254,11 @@ class _Streams:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Staging of one run: pinned memory, its twins on the device, and the events between the streams."""
+    """Staging of one run: pinned memory, the twin of what goes in, and the events between the streams."""
 
     staging: "torch.Tensor"
     numbers: NDArray[np.int32]
     integers: "torch.Tensor"
-    vectors: "torch.Tensor"
     results: "torch.Tensor"
     copied: "torch.cuda.Event"
     computed: "torch.cuda.Event"
@@ -270,7 +274,6 @@ class _Slot:
             staging,
             staging.numpy(),
             torch.zeros(size, dtype=torch.int32, device=device),
-            torch.zeros(shape, dtype=torch.float32, device=device),
             torch.zeros(shape, dtype=torch.float32, pin_memory=True),
             torch.cuda.Event(),
             torch.cuda.Event(),
@@ -325,7 +328,7 @@ def _fit_encoder(
     kind = Fp8Encoder if compute == "f8" else Encoder
     while max_tokens >= config.positions:
         try:
-            return kind(weights, config, device, max_tokens, min(MAX_ROWS, max_tokens))
+            return kind(weights, config, device, max_tokens, min(MAX_ROWS, max_tokens // _LEAST_LENGTH))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             max_tokens //= 2

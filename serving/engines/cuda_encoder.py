@@ -1,6 +1,7 @@
 """The encoder's forward pass on the kernels, in float16 or E4M3, inside a workspace that is allocated once."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from serving.kernels.pool import pool
 _HALF = torch.float16
 _E4M3 = torch.float8_e4m3fn
 _log = logging.getLogger(__name__)
+_BIASES = "qkv_bias", "out_bias", "up_bias", "down_bias"
 _MAX_FOLDED = 512  # of the hidden size without `gemm_wide`: at 768 the GEMMs lose as much as the layer norms took
 
 
@@ -29,7 +31,8 @@ class Encoder:
     """Weights and workspace on one device; a run reads nothing that is not there. One run at a time.
 
     The workspace holds the hidden states and one wide area, where queries, keys, values and their context lie until
-    the intermediate takes their place: bytes a token are 2H + 8H or 2H + 2I, whichever is more.
+    the intermediate takes their place, and the vectors that of everything: bytes a token are 2H + 8H or 2H + 2I,
+    whichever is more.
     """
 
     _least_folded = MANY_ROWS  # tokens of a run that takes the folded layers
@@ -38,12 +41,12 @@ class Encoder:
         """Raises torch.OutOfMemoryError when weights and workspace do not fit."""
         self.config, self.max_tokens, self.max_rows = config, max_tokens, max_rows
         self._words, self._positions = (each.to(device, _HALF) for each in (weights.words, weights.positions))
-        self._norm = weights.norm_weight.to(device, _HALF), weights.norm_bias.to(device, _HALF)
-        self._layers = [_move_vectors(layer, device) for layer in weights.layers]
-        self._hidden = torch.zeros(max_tokens * config.hidden, dtype=_HALF, device=device)
+        self._biases = [_stack(weights.layers, name, device) for name in _BIASES]
+        self._norms = _stack_norms(weights).to(device, _HALF)
+        self._norm = self._norms[0, 0], self._norms[0, 1]
+        self._layers = [_view_vectors(number, self._biases, self._norms) for number in range(config.layers)]
         self._load_matrices(weights, device)
-        self._wide = torch.zeros(max_tokens * self._wide_bytes(), dtype=torch.uint8, device=device)
-        self._out = torch.zeros(max_rows, config.hidden, dtype=torch.float32, device=device)
+        self._make_workspace(device)
         self._few = self._make_few()
         self._folded = self._make_folded(weights)
 
@@ -66,28 +69,27 @@ class Encoder:
         return out
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
-        self._stacks = [
-            torch.stack([getattr(each, name).half() for each in weights.layers]).to(device) for name in MATRICES
-        ]
+        self._stacks = [_stack(weights.layers, name, device) for name in MATRICES]
         self._matrices = list(zip(*self._stacks, strict=True))
 
+    def _make_workspace(self, device: torch.device) -> None:
+        """In one piece: what is taken from the GPU's memory is rounded up, by as much as a megabyte."""
+        hidden = self.config.hidden
+        states, out = 2 * hidden * self.max_tokens, 4 * hidden * self.max_rows
+        workspace = torch.zeros(
+            states + max(out, self.max_tokens * self._wide_bytes()), dtype=torch.uint8, device=device
+        )
+        self._hidden, self._wide = workspace[:states].view(_HALF), workspace[states:]
+        self._out = self._wide[:out].view(torch.float32).view(self.max_rows, hidden)
+
     def _make_few(self) -> FewTokens | FewTokensCluster | None:
-        """The kernel for few tokens, where there is one that can take the model; `FewTokens` shares the matrices."""
+        """The kernel for few tokens, where there is one that can take the model; it shares the matrices."""
         config = self.config
         sizes = config.hidden, config.heads, config.intermediate
         if not FewTokens.fits(*sizes):
             return None
-        layers, (qkv, output, up, down) = self._layers, self._stacks
-        norms = [torch.stack(self._norm)]
-        for layer in layers:
-            norms.append(torch.stack([layer.out_norm_weight, layer.out_norm_bias]))
-            norms.append(torch.stack([layer.down_norm_weight, layer.down_norm_bias]))
-        biases = [
-            torch.stack([getattr(layer, name) for layer in layers])
-            for name in ("qkv_bias", "out_bias", "up_bias", "down_bias")
-        ]
-        interleaved = (each for pair in zip((qkv, output, up, down), biases, strict=True) for each in pair)
-        stacked = Stacked(self._words, self._positions, torch.stack(norms), *interleaved)
+        interleaved = (each for pair in zip(self._stacks, self._biases, strict=True) for each in pair)
+        stacked = Stacked(self._words, self._positions, self._norms, *interleaved)
         if FewTokensCluster.fits(*sizes, self._words.device):
             try:
                 return FewTokensCluster(stacked, config.eps, config.pooling, config.normalize)
@@ -208,9 +210,23 @@ class Fp8Encoder(Encoder):
         add_norm(x, None, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps, x, narrow, scales)
 
 
-def _move_vectors(layer: Layer, device: torch.device) -> Layer:
-    """The layer with its vectors on the device; its matrices are kept in the form their kernels take, elsewhere."""
-    names = [name for name in Layer.__slots__ if name.endswith("_bias") or "norm" in name]
+def _stack(layers: Sequence[Layer], name: str, device: torch.device) -> Tensor:
+    """What all layers have of that name, in float16 on the device: [L, ...]."""
+    return torch.stack([getattr(layer, name).half() for layer in layers]).to(device)
+
+
+def _stack_norms(weights: Weights) -> Tensor:
+    """Scale and shift of the embeddings' norm and of the two of each layer: [1 + 2L, 2, H]."""
+    norms = [(weights.norm_weight, weights.norm_bias)]
+    for layer in weights.layers:
+        norms += (layer.out_norm_weight, layer.out_norm_bias), (layer.down_norm_weight, layer.down_norm_bias)
+    return torch.stack([torch.stack(norm) for norm in norms])
+
+
+def _view_vectors(number: int, biases: Sequence[Tensor], norms: Tensor) -> Layer:
+    """A layer's vectors out of the stacks; its matrices are kept in the form their kernels take, elsewhere."""
+    vectors = {name: bias[number] for name, bias in zip(_BIASES, biases, strict=True)}
+    for name, norm in zip(("out_norm", "down_norm"), norms[1 + 2 * number : 3 + 2 * number], strict=True):
+        vectors |= {f"{name}_weight": norm[0], f"{name}_bias": norm[1]}
     empty = torch.empty(0)
-    moved = {name: getattr(layer, name).to(device, _HALF) for name in names}
-    return Layer(**moved, **{name: empty for name in Layer.__slots__ if name not in moved})
+    return Layer(**vectors, **{name: empty for name in Layer.__slots__ if name not in vectors})

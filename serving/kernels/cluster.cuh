@@ -1,5 +1,5 @@
-// What a kernel says to Hopper's hardware: barriers that count bytes, copies between the shared memories of a cluster,
-// products of 16 x 8 x 16, and pairs of float16.
+// What a kernel says to the hardware of Hopper and later: barriers that count bytes, copies of arrays, of tiles that
+// tensor maps describe, and between the shared memories of a cluster, products of 16 x 8 x 16, and pairs of float16.
 #pragma once
 
 typedef unsigned u32;
@@ -18,6 +18,11 @@ DEVICE u32 cluster_rank() {
   u32 rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+// The first of a program's threads, so many; whole warps.
+template <int THREADS>
+DEVICE void meet_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 DEVICE void arrive_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 DEVICE void wait_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
@@ -42,6 +47,20 @@ DEVICE void copy_in(u32 target, const void* source, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
                "l"(source), "r"(bytes), "r"(bar)
                : "memory");
+}
+// A matrix as the copy engine sees it: `TensorMap` of compiled.py.
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
+// The first use of a map waits for it otherwise.
+DEVICE void fetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+DEVICE void load_tile(u32 to, const TensorMap* map, int column, int row, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(bar)
+      : "memory");
 }
 // From this shared memory into that of `rank`, whose own `bar` counts the bytes.
 DEVICE void send(u32 target, u32 source, u32 bytes, u32 bar, u32 rank) {

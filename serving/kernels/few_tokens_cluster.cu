@@ -7,34 +7,74 @@
 //
 // Activations lie in slices of 32 columns, [slice][row][32], the 16-byte chunks of a row swapped so that eight rows are
 // read without a conflict. Products are weight x activations^T: features down and tokens across, two tiles of 16
-// features a warp. Weights come packed as fragments (few_tokens_cluster.py): 512 bytes are a warp's 16 x 16.
+// features a warp. Weights come as they are, in boxes of 32 x 64 that the copy engine cuts out of the matrices: rows of
+// 128 bytes, whose 16-byte chunks it swaps for the same reason.
 //
 // Compiled with ROWS (16 or 32), HEADS, SHARED (bytes), POOLING (0 mean, 1 cls, 2 lasttoken) and NORMALIZE.
 
 #include "few_tokens_worker.cuh"
 
-// The 17th warp: vectors and weights of every layer, as soon as there is room. A layer's vectors take the place of
-// those of two layers ago: by the time the ring has room for this layer's first unit nobody reads those.
-DEVICE void feed(const Input& in, u32 base, u32 rank) {
-  for (int layer = 0, unit = 0; layer < in.num_layers; layer++) {
-    int part = layer * HEADS + rank;
-    for (int i = 0; i < UNITS; i++, unit++) {
-      u32 stage = unit % STAGES, full = base + FULL + 8 * stage;
-      barrier_wait(base + EMPTY + 8 * stage, unit / STAGES & 1 ^ 1);
+struct Place {
+  int column, row;
+};
+
+// The 17th warp: vectors and weights of every layer, as soon as there is room.
+struct Feeder {
+  const Input& in;
+  u32 base;
+  int rank;
+  u32 unit;  // of the ring
+
+  DEVICE void wait_for_room() { barrier_wait(base + EMPTY + 8 * (unit % STAGES), unit / STAGES & 1 ^ 1); }
+  // A layer's vectors take the place of those of two layers ago: by the time the ring has room for this layer's first
+  // unit nobody reads those.
+  DEVICE void feed_vectors(int layer) {
+    u32 to = base + VECTOR + (layer & 1) * VECTORS, bar = base + VECTOR_FULL + 8 * (layer & 1);
+    wait_for_room();
+    barrier_expect(bar, VECTORS);
+    copy_in(to, in.biases + (layer * HEADS + rank) * BIASES, BIASES, bar);
+    copy_in(to + BIASES, in.norms + (2 + 4 * layer) * HIDDEN, NORMS, bar);
+  }
+  // COUNT boxes of a matrix, as `multiply_boxes` takes them; `find` says where the box of a number begins.
+  template <int COUNT, typename Find>
+  DEVICE void feed(const TensorMap& matrix, Find find) {
+#pragma unroll 1
+    for (int first = 0; first < COUNT; first += BOXES, unit++) {
+      u32 to = base + RING + unit % STAGES * UNIT, full = base + FULL + 8 * (unit % STAGES);
+      wait_for_room();
       barrier_expect(full, UNIT);
-      copy_in(base + RING + stage * UNIT, in.weights + ((long long)part * UNITS + i) * UNIT, UNIT, full);
-      if (i == 0) {
-        u32 bar = base + VECTOR_FULL + 8 * (layer & 1);
-        barrier_expect(bar, VECTORS);
-        copy_in(base + VECTOR + (layer & 1) * VECTORS, in.vectors + (long long)part * VECTORS, VECTORS, bar);
+#pragma unroll
+      for (int i = 0; i < BOXES; i++) {
+        Place place = find(first + i);
+        load_tile(to + i * BOX, &matrix, place.column, place.row, full);
       }
     }
   }
-}
+  // PAIRS pairs of tiles, `apart` rows from each other, for two halves of the sum.
+  template <int PAIRS>
+  DEVICE void feed_halves(const TensorMap& matrix, int top, int apart) {
+    feed<STEPS / 4 * PAIRS>(matrix, [=](int number) {
+      int turn = number / (2 * PAIRS), half = number / PAIRS % 2;
+      return Place{half * (HIDDEN / 2) + turn * BOX_COLUMNS, top + number % PAIRS * apart};
+    });
+  }
+  DEVICE void feed_layer(int layer) {
+    int top = layer * HIDDEN, own = top + rank * BOX_ROWS, left = rank * 2 * BOX_COLUMNS;
+    feed_vectors(layer);
+    feed_halves<3>(in.query, 2 * top + own, HIDDEN);
+    feed<BOXES>(in.output, [=](int number) { return Place{number * BOX_COLUMNS, own}; });
+    feed_halves<4>(in.up, 4 * own, BOX_ROWS);
+    feed<2 * HEADS>(in.down, [=](int number) {
+      return Place{left + number / HEADS * BOX_COLUMNS, top + number % HEADS * BOX_ROWS};
+    });
+  }
+};
 
-extern "C" __global__ void __cluster_dims__(HEADS, 1, 1) __launch_bounds__(THREADS + 32, 1) few_tokens_cluster(const Input in) {
-  extern __shared__ __align__(128) u8 memory[];
+extern "C" __global__ void __cluster_dims__(HEADS, 1, 1) __launch_bounds__(THREADS + 32, 1) few_tokens_cluster(const __grid_constant__ Input in) {
+  extern __shared__ __align__(1024) u8 memory[];
   Worker me(memory, in);
+  if (me.warp == WARPS && me.lane == 0)
+    fetch_map(&in.query), fetch_map(&in.output), fetch_map(&in.up), fetch_map(&in.down);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; stage++) {
       barrier_init(me.base + FULL + 8 * stage, 1);
@@ -53,7 +93,8 @@ extern "C" __global__ void __cluster_dims__(HEADS, 1, 1) __launch_bounds__(THREA
     me.look_up(in);
     me.embed(in);
   } else if (me.lane == 0) {
-    feed(in, me.base, me.rank);
+    Feeder feeder{in, me.base, (int)me.rank, 0};
+    for (int layer = 0; layer < in.num_layers; layer++) feeder.feed_layer(layer);
   }
   __syncwarp();
   wait_cluster();  // from here on everybody's barriers are ready

@@ -9,12 +9,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from serving.kernels.compiled import CudaKernel
+from serving.kernels.compiled import CudaKernel, TensorMap
 from serving.kernels.few_tokens import MAX_TOKENS, Stacked
 
 _HIDDEN, _HEADS, _INNER = 384, 12, 1536
 _HEAD, _SHARE = _HIDDEN // _HEADS, _INNER // _HEADS  # columns of a program's head, and of its intermediate
-_UNIT = 48 * 256  # halves of a fill of the ring: 48 fragments of 16 x 16
+_BOX_ROWS, _BOX_COLUMNS = 32, 64  # that the copy engine cuts out of a matrix at a time
 _THREADS = 17 * 32
 _SHARED_BYTES = 227 * 1024  # of a program: all that there is
 _HAS_CLUSTERS = (9, 0)
@@ -25,20 +25,22 @@ class _Input(ctypes.Structure):
     """`Input` of the kernel."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("ids", "starts", "ends", "offsets", "words", "positions", "norm")),
-        *((name, ctypes.c_void_p) for name in ("weights", "vectors", "out")),
+        *((name, TensorMap) for name in ("query", "output", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("ids", "starts", "ends", "offsets", "words", "positions", "norms")),
+        *((name, ctypes.c_void_p) for name in ("biases", "out")),
         *((name, ctypes.c_int) for name in ("num_tokens", "num_rows", "num_layers")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
+        ("rest", ctypes.c_char * 36),  # tensor maps make the kernel's struct a multiple of 64 bytes
     ]  # fmt: skip
 
 
 class FewTokensCluster:
-    """The kernel with its packed weights. Runs may overlap: nothing is written but `out`."""
+    """The kernel on the weights of the others. Runs may overlap: nothing is written but `out`."""
 
     def __init__(self, weights: Stacked, eps: float, pooling: str, normalize: bool) -> None:
         """See `fits` for what it can take. Raises CompileFailed where the GPU or its compiler refuses."""
-        self._tables = weights.words, weights.positions, weights.norms[0].contiguous()
-        self._weights, self._vectors = pack_weights(weights), pack_vectors(weights)
+        self._tables = weights.words, weights.positions, weights.norms, pack_biases(weights)
+        self._matrices = weights.qkv_weight, weights.out_weight, weights.up_weight, weights.down_weight
         self._layers, self._eps = len(weights.up_weight), eps
         device = weights.words.device
         self._kernels = {
@@ -47,6 +49,7 @@ class FewTokensCluster:
             )
             for rows in (16, MAX_TOKENS)
         }
+        self._maps = [TensorMap.of(each.flatten(0, 1), _BOX_ROWS, _BOX_COLUMNS) for each in self._matrices]
 
     @staticmethod
     def fits(hidden: int, heads: int, intermediate: int, device: torch.device) -> bool:
@@ -59,9 +62,9 @@ class FewTokensCluster:
 
     def run(self, ids: Tensor, starts: Tensor, ends: Tensor, offsets: Tensor, out: Tensor) -> None:
         """Vectors, float32 [B, H], of a packed batch of up to MAX_TOKENS tokens into `out`."""
-        tensors = (ids, starts, ends, offsets, *self._tables, self._weights, self._vectors, out)
+        tensors = (ids, starts, ends, offsets, *self._tables, out)
         argument = _Input(
-            *(each.data_ptr() for each in tensors),
+            *self._maps, *(each.data_ptr() for each in tensors),
             len(ids), len(out), self._layers, self._eps, 1.4426950408889634 / _HEAD**0.5,
         )  # fmt: skip
         self._kernels[16 if len(ids) <= 16 else MAX_TOKENS].launch(argument, _HEADS)
@@ -73,44 +76,13 @@ def make_macros(rows: int, pooling: str, normalize: bool) -> dict[str, int]:
     return {"ROWS": rows, "HEADS": _HEADS, "SHARED": _SHARED_BYTES, **numbers}
 
 
-def pack_weights(weights: Stacked) -> Tensor:
-    """The matrices as fragments in the order in which each program uses them: float16 [layers, programs, 12, _UNIT]."""
-    packed = torch.empty(len(weights.up_weight), _HEADS, 12, _UNIT, dtype=torch.float16, device=weights.words.device)
-    for layer, programs in enumerate(packed):  # in place: all at once would hold the weights a third time
-        for program, units in enumerate(programs):
-            units.copy_(_pack_layer(weights, layer, program))
-    return packed
-
-
-def _pack_layer(weights: Stacked, layer: int, program: int) -> Tensor:
-    head, share = slice(program * _HEAD, (program + 1) * _HEAD), slice(program * _SHARE, (program + 1) * _SHARE)
-    qkv = weights.qkv_weight[layer].view(3, _HIDDEN, _HIDDEN)[:, head].reshape(3 * _HEAD, _HIDDEN)
-    # [tiles down, steps across, 256], told apart as the kernel's methods do, in the order of unit, warp, step and tile.
-    query = _fragments(qkv).view(3, 2, 2, 3, 4, -1).permute(3, 2, 0, 4, 1, 5)  # pair, tile, half, unit, step
-    output = _fragments(weights.out_weight[layer][head]).view(2, 4, 6, -1).permute(1, 2, 0, 3)  # tile, quarter, step
-    up = _fragments(weights.up_weight[layer][share]).view(4, 2, 2, 4, 3, -1).permute(3, 2, 0, 4, 1, 5)
-    down = (
-        _fragments(weights.down_weight[layer][:, share]).view(12, 2, 4, 2, -1).permute(2, 0, 3, 1, 4)
-    )  # to, tile, unit
-    return torch.cat([each.reshape(-1, _UNIT) for each in (query, output, up, down)])
-
-
-def _fragments(matrix: Tensor) -> Tensor:
-    """[N, K] as [N / 16, K / 16, 256]: the order in which the lanes of a warp hold the first operand of m16n8k16."""
-    rows, columns = matrix.shape
-    # row = 16 tile + 8 below + lane / 4; column = 16 step + 8 right + 2 (lane % 4) + odd
-    split = matrix.reshape(rows // 16, 2, 8, columns // 16, 2, 4, 2)
-    return split.permute(0, 3, 2, 5, 4, 1, 6).reshape(rows // 16, columns // 16, 256)
-
-
-def pack_vectors(weights: Stacked) -> Tensor:
-    """Biases and norms as each program reads them: float16 [layers, programs, 1824]."""
+def pack_biases(weights: Stacked) -> Tensor:
+    """The biases as each program reads them: float16 [layers, programs, 288]."""
     layers = len(weights.up_weight)
 
-    def of_each(vector: Tensor, width: int) -> Tensor:
-        return vector.reshape(layers, _HEADS, width)
+    def of_each(bias: Tensor, width: int) -> Tensor:
+        return bias.reshape(layers, _HEADS, width)
 
     qkv = weights.qkv_bias.reshape(layers, 3, _HEADS, _HEAD).transpose(1, 2).reshape(layers, _HEADS, 3 * _HEAD)
-    norms = weights.norms[1:].reshape(layers, 1, 4 * _HIDDEN).expand(layers, _HEADS, 4 * _HIDDEN)
     output, down = of_each(weights.out_bias, _HEAD), of_each(weights.down_bias, _HEAD)
-    return torch.cat((qkv, output, of_each(weights.up_bias, _SHARE), down, norms), dim=2).contiguous()
+    return torch.cat((qkv, output, of_each(weights.up_bias, _SHARE), down), dim=2)

@@ -8,23 +8,26 @@ constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int GROUPS = ROWS / 8;    // of tokens
 constexpr int SLICE = ROWS * 64;    // bytes
 constexpr int STATE = HEADS * SLICE;
-constexpr int FRAGMENT = 512, UNIT = 48 * FRAGMENT;  // bytes; a unit is one fill of the ring
-constexpr int UNITS = 12;                            // of a layer: 3 for queries, keys and values, 1 out, 4 up, 4 down
-constexpr int VECTORS = 2 * (96 + 32 + 128 + 32 + 4 * HIDDEN);
+// A box is 32 x 64 weights, two tiles over four steps, in bytes; a unit is one fill of the ring.
+constexpr int BOX_ROWS = 32, BOX_COLUMNS = 64, BOX = 2 * BOX_ROWS * BOX_COLUMNS, BOXES = 6, UNIT = BOXES * BOX;
+constexpr int BIASES = 2 * (96 + 32 + 128 + 32), NORMS = 2 * 4 * HIDDEN, VECTORS = BIASES + NORMS;  // bytes of a layer
 // Offsets of the vectors, in halves.
 constexpr int QKV_BIAS = 0, OUT_BIAS = 96, UP_BIAS = 128, DOWN_BIAS = 256, NORM_1 = 288, NORM_2 = 288 + 2 * HIDDEN;
 // Shared memory: what is left after everything else is the ring.
 constexpr int X = 0, CONTEXT = STATE, Y = 2 * STATE, PARTS = 3 * STATE, LOCAL = 4 * STATE, SUMS = LOCAL + 4 * SLICE;
 constexpr int VECTOR = SUMS + 8 * 16 * 4 * ROWS, VECTOR_FULL = VECTOR + 2 * VECTORS;
 constexpr int CONTEXT_HERE = VECTOR_FULL + 16, Y_HERE = CONTEXT_HERE + 8, PARTS_HERE = Y_HERE + 8, FULL = PARTS_HERE + 8;
-constexpr int STAGES = (SHARED - FULL - 128) / (UNIT + 16), EMPTY = FULL + 8 * STAGES;
-constexpr int RING = (EMPTY + 8 * STAGES + 127) / 128 * 128;
+constexpr int SPAN = 1024;  // of the swizzle: where a box may begin
+constexpr int STAGES = (SHARED - FULL - SPAN) / (UNIT + 16), EMPTY = FULL + 8 * STAGES;
+constexpr int RING = (EMPTY + 8 * STAGES + SPAN - 1) / SPAN * SPAN;
 static_assert(STAGES >= 2, "no room for the ring");
+static_assert(BOX % SPAN == 0 && RING + STAGES * UNIT <= SHARED, "boxes begin where the swizzle does, in the memory");
 
 struct Input {
+  TensorMap query, output, up, down;  // float16: matrices of all layers below each other, [layers * N, K]
   const int *ids, *starts, *ends, *offsets;
-  const u16 *words, *positions, *norm;  // float16: [V, H], [P, H], [2, H]
-  const u8 *weights, *vectors;          // packed: [layers, HEADS, UNITS, UNIT] and [layers, HEADS, VECTORS] bytes
+  const u16 *words, *positions, *norms;  // float16: [V, H], [P, H], [1 + 2 * layers, 2, H]
+  const u8* biases;                      // [layers, HEADS, BIASES] bytes
   float* out;
   int num_tokens, num_rows, num_layers;
   float eps, scale;
@@ -32,7 +35,7 @@ struct Input {
 
 typedef float Tile[GROUPS][4];  // 16 features of all tokens, as the products leave them
 
-DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+DEVICE void meet() { meet_threads<THREADS>(); }
 
 // Where chunk `chunk` (8 columns) of row `row` lies in its slice.
 DEVICE u32 place(int row, int chunk) { return row * 64 + (((chunk ^ (row >> 1)) & 3) << 4); }
@@ -41,9 +44,10 @@ struct Worker {
   u8* memory;
   u32 base, rank;
   int warp, lane;
-  int filled;                         // units of the ring that were used up
+  u32 filled;                         // units of the ring that were used up
   int vectors;                        // this layer's, in shared memory
   u32 left;                           // what this lane says to ldmatrix and stmatrix: a row, one of two chunks
+  u32 boxed;                          // the same for weights, from a box's begin on
   u32 pair;                           // where two columns of a row lie in a slice: 16 threads a row
   float eps;
   u32 own;                            // bit 16 n + i: of `attend`'s row n, key i of this lane is of the same sequence
@@ -52,6 +56,7 @@ struct Worker {
   DEVICE Worker(u8* shared, const Input& in) : memory(shared), base(address_of(shared)), rank(cluster_rank()) {
     warp = threadIdx.x / 32, lane = threadIdx.x % 32, filled = 0, eps = in.eps;
     left = base + place(((lane >> 4) << 3) + (lane & 7), (lane >> 3) & 1);
+    boxed = base + 2 * BOX_COLUMNS * (lane & 15) + (((lane >> 4) ^ (lane & 7)) << 4);
     pair = place(threadIdx.x >> 4, (lane >> 2) & 3) + 4 * (lane & 3);
   }
   DEVICE u32 word(u32 offset) const { return *(const u32*)(memory + offset); }
@@ -67,25 +72,47 @@ struct Worker {
     if (lane == 0) barrier_arrive(base + EMPTY + 8 * (filled % STAGES));
     filled++;
   }
-  // acc += two tiles of weights, COUNT steps from `weight` on, x as many columns of the activations that `from` points to.
+  DEVICE void pass_units(u32 end) {
+#pragma unroll 1
+    while (filled < end) next_unit(), release_unit();
+    filled = end;  // as it is: so the compiler knows where units lie
+  }
+  // acc += two tiles of weights x activations, COUNT steps from `first` on of those that lie at `boxes` and `from`.
   template <int COUNT>
-  DEVICE void multiply_pair(Tile* acc, u32 weight, u32 from, int first) {
+  DEVICE void multiply_pair(Tile* acc, u32 boxes, u32 from, int first) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-      uint4 w[2];
-      w[0] = *(const uint4*)(memory + weight + 2 * i * FRAGMENT), w[1] = *(const uint4*)(memory + weight + (2 * i + 1) * FRAGMENT);
-      u32 there = (from ^ (((first + i) & 1) << 5)) + ((first + i) >> 1) * SLICE;
+      int step = first + i;
+      u32 w[2][4], at = (boxes ^ ((step & 3) << 5)) + (step >> 2) * BOX;
+      load4(w[0], at), load4(w[1], at + BOX / 2);
+      u32 there = (from ^ ((step & 1) << 5)) + (step >> 1) * SLICE;
 #pragma unroll
       for (int group = 0; group < GROUPS; group += 2) {
         u32 b[4];
         load4(b, there + group * 512);
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
-          multiply(acc[tile][group], (const u32*)&w[tile], b[0], b[1]);
-          multiply(acc[tile][group + 1], (const u32*)&w[tile], b[2], b[3]);
+          multiply(acc[tile][group], w[tile], b[0], b[1]);
+          multiply(acc[tile][group + 1], w[tile], b[2], b[3]);
         }
       }
     }
+  }
+  // acc += what this warp has of a matrix x the activations from `from` on: COUNT boxes. In the ring lie the first boxes
+  // of each of the SHARERS, then the second of each, and so on.
+  template <int SHARERS, int COUNT>
+  DEVICE void multiply_boxes(Tile* acc, u32 from) {
+    static_assert(SHARERS >= BOXES && SHARERS * COUNT % BOXES == 0, "a unit has one box of a warp, of one matrix");
+    u32 first = filled;
+    if (warp < SHARERS)
+#pragma unroll
+      for (int turn = 0; turn < COUNT; turn++) {
+        u32 number = turn * SHARERS + warp;
+        pass_units(first + number / BOXES);
+        multiply_pair<4>(acc, boxed + next_unit() + number % BOXES * BOX, from + 2 * turn * SLICE, 0);
+        release_unit();
+      }
+    pass_units(first + SHARERS * COUNT / BOXES);
   }
   // A tile in float16 to columns 16 `number` .. of `area`.
   DEVICE void write_tile(const Tile& acc, u32 area, int number) {
@@ -196,7 +223,7 @@ struct Worker {
           }
         }
       }
-      write_norm(values, in.norm);
+      write_norm(values, in.norms);
     }
     meet();
   }
@@ -217,26 +244,19 @@ struct Worker {
     meet();
   }
 
-  // PAIRS pairs of tiles over the state, half of the sum a warp, COUNT steps of it in a fill of the ring. Whether this
-  // warp has a result, and then in acc[0].
-  template <int PAIRS, int COUNT>
+  // PAIRS pairs of tiles over the state, half of the sum a warp. Whether this warp has a result, and then in acc[0].
+  template <int PAIRS>
   DEVICE bool project_halves(Tile* acc, int bias) {
-    int half = warp / PAIRS, number = warp % PAIRS;
+    int half = warp / PAIRS;
     bool takes_part = warp < 2 * PAIRS;
-    u32 from = left + X + half * (STEPS / 4) * SLICE;
-#pragma unroll
-    for (int unit = 0; unit < STEPS / 2 / COUNT; unit++) {
-      u32 weight = next_unit() + warp * 2 * COUNT * FRAGMENT + lane * 16;
-      if (takes_part) multiply_pair<COUNT>(acc, weight, from, COUNT * unit);
-      release_unit();
-    }
-    trade(acc, half, number, bias, takes_part);
+    multiply_boxes<2 * PAIRS, STEPS / 8>(acc, left + X + half * (STEPS / 4) * SLICE);
+    trade(acc, half, warp % PAIRS, bias, takes_part);
     return takes_part;
   }
   // Queries, keys and values of this head: slices 0, 1 and 2 of LOCAL.
   DEVICE void project_qkv() {
     Tile acc[2] = {};
-    if (project_halves<3, 4>(acc, QKV_BIAS)) write_tile(acc[0], LOCAL, 2 * (warp % 3) + warp / 3);
+    if (project_halves<3>(acc, QKV_BIAS)) write_tile(acc[0], LOCAL, 2 * (warp % 3) + warp / 3);
     meet();
   }
   // This head's context for 16 tokens a warp, into its slice of CONTEXT.
@@ -305,9 +325,9 @@ struct Worker {
   // quarter of the sum a warp.
   DEVICE void project_out() {
     Tile acc[2] = {};
-    u32 weight = next_unit() + warp * (STEPS / 2) * FRAGMENT + lane * 16;
+    u32 boxes = boxed + next_unit();
     if (warp < 4) {
-      multiply_pair<STEPS / 4>(acc, weight, left + CONTEXT + warp * (STEPS / 8) * SLICE, 0);
+      multiply_pair<STEPS / 4>(acc, boxes, left + CONTEXT, warp * (STEPS / 4));
       put_sums(acc[0], 2 * warp);
       put_sums(acc[1], 2 * warp + 1);
     }
@@ -336,7 +356,7 @@ struct Worker {
   // This program's 128 columns of the intermediate, into LOCAL.
   DEVICE void project_up() {
     Tile acc[2] = {};
-    if (project_halves<4, 3>(acc, UP_BIAS)) {
+    if (project_halves<4>(acc, UP_BIAS)) {
 #pragma unroll
       for (int i = 0; i < 4 * GROUPS; i++) acc[0][i >> 2][i & 3] = gelu(acc[0][i >> 2][i & 3]);
       write_tile(acc[0], LOCAL, 2 * (warp % 4) + warp / 4);
@@ -347,12 +367,7 @@ struct Worker {
   // its own it writes in place, because a copy from a program to itself is none that CUDA's memcheck allows.
   DEVICE void project_down() {
     Tile acc[2] = {};
-#pragma unroll
-    for (int unit = 0; unit < 4; unit++) {
-      u32 weight = next_unit() + warp * 4 * FRAGMENT + lane * 16;
-      if (warp < HEADS) multiply_pair<2>(acc, weight, left + LOCAL, 2 * unit);
-      release_unit();
-    }
+    multiply_boxes<HEADS, 2>(acc, left + LOCAL);
     if (warp < HEADS) {
       bool is_own = warp == rank;
       u32 slice = is_own ? PARTS + rank * SLICE : CONTEXT + warp * SLICE;  // nobody needs the contexts any more

@@ -1,22 +1,11 @@
-// What Hopper adds for kernels that feed its tensor cores through the copy engine: tiles described by tensor maps,
-// products of 64 x 192 rows by four warps, and launches that begin before the kernel before them has ended.
+// What Hopper adds for kernels that feed its tensor cores through the copy engine: tiles that are stored, products of
+// 64 x 192 rows by four warps, and launches that begin before the kernel before them has ended.
 #pragma once
 
 #include "cluster.cuh"
 
 typedef unsigned long long u64;
 
-struct alignas(64) TensorMap {
-  char bytes[128];
-};
-
-DEVICE void load_tile(u32 to, const TensorMap* map, int column, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(bar)
-      : "memory");
-}
 DEVICE void begin_store(const TensorMap* map, u32 from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
                "r"(row), "r"(from)

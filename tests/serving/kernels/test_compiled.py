@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from serving.kernels import compiled, gemm_wide
+from serving.kernels import compiled, few_tokens_cluster, gemm_wide
 from serving.kernels.compiled import _FOLDER, CudaKernel, TensorMap
 
 
@@ -54,14 +54,17 @@ def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.Monk
     assert gpus.current == 0
 
 
-def test_the_wide_gemms_argument_is_the_kernels_struct() -> None:
+@pytest.mark.parametrize(
+    ("argument", "name", "file"),
+    [(gemm_wide._Argument, "Argument", "gemm_wide.cu"), (few_tokens_cluster._Input, "Input", "few_tokens_worker.cuh")],
+)
+def test_a_kernels_argument_is_its_struct(argument: type[ctypes.Structure], name: str, file: str) -> None:
     """Every field where the kernel has it: the same names in the same order, of the same sizes."""
-    source = (_FOLDER / "gemm_wide.cu").read_text()
-    (struct,) = re.findall(r"struct Argument \{(.*?)\n\};", source, re.DOTALL)
+    (struct,) = re.findall(rf"struct {name} \{{(.*?)\n\}};", (_FOLDER / file).read_text(), re.DOTALL)
     sizes, fields = {"TensorMap": 128, "float": 4, "int": 4}, []
     for kind, names in re.findall(r"(?:const )?(\w+)\b([^;]*);", re.sub(r"//.*", "", struct)):
         fields.extend((name.strip(" *"), 8 if "*" in name else sizes[kind]) for name in names.split(","))
-    own = [(name, ctypes.sizeof(kind)) for name, kind in gemm_wide._Argument._fields_]
+    own = [(field, ctypes.sizeof(kind)) for field, kind in argument._fields_]
     assert own[:-1] == fields
-    assert ctypes.sizeof(gemm_wide._Argument) == -(-sum(size for _, size in fields) // 64) * 64
+    assert ctypes.sizeof(argument) == -(-sum(size for _, size in fields) // 64) * 64
     assert ctypes.sizeof(TensorMap) == 128
