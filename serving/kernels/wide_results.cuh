@@ -1,4 +1,5 @@
-// What kernels of wide tiles do to the accumulators of Hopper's products: GELU, E4M3, places in swizzled rows, row sums.
+// What kernels of wide tiles do to the accumulators of Hopper's products: GELU, E4M3, places in swizzled rows, row
+// sums.
 #pragma once
 
 #include "wgmma.cuh"
