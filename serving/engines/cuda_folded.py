@@ -285,7 +285,11 @@ def _fold(layer: Layer, linears: Sequence[Linear], before: tuple[Layer, _Folded]
     if is_wide and not is_block and down.dtype != _HALF:
         down = replace(down, weight=gemm_wide.reorder(down.weight))
     last = _fold_sum(down, layer.down_bias, middle, kernels)
-    return _Folded(product, first, inner, last, _make_block(inner, last) if is_block else None)
+    if not is_block:
+        return _Folded(product, first, inner, last, None)
+    block = _make_block(inner, last)
+    inner, last = replace(inner, linear=_forget(inner.linear)), replace(last, linear=_forget(last.linear))
+    return _Folded(product, first, inner, last, block)
 
 
 def _make_block(up: _Product, down: _Sum) -> feed_forward.Block:
@@ -294,6 +298,11 @@ def _make_block(up: _Product, down: _Sum) -> feed_forward.Block:
     known = [each for each in scales if each is not None]
     weights = feed_forward.arrange(first.weight, second.weight)
     return feed_forward.Block(weights, up.bias, down.bias, down.scale.to(_HALF), *known)
+
+
+def _forget(own: Linear) -> Linear:
+    """Without its matrix, which a block has in another order."""
+    return replace(own, weight=own.weight.new_empty(0))
 
 
 def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], kernels: _Kernels) -> _Sum:

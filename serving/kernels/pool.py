@@ -37,7 +37,7 @@ def _pool_kernel(
     first = end - 1 if POOLING == "lasttoken" else begin
     until = begin + 1 if POOLING == "cls" else end
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for top in tl.range(first, until, ROWS):
+    for top in tl.range(first, until, ROWS, num_stages=2):  # the next rows are on their way: long sequences wait less
         rows = top + tl.arange(0, ROWS)
         live = rows < until
         place = rows[:, None].to(tl.int64) * HIDDEN + columns[None, :]
@@ -72,11 +72,11 @@ def pool(
     """
     hidden = x.shape[1]
     columns = triton.next_power_of_2(hidden)
-    wide, is_early = columns > 512, starts_early(x)
+    is_early = starts_early(x)
     sums, weight, shift, eps = norm or (x, x, x, 0.0)
     _pool_kernel[(len(out),)](
         x, offsets, sums, weight, shift, out, len(out) - 1 if is_upward else -1, eps, HIDDEN=hidden,
         POOLING=pooling, NORM=norm is not None, NORMALIZE=normalize,
-        ROWS=32 if wide else 16, COLUMNS=columns, num_warps=16 if wide else 4,
+        ROWS=8 if columns > 512 else 16, COLUMNS=columns, num_warps=4,
         PARTS=1 if norm is None else sums.shape[1], HANDOVER=is_early, launch_pdl=is_early,
     )  # fmt: skip

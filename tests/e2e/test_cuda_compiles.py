@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.kernels import few_tokens_cluster, gemm_wide
+from serving.kernels import feed_forward, few_tokens_cluster, gemm_wide
 from serving.kernels.compiled import CompileFailed, compile_kernel
 from serving.kernels.gemm_wide import Form
 from tests.e2e.prepare import COMPILER_FOLDER
@@ -34,6 +34,11 @@ def _compiler() -> Iterator[None]:
 @pytest.mark.parametrize("form", GEMM_FORMS)
 def test_the_wide_gemm_compiles(form: Form) -> None:
     assert len(compile_kernel("gemm_wide", HOPPER, gemm_wide.make_macros(form))) > 10_000
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_feed_forward_block_compiles(copies: bool) -> None:
+    assert len(compile_kernel("feed_forward", HOPPER, feed_forward.make_macros(copies))) > 10_000
 
 
 @pytest.mark.parametrize("architecture", [HOPPER, THOR])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from serving.kernels import compiled, few_tokens_cluster, gemm_wide
+from serving.kernels import compiled, feed_forward, few_tokens_cluster, gemm_wide
 from serving.kernels.compiled import _FOLDER, CudaKernel, TensorMap
 
 
@@ -56,7 +56,11 @@ def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("argument", "name", "file"),
-    [(gemm_wide._Argument, "Argument", "gemm_wide.cu"), (few_tokens_cluster._Input, "Input", "few_tokens_worker.cuh")],
+    [
+        (gemm_wide._Argument, "Argument", "gemm_wide.cu"),
+        (feed_forward._Argument, "Argument", "feed_forward_group.cuh"),
+        (few_tokens_cluster._Input, "Input", "few_tokens_worker.cuh"),
+    ],
 )
 def test_a_kernels_argument_is_its_struct(argument: type[ctypes.Structure], name: str, file: str) -> None:
     """Every field where the kernel has it: the same names in the same order, of the same sizes."""
