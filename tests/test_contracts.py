@@ -57,6 +57,15 @@ def test_contract_file_has_one_subject_and_at_most_400_lines(path: Path) -> None
         assert ast.get_docstring(ast.parse(text)), "the first line says what the file is for"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [path for ending in ("cu", "cuh", "c", "h") for path in sorted((ROOT / "serving").rglob(f"*.{ending}"))],
+    ids=name_of,
+)
+def test_contract_other_code_has_at_most_400_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+
+
 @pytest.mark.parametrize("path", sources(*PACKAGES), ids=name_of)
 def test_contract_functions_have_at_most_40_lines(path: Path) -> None:
     functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]

@@ -96,11 +96,17 @@ class CudaEngine:
     def prepare(self, input_ids: Ids, attention_mask: Ids) -> Callable[[], "torch.Tensor"]:
         """Put a batch that fits one run on the GPU; the function computes its vectors there, again and again.
 
-        It runs what `embed` runs between the copies: for measurements and profiles.
+        It runs what `embed` runs between the copies: for measurements and profiles. The next run overwrites them.
+        Raises ValueError where the batch takes more than one run.
         """
         import torch  # noqa: PLC0415  loaded with the engine
 
         lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        most = self._encoder.max_tokens, self._encoder.max_rows
+        if lengths.sum() > most[0] or len(lengths) > most[1]:
+            raise ValueError(
+                f"{lengths.sum()} tokens in {len(lengths)} texts; a run has at most {most[0]} in {most[1]}"
+            )
         shape = self._choose_shape(lengths)
         numbers = np.zeros(packed_size(shape.tokens, shape.rows), dtype=np.int32)
         pack(input_ids, lengths, shape.tokens, shape.rows, numbers)

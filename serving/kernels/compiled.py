@@ -18,7 +18,7 @@ class CompileFailed(Exception):
 
 
 class TensorMap(ctypes.Structure):
-    """A matrix as the copy engine sees it, in boxes of a tile's size: `TensorMap` of wgmma.cuh."""
+    """A matrix as the copy engine sees it, in boxes of a tile's size: `TensorMap` of cluster.cuh."""
 
     _fields_ = [("bytes", ctypes.c_char * 128)]
 

@@ -17,8 +17,7 @@ from serving.kernels.compiled import CudaKernel, TensorMap
 from serving.kernels.gemm import is_hopper
 from serving.kernels.handover import starts_early
 
-COLUMNS = 192  # of the results of a program, and of what each pair of sums is over
-_HIDDEN, _INNER = 384, 1536
+_HIDDEN, _INNER, _COLUMNS = 384, 1536, 192  # the latter of the results of a program: sums are over as many
 _ROWS, _PIECE = 64, 64  # of a box of x
 _TILE = 128  # rows of a cluster
 _THREADS, _SHARED_BYTES, _CLUSTER = 384, 227 * 1024, 2
@@ -27,7 +26,9 @@ _THREADS, _SHARED_BYTES, _CLUSTER = 384, 227 * 1024, 2
 @dataclass(frozen=True, slots=True)
 class Block:
     """One layer's: `weights` of `arrange`; up_bias [1536], down_bias and scale [384], float16; float32 [1]: the scales
-    of x and up, of the intermediate and down, and the factor that the intermediate takes."""
+    of x and up, of the intermediate and down, and the factor that the intermediate takes.
+
+    The norm's scale is in the matrix up, and `scale`; its shift is in both biases."""
 
     weights: Tensor
     up_bias: Tensor
@@ -69,7 +70,7 @@ def arrange(up: Tensor, down: Tensor) -> Tensor:
     for rank in range(_CLUSTER):
         rows = up.view(_CLUSTER, -1, _PIECE, _HIDDEN)[rank]  # [chunks, 64, H]
         upward = _swizzle(rows.unflatten(2, (-1, _PIECE)).transpose(1, 2))
-        columns = down[rank * COLUMNS : (rank + 1) * COLUMNS].unflatten(1, (_CLUSTER, -1, _PIECE)).permute(1, 2, 0, 3)
+        columns = down[rank * _COLUMNS : (rank + 1) * _COLUMNS].unflatten(1, (_CLUSTER, -1, _PIECE)).permute(1, 2, 0, 3)
         own = _swizzle(columns[rank].unflatten(-1, (4, 2, 4, 2)).transpose(-3, -2).flatten(-4))  # as `reorder` does
         other = _swizzle(columns[1 - rank].unflatten(-1, (8, 4, 2)).transpose(-3, -2).flatten(-3))  # thread by thread
         for chunk in range(len(rows)):

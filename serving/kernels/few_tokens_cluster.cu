@@ -70,23 +70,25 @@ struct Feeder {
   }
 };
 
+DEVICE void make_barriers(u32 base) {
+  for (int stage = 0; stage < STAGES; stage++) {
+    barrier_init(base + FULL + 8 * stage, 1);
+    barrier_init(base + EMPTY + 8 * stage, WARPS);
+  }
+  for (u32 bar = VECTOR_FULL; bar < PARTS_HERE; bar += 8) barrier_init(base + bar, 1);
+  barrier_init(base + PARTS_HERE, 2);  // the others' bytes, and this program's own part
+  fence_init();
+  barrier_expect(base + CONTEXT_HERE, (HEADS - 1) * SLICE);
+  barrier_expect(base + Y_HERE, (HEADS - 1) * SLICE);
+  barrier_expect(base + PARTS_HERE, (HEADS - 1) * SLICE);
+}
+
 extern "C" __global__ void __cluster_dims__(HEADS, 1, 1) __launch_bounds__(THREADS + 32, 1) few_tokens_cluster(const __grid_constant__ Input in) {
   extern __shared__ __align__(1024) u8 memory[];
   Worker me(memory, in);
   if (me.warp == WARPS && me.lane == 0)
     fetch_map(&in.query), fetch_map(&in.output), fetch_map(&in.up), fetch_map(&in.down);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < STAGES; stage++) {
-      barrier_init(me.base + FULL + 8 * stage, 1);
-      barrier_init(me.base + EMPTY + 8 * stage, WARPS);
-    }
-    for (u32 bar = VECTOR_FULL; bar < PARTS_HERE; bar += 8) barrier_init(me.base + bar, 1);
-    barrier_init(me.base + PARTS_HERE, 2);  // the others' bytes, and this program's own part
-    fence_init();
-    barrier_expect(me.base + CONTEXT_HERE, (HEADS - 1) * SLICE);
-    barrier_expect(me.base + Y_HERE, (HEADS - 1) * SLICE);
-    barrier_expect(me.base + PARTS_HERE, (HEADS - 1) * SLICE);
-  }
+  if (threadIdx.x == 0) make_barriers(me.base);
   __syncthreads();
   arrive_cluster();
   if (me.warp < WARPS) {

@@ -1,5 +1,5 @@
 // What Hopper adds for kernels that feed its tensor cores through the copy engine: tiles that are stored, products of
-// 64 x 192 rows by four warps, and launches that begin before the kernel before them has ended.
+// 64 rows by four warps, and launches that begin before the kernel before them has ended.
 #pragma once
 
 #include "cluster.cuh"

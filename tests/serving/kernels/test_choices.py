@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from serving import kernels
-from serving.kernels import attention, gemm_wide, handover, reference
+from serving.kernels import attention, feed_forward, gemm_wide, handover, reference
 from tests.serving.kernels.packs import make_packed, poisoned, relative_error
 
 HALF, E4M3 = torch.float16, torch.float8_e4m3fn
@@ -35,6 +35,19 @@ def test_the_wide_gemm_fits_whole_tiles_of_long_rows(
     assert not gemm_wide.fits(weight)  # this is no Hopper GPU
     monkeypatch.setattr(gemm_wide, "is_hopper", lambda device: True)
     assert gemm_wide.fits(weight) == fits
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "hidden", "fits"),
+    [(E4M3, E4M3, 384, True), (HALF, HALF, 384, False), (E4M3, HALF, 384, False), (E4M3, E4M3, 768, False)],
+)
+def test_the_feed_forward_block_fits_minilm_in_e4m3(
+    up: torch.dtype, down: torch.dtype, hidden: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.empty(4 * hidden, hidden, dtype=up), torch.empty(hidden, 4 * hidden, dtype=down)
+    assert not feed_forward.fits(*weights)  # this is no Hopper GPU
+    monkeypatch.setattr(feed_forward, "is_hopper", lambda device: True)
+    assert feed_forward.fits(*weights) == fits
 
 
 def test_rows_are_enough_for_the_wide_gemm_once_the_other_ones_tiles_are_more_than_the_processors() -> None:

@@ -59,7 +59,7 @@ def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.Monk
     [
         (gemm_wide._Argument, "Argument", "gemm_wide.cu"),
         (feed_forward._Argument, "Argument", "feed_forward_group.cuh"),
-        (few_tokens_cluster._Input, "Input", "few_tokens_worker.cuh"),
+        (few_tokens_cluster._Input, "Input", "few_tokens_layout.cuh"),
     ],
 )
 def test_a_kernels_argument_is_its_struct(argument: type[ctypes.Structure], name: str, file: str) -> None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from serving.kernels import feed_forward, reference
+from serving.kernels.handover import starts_early
 from tests.serving.kernels.packs import NEEDS_HOPPER, draw, poisoned, relative_error, sum_rows
 
 pytestmark = NEEDS_HOPPER
 HIDDEN, INNER, PROGRAMS, EPS = 384, 1536, 132, 1e-12
-ROWS = [1, 64, 65, 129, 8_449, 25_345]  # the last of three rounds, where one group has one row and the other none
+ROWS = [1, 64, 65, 129, 8_449, 25_345]  # the last of four rounds, where one group has one row and the other none
 E4M3 = torch.float8_e4m3fn
 
 
@@ -77,9 +78,19 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
         assert torch.equal(part_sums, sums[rows])
 
 
-def test_what_does_not_fit_goes_elsewhere() -> None:
-    up, down = draw(INNER, HIDDEN), draw(HIDDEN, INNER)
-    assert feed_forward.fits(up.to(E4M3), down.to(E4M3))
-    assert not feed_forward.fits(up, down)
-    assert not feed_forward.fits(up.to(E4M3), down)
-    assert not feed_forward.fits(draw(3072, 768).to(E4M3), draw(768, 3072).to(E4M3))
+def test_kernels_in_a_row_wait_for_each_other() -> None:
+    """Each starts while the one before it ends: a chain of blocks is the same as one by one."""
+    case, results = make_case(4_353), []
+    assert starts_early(case.x)
+    factor = torch.tensor([20.0], device=case.x.device)
+    for waits in (True, False):
+        x, narrow, sums = case.x.clone(), case.narrow.clone(), sum_rows(case.x)
+        after = torch.empty_like(sums)
+        for _ in range(20):
+            feed_forward.run(x, narrow, sums, case.block, after, PROGRAMS, EPS, False, factor)
+            sums, after = after, sums
+            if waits:
+                torch.cuda.synchronize()
+        results.append(x)
+    assert torch.equal(*results)
+    assert bool(torch.isfinite(results[0].float()).all())

@@ -41,7 +41,7 @@ class EmulatedKernel:
             source = (_FOLDER / f"{name}.cu").read_text()
             assert source.count(MEMORY) == 1
             (self.folder / "kernel.cu").write_text(source.replace(MEMORY, "u8* memory = Thread::own().memory + FIRST;"))
-            for path in (_FOLDER / "few_tokens_worker.cuh", EMULATED / "cluster.cuh", EMULATED / "run.cpp"):
+            for path in (*_FOLDER.glob("few_tokens_*.cuh"), EMULATED / "cluster.cuh", EMULATED / "run.cpp"):
                 shutil.copy(path, self.folder)
             defined = [f"-D{key}={value}" for key, value in macros.items()]
             subprocess.run(["c++", *OPTIONS, *defined, self.folder / "run.cpp", "-o", library], check=True)

@@ -65,10 +65,11 @@ def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool) -> None
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-def test_kernels_in_a_row_wait_for_each_other() -> None:
+@pytest.mark.parametrize("rows", [4353, 8000])  # a last round of halves, and one of whole tiles
+def test_kernels_in_a_row_wait_for_each_other(rows: int) -> None:
     """Each starts while the one before it ends: a chain of sums is the same as one by one."""
-    x, weight, bias, scale = draw(8000, 768), draw(768, 768, scale=0.03), draw(768), draw(768)
-    start, results = draw(8000, 768), []
+    x, weight, bias, scale = draw(rows, 768), draw(768, 768, scale=0.03), draw(768), draw(768)
+    start, results = draw(rows, 768), []
     assert starts_early(x)
     for waits in (True, False):
         total, sums = start.clone(), sum_rows(start)

@@ -143,19 +143,23 @@ def test_add_norm_quantises_what_it_writes(device: torch.device) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("lengths", [[1], [512], [3, 17, 1, 40]], ids=str)
-def test_pool_equals_reference(lengths: list[int], pooling: str, normalize: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("hidden", [96, 768])
+def test_pool_equals_reference(
+    hidden: int, lengths: list[int], pooling: str, normalize: bool, device: torch.device
+) -> None:
     batch = make_packed(lengths, device)
-    x = draw(len(batch.ids), 96, device=device)
-    out = poisoned(len(lengths), 96, device=device, dtype=torch.float32)
+    x = draw(len(batch.ids), hidden, device=device)
+    out = poisoned(len(lengths), hidden, device=device, dtype=torch.float32)
     pool(x, batch.offsets, pooling, normalize, out)
     torch.testing.assert_close(out, reference.pool(x, batch.offsets, pooling, normalize), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
-def test_pool_applies_the_layer_norm_that_is_still_to_come(pooling: str, device: torch.device) -> None:
+@pytest.mark.parametrize("hidden", [384, 768])
+def test_pool_applies_the_layer_norm_that_is_still_to_come(hidden: int, pooling: str, device: torch.device) -> None:
     batch = make_packed([3, 17, 1, 40], device)
-    x, scale, shift = draw(61, 384, device=device), draw(384, device=device), draw(384, device=device)
-    out, parts = poisoned(4, 384, device=device, dtype=torch.float32), x.float().view(61, 3, 128)
+    x, scale, shift = draw(61, hidden, device=device), draw(hidden, device=device), draw(hidden, device=device)
+    out, parts = poisoned(4, hidden, device=device, dtype=torch.float32), x.float().view(61, -1, 128)
     sums = torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
     pool(x, batch.offsets, pooling, False, out, (sums, scale, shift, EPS))
     wide = as_float(x, torch.zeros_like(scale), scale, shift)
