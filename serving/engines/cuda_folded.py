@@ -145,7 +145,7 @@ class FoldedLayers:
         return (after, *self._norm, config.eps), up
 
     def _take_sums(self, number: int, is_wide: bool, tokens: int) -> Tensor:
-        """Where the sums [T, parts, 2] of what is added lie: one for the columns of each tile, or program of a block."""
+        """Where the sums [T, parts, 2] of what is added lie: one for the columns of a tile, or program of a block."""
         parts = self._config.hidden // (gemm_wide.COLUMNS if is_wide else 128)
         return self._sums[number, : tokens * parts].view(tokens, parts, 2)
 
