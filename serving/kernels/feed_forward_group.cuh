@@ -251,6 +251,7 @@ struct Group {
       for (int i = 0; i < (chunk % CHUNKS == 0 ? 2 : 4); i++) {
         await_stage();
         advance();
+        __syncwarp();  // one lane says it for all
         release_stage(1);
       }
     }
