@@ -199,14 +199,17 @@ inline void settle(Barrier& barrier) {
   require(barrier.count > 0 && barrier.pending >= 0, "an arrival that a barrier does not expect");
   if (barrier.pending > 0 || barrier.bytes != 0) return;
   barrier.phase++, barrier.pending = barrier.count, machine->progress++;
-  if (ORDERED) require(barrier.phases.complete(), "a phase that may end before all have seen the one before");
+  bool holds = !ORDERED || barrier.phases.complete(barrier.phase);
+  require(holds, "a phase that may end before all have seen the one before");
 }
 inline void barrier_init(u32 bar, u32 count) {
   Barrier& barrier = find_barrier(Thread::now->program, bar);
   require(barrier.count == 0, "a barrier that is there already");
   barrier.count = barrier.pending = count;
   u32 number = Thread::own().num_barriers++;
-  if (ORDERED) require(number < MOST_BARRIERS, "more barriers than the emulation numbers");
+  if (!ORDERED) return;
+  require(number < MOST_BARRIERS, "more barriers than the emulation numbers");
+  barrier.phases.made = {Thread::number(), Thread::known().time(Thread::number()), true};
   barrier.phases.number = OF_BARRIERS + Thread::now->program * MOST_BARRIERS + number;
 }
 inline void fence_init() {}
@@ -218,6 +221,7 @@ inline void fence_copies() {
 inline void arrive_at(Barrier& barrier, u32 bytes) {
   Phases& phases = barrier.phases;
   u32 own = Thread::number();
+  if (ORDERED) require(phases.follows(Thread::known(), barrier.phase), "an arrival that may count to another phase");
   if (ORDERED && bytes) phases.asked = {own, Thread::known().time(own), true};
   tell(phases.arrived);
   barrier.bytes += bytes, barrier.pending--;

@@ -79,7 +79,7 @@ struct Cells {
 // tells; who has passed that; and which phase each thread has waited for.
 struct Phases {
   Knowledge arrived, told;
-  Access asked;  // for bytes, the last time
+  Access made, asked;  // the latter for bytes, the last time
   std::vector<Access> passed;
   std::vector<int> last = std::vector<int>(ORDERED ? NUM_THREADS : 0, -2);
   u32 number = 0;
@@ -91,9 +91,14 @@ struct Phases {
     int& own = last[thread];
     return own = own < -1 ? -(int)parity : own + ((own & 1) != (int)parity);
   }
+  // Whether one who arrives does so behind all phases so far in every schedule.
+  bool follows(const Knowledge& known, u32 phase) const {
+    return known.all.have(made) && known.before.have({number, phase});
+  }
   // Whether all who waited for the phase before have passed in every schedule.
-  bool complete() {
+  bool complete(u32 phase) {
     bool holds = std::all_of(passed.begin(), passed.end(), [&](Access each) { return arrived.before.have(each); });
+    arrived.before.at[number] = phase;
     passed.clear(), told = arrived;
     return holds;
   }
