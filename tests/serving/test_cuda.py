@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import torch
 from serving.engines import has_nvidia_driver, open_engine
 from serving.engines.bert import list_linears
 from serving.engines.cuda import CudaEngine
+from serving.engines.packing import packed_size
 from serving.errors import EngineUnavailable
 from serving.tokenizer import pad_batch
 
@@ -65,6 +70,77 @@ def test_opening_another_engine_imports_neither_torch_nor_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@dataclass
+class Recorded:
+    """A buffer or an event of that name: what is done to it, behind the stream that is to do it."""
+
+    name: str
+    log: list[str]
+
+    def __getitem__(self, rows: slice) -> "Recorded":
+        return self
+
+    def copy_(self, source: "Recorded", non_blocking: bool) -> None:
+        assert non_blocking
+        self.log[-1] += f", {source.name} to {self.name}"
+
+    def record(self) -> None:
+        self.log[-1] += f", record {self.name}"
+
+    def wait(self) -> None:
+        self.log[-1] += f", wait {self.name}"
+
+
+def make_recorded_engine(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> CudaEngine:
+    """An engine of 16 tokens on stand-ins, each line of whose log is what one stream gets."""
+
+    @contextmanager
+    def enter(stream: str) -> Iterator[None]:
+        log.append(stream)
+        yield
+
+    def compute(integers: Recorded, shape: Any) -> Recorded:
+        log[-1] += f", compute {integers.name}"
+        return Recorded("out", log)
+
+    def make_slot(number: int) -> SimpleNamespace:
+        names = "staging", "integers", "results", "copied", "computed", "done"
+        fields = {name: Recorded(f"{name} {number}", log) for name in names}
+        return SimpleNamespace(numbers=np.zeros(packed_size(16, 16), dtype=np.int32), **fields)
+
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    engine = CudaEngine.__new__(CudaEngine)
+    parts: dict[str, Any] = {
+        "_encoder": SimpleNamespace(max_tokens=16, max_rows=16),
+        "_streams": SimpleNamespace(copy_in="in", compute="compute", copy_out="out"),
+        "_slots": [make_slot(0), make_slot(1)],
+        "_vectors": Recorded("vectors", log),
+        "_compute": compute,
+    }
+    for name, part in parts.items():
+        setattr(engine, name, part)
+    engine._last = engine._slots[-1]
+    return engine
+
+
+def test_vectors_wait_on_the_device_until_those_before_them_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a buffer there: the computing stream writes it behind the copy out of the run before, but computes
+    before it waits."""
+    log: list[str] = []
+    engine = make_recorded_engine(monkeypatch, log)
+    for slot in (0, 1, 0):
+        engine._submit(engine._slots[slot], np.zeros((2, 3), dtype=np.int64), np.array([3, 2]))
+    expected = []
+    for own, last in ((0, 1), (1, 0), (0, 1)):
+        work = f"wait copied {own}, compute integers {own}, wait done {last}, out to vectors, record computed {own}"
+        expected += [
+            f"in, staging {own} to integers {own}, record copied {own}",
+            f"compute, {work}",
+            f"out, wait computed {own}, vectors to results {own}, record done {own}",
+        ]
+    assert log == expected
 
 
 @pytest.mark.gpu

@@ -1,12 +1,17 @@
 """The shapes that graphs are captured for cover every run and waste little; cuBLAS gets little memory meanwhile."""
 
 import os
+import sys
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engines.cuda import _small_workspace, list_shapes, make_shape, round_tokens
+from serving.engines.cuda import CudaEngine, _fit_encoder, _small_workspace, list_shapes, make_shape, round_tokens
+from serving.engines.packing import split_rows
 
 
 @given(st.integers(1, 200_000))
@@ -24,6 +29,26 @@ def test_list_shapes_holds_the_shape_of_every_run(max_tokens: int) -> None:
     for tokens in {1, 2, 17, 99, 4095, 4097, max_tokens - 1, max_tokens} & set(range(1, max_tokens + 1)):
         for is_long in (False, True):
             assert make_shape(min(round_tokens(tokens), max_tokens), 4096, is_long) in shapes
+
+
+def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has a row for every 16 tokens of its limit: 40 tokens are far from 512, and still two runs."""
+
+    def make(weights: Any, config: Any, device: Any, max_tokens: int, max_rows: int) -> SimpleNamespace:
+        return SimpleNamespace(max_tokens=max_tokens, max_rows=max_rows)
+
+    encoders = SimpleNamespace(Encoder=make, Fp8Encoder=make)
+    monkeypatch.setitem(sys.modules, "serving.engines.cuda_encoder", encoders)
+    model: Any = SimpleNamespace(positions=128)
+    engine, nothing, lengths = CudaEngine.__new__(CudaEngine), Any, np.ones(40, dtype=np.int64)
+    engine._encoder = _fit_encoder(nothing, model, nothing, "f16", 512)
+    limits = engine._encoder.max_tokens, engine._encoder.max_rows
+    assert limits == (512, 32)
+    runs = list(split_rows(lengths, *limits))
+    assert runs == [slice(0, 32), slice(32, 40)]
+    shapes = [engine._choose_shape(lengths[run]) for run in runs]
+    assert [(shape.tokens, shape.rows) for shape in shapes] == [(32, 32), (16, 16)]
+    assert set(shapes) <= set(list_shapes(*limits))
 
 
 @pytest.mark.parametrize("chosen", [None, ":16:8"])

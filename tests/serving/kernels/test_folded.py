@@ -1,4 +1,4 @@
-"""Layers folded into their neighbours are the layers: the algebra, on a twin of Hopper's GEMM in plain PyTorch."""
+"""Layers folded into their neighbours are the layers: the algebra, on twins of Hopper's kernels in plain PyTorch."""
 
 import sys
 from collections.abc import Callable, Collection
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from serving.engines.bert import STATES_NAME, BertConfig, Packed, Weights, encode, list_linears
+from serving.engines import cuda_folded
+from serving.engines.bert import AMAX_NAME, STATES_NAME, BertConfig, Packed, Weights, encode, list_linears
 from serving.engines.cuda_folded import FoldedLayers, States
 from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import MATRICES, calibrate
-from serving.kernels import gemm_wide, reference
+from serving.kernels import feed_forward, gemm_wide, reference
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
-from tests.serving.kernels.packs import make_packed, poisoned, sum_rows
+from tests.serving.kernels.packs import make_packed, poisoned
+from tests.serving.kernels.twins import add_wide, linear, use_block, use_wide
 
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the GEMM itself")
+LINEARS = list_linears(2)
+NORMS = "out_norm_weight", "out_norm_bias", "down_norm_weight", "down_norm_bias"
 
 
 @pytest.fixture(scope="module")
@@ -31,107 +35,55 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertConfig, Weights
     return read_model(make_encoder(tmp_path_factory.mktemp("encoder"), hidden=256, heads=4, intermediate=512, layers=3))
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, num_programs: int, gelu: bool = False,
-    residual: Tensor | None = None, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
-    out_factor: Tensor | None = None, norm: Any = None, out_sums: Tensor | None = None, copy: Tensor | None = None,
-    is_upward: bool = False,
-) -> None:  # fmt: skip
-    """What `gemm_hopper.linear` says of itself."""
-    wide = x.float() if x_scales is None else x.float() * x_scales.reshape(-1, 1)
-    product = wide @ (weight.float() if weight_scale is None else weight.float() * weight_scale).T
-    added = torch.zeros(1) if residual is None else residual.float()
-    if norm is not None:
-        mean, spread = read_norm(norm.sums, (x if residual is None else residual).shape[1], norm.eps)
-        if residual is None:
-            factors = norm.factors if weight_scale is None else norm.factors * weight_scale
-            product = (product - mean * factors) * spread
-        else:
-            added = (added - mean) * spread * norm.factors
-    result = product + bias.float() + added
-    result = torch.nn.functional.gelu(result) if gelu else result
-    if out_sums is not None:
-        out_sums.copy_(sum_rows(result, 128))
-    if copy is not None and out_factor is not None:
-        copy.copy_(reference.quantize_tensor(result, 1 / out_factor))
-    elif out_factor is not None:
-        result = reference.quantize_tensor(result, 1 / out_factor)
-    out.copy_(result)
+@pytest.fixture(scope="module")
+def block_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[BertConfig, Weights]:
+    """No norm, scale or sum of its is like another: feed-forward blocks read states far from mean 0, which only a
+    matrix whose rows sum to 0 takes away."""
+    folder = tmp_path_factory.mktemp("encoder")
+    config, weights = read_model(make_encoder(folder, hidden=384, heads=6, intermediate=768, layers=2))
+    layers = [
+        replace(
+            layer,
+            out_bias=layer.out_bias + 1.0,
+            up_weight=layer.up_weight * 0.5,
+            down_weight=layer.down_weight * 3.0,
+            **{name: getattr(layer, name) + 0.3 * torch.randn(config.hidden) for name in NORMS},
+        )
+        for layer in weights.layers
+    ]
+    batch = make_packed([60, 60], torch.device("cpu"))
+    return config, calibrate_again(config, replace(weights, layers=tuple(layers)), batch)
 
 
-def read_norm(sums: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and reciprocal spread [T, 1] from sums over parts of `width` columns."""
-    mean, square = (sums.sum(1) / width).split(1, dim=1)
-    return mean, torch.rsqrt(square - mean * mean + eps)
+def calibrate_again(config: BertConfig, weights: Weights, batch: Packed) -> Weights:
+    """Changed weights with the largest values that the batch has in them."""
+    found = calibrate(weights, config, [batch])
+    largest = zip(weights.layers, found[AMAX_NAME], found[STATES_NAME], strict=True)
+    return replace(weights, layers=tuple(replace(layer, amax=amax, state_amax=state) for layer, amax, state in largest))
 
 
-def multiply_scaled(x: Tensor, weight: Tensor, x_scales: Tensor | None, weight_scale: Tensor | None) -> Tensor:
-    """The product of float16, or of E4M3 with its scales: never one of each."""
-    assert x.dtype == weight.dtype
-    product = x.float() @ weight.float().T
-    if x_scales is None or weight_scale is None:
-        assert x.dtype == torch.float16
-        return product
-    return product * x_scales.reshape(-1, 1) * weight_scale
+def watch_directions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Which of the kernels that run, and of the pooling, go upward."""
+    directions: list[bool] = []
 
+    def watch(own: Any, name: str) -> None:
+        inner = getattr(own, name)
 
-def narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """E4M3 in the order of columns that `gemm_wide` names."""
-    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
-    return reference.quantize_tensor(x.view(len(x), -1, 16)[:, :, order].flatten(1), 1 / factor)
+        def call(*arguments: Any, **named: Any) -> None:
+            given = signature(inner).bind(*arguments, **named)
+            given.apply_defaults()
+            directions.append(given.arguments["is_upward"])
+            inner(*arguments, **named)
 
+        monkeypatch.setattr(own, name, call)
 
-def multiply_wide(
-    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, num_programs: int, sums: Tensor, eps: float,
-    gelu: bool = False, is_upward: bool = False, x_scales: Tensor | None = None, weight_scale: Tensor | None = None,
-    out_factor: Tensor | None = None,
-) -> None:  # fmt: skip
-    """What `gemm_wide.linear` says of itself: rows of the weight that sum to 0 take the mean away."""
-    _, spread = read_norm(sums, x.shape[1], eps)
-    result = multiply_scaled(x, weight, x_scales, weight_scale) * spread + bias.float()
-    result = torch.nn.functional.gelu(result) if gelu else result
-    out.copy_(result if out_factor is None else narrow(result, out_factor))
-
-
-def add_wide(
-    x: Tensor, weight: Tensor, bias: Tensor, total: Tensor, num_programs: int, sums: Tensor, scale: Tensor, eps: float,
-    out_sums: Tensor, is_upward: bool = False, x_scale: Tensor | None = None, weight_scale: Tensor | None = None,
-    out_factor: Tensor | None = None, copy: Tensor | None = None,
-) -> None:  # fmt: skip
-    """What `gemm_wide.add` says of itself."""
-    mean, spread = read_norm(sums, total.shape[1], eps)
-    product = multiply_scaled(x, weight, x_scale, weight_scale)
-    result = product + bias.float() + (total.float() - mean) * spread * scale.float()
-    out_sums.copy_(sum_rows(result))
-    total.copy_(result)
-    if copy is not None:
-        assert out_factor is not None
-        copy.copy_(narrow(result, out_factor))
-
-
-def use_wide(
-    monkeypatch: pytest.MonkeyPatch, fits: Callable[[Tensor], bool]
-) -> tuple[set[gemm_wide.Form], set[gemm_wide.Form]]:
-    """The wide GEMM in plain PyTorch, for the weights that it `fits`; what will have been compiled, and have run."""
-    compiled: set[gemm_wide.Form] = set()
-    ran: set[gemm_wide.Form] = set()
-
-    def prepare(device: torch.device, wanted: Collection[gemm_wide.Form]) -> None:
-        compiled.update(wanted)
-
-    def multiply(*arguments: Any) -> None:
-        given = signature(multiply_wide).bind(*arguments).arguments
-        ran.add(gemm_wide.Form(False, given["gelu"], given["x_scales"] is not None, given["out_factor"] is not None))
-        multiply_wide(*arguments)
-
-    def add(*arguments: Any, **copy: Any) -> None:
-        given = signature(add_wide).bind(*arguments, **copy).arguments
-        ran.add(gemm_wide.Form(True, False, given["x_scale"] is not None, "copy" in given))
-        add_wide(*arguments, **copy)
-
-    for name, twin in (("fits", fits), ("linear", multiply), ("add", add), ("prepare", prepare)):
-        monkeypatch.setattr(gemm_wide, name, twin)
-    return compiled, ran
+    watch(sys.modules["serving.kernels.gemm_hopper"], "linear")
+    watch(gemm_wide, "linear")
+    watch(gemm_wide, "add")
+    watch(feed_forward, "run")
+    watch(cuda_folded, "attention")
+    watch(sys.modules[__name__], "pool")
+    return directions
 
 
 def run_folded(
@@ -148,9 +100,9 @@ def run_folded(
     def carve(first: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return area[first : first + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
-    norm, _ = folded.run(batch, states, carve, is_long=False)
+    norm, up = folded.run(batch, states, carve, is_long=False)
     out = poisoned(len(batch.offsets) - 1, config.hidden, device=states.x.device, dtype=torch.float32)
-    pool(states.x, batch.offsets, config.pooling, config.normalize, out, norm)
+    pool(states.x, batch.offsets, config.pooling, config.normalize, out, norm, up)
     return out
 
 
@@ -171,11 +123,10 @@ def test_folded_layers_survive_a_state_that_reaches_far(model: tuple[BertConfig,
     shift = torch.zeros(config.hidden)
     shift[7] = 100.0
     first = replace(weights.layers[0], down_bias=weights.layers[0].down_bias + shift)
-    weights = replace(weights, layers=(first, *weights.layers[1:]))
-    states = calibrate(weights, config, [batch])[STATES_NAME]
-    assert states[0, 1] > 99.0
-    layers = [replace(layer, state_amax=amax) for layer, amax in zip(weights.layers, states, strict=True)]
-    weights = replace(weights, layers=tuple(layers))
+    weights = calibrate_again(config, replace(weights, layers=(first, *weights.layers[1:])), batch)
+    states = weights.layers[0].state_amax
+    assert states is not None
+    assert states[1] > 99.0
     linears = [load_linears(number, layer, [], torch.device("cpu")) for number, layer in enumerate(weights.layers)]
     vectors = run_folded(config, weights, batch, linears)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
@@ -247,6 +198,43 @@ def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
     assert compiled == ran
 
 
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("wide", ["MiniLM's", "all"])
+@pytest.mark.parametrize(
+    ("float16", "blocks"),
+    [
+        ([], [True, False]),
+        (LINEARS[3::4], []),
+        (LINEARS[2::4], []),
+        (LINEARS[4:5], [False, False]),
+        (LINEARS[1::4], [True, False]),
+        (LINEARS[5:], [True]),
+        (LINEARS[:4], [False]),
+    ],
+    ids=["none", "down", "up", "second query", "output", "behind the second query", "first layer"],
+)
+def test_layers_with_the_block_in_one_kernel_equal_the_oracle(
+    float16: list[str], blocks: list[bool], wide: str, block_model: tuple[BertConfig, Weights],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whichever linears are float16: a block is where up and down are E4M3, leaves a copy where the next layer reads
+    one, and counts as one kernel where those before and behind it take turns to go up and down."""
+    config, weights = block_model
+    compiled, ran = use_block(monkeypatch)
+    is_deep = lambda weight: weight.dtype == torch.float16 and weight.shape[1] == 768  # noqa: E731
+    compiled_wide, ran_wide = use_wide(monkeypatch, is_deep if wide == "MiniLM's" else lambda weight: True)
+    directions = watch_directions(monkeypatch)
+    batch, cpu = make_packed([5, 1, 40], torch.device("cpu")), torch.device("cpu")
+    linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
+    vectors = run_folded(config, weights, batch, linears)
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
+    assert ran == blocks
+    assert compiled == set(blocks)
+    assert ran_wide <= compiled_wide  # no up and down fit both kernels but here
+    assert directions == [number % 2 == 0 for number in range(5 * config.layers - len(blocks) + 1)]
+
+
 def test_the_wide_gemm_reorders_weights_as_it_writes() -> None:
     """x in its order times a weight in its order is the product; for E4M3 as well."""
     x, weight = torch.randn(5, 64), torch.randn(3, 64)
@@ -273,3 +261,24 @@ def test_layers_without_a_compiler_for_the_wide_gemm_do_without_it(
     vectors = run_folded(config, weights, batch, linears, is_steady=False)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.9999
     assert "no such library: nvrtc" in caplog.text
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+def test_layers_without_a_compiler_for_the_block_take_two_gemms(
+    block_model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(device: torch.device, forms: Collection[bool]) -> None:
+        raise CompileFailed("no such library: nvrtc")
+
+    _, ran = use_block(monkeypatch)
+    monkeypatch.setattr(feed_forward, "prepare", fail)
+    config, weights = block_model
+    batch = make_packed([5, 1, 40], torch.device("cpu"))
+    linears = [load_linears(number, layer, [], torch.device("cpu")) for number, layer in enumerate(weights.layers)]
+    vectors = run_folded(config, weights, batch, linears)
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
+    assert not ran
+    assert [record.message for record in caplog.records] == [
+        "many tokens run on two GEMMs for each feed-forward block reason=no such library: nvrtc"
+    ]
