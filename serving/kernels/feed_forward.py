@@ -15,6 +15,7 @@ from torch import Tensor
 
 from serving.kernels.compiled import CudaKernel, TensorMap
 from serving.kernels.gemm import is_hopper
+from serving.kernels.gemm_wide import reorder
 from serving.kernels.handover import starts_early
 
 _HIDDEN, _INNER, _COLUMNS = 384, 1536, 192  # the latter of the results of a program: sums are over as many
@@ -70,12 +71,17 @@ def arrange(up: Tensor, down: Tensor) -> Tensor:
     for rank in range(_CLUSTER):
         rows = up.view(_CLUSTER, -1, _PIECE, _HIDDEN)[rank]  # [chunks, 64, H]
         upward = _swizzle(rows.unflatten(2, (-1, _PIECE)).transpose(1, 2))
-        columns = down[rank * _COLUMNS : (rank + 1) * _COLUMNS].unflatten(1, (_CLUSTER, -1, _PIECE)).permute(1, 2, 0, 3)
-        own = _swizzle(columns[rank].unflatten(-1, (4, 2, 4, 2)).transpose(-3, -2).flatten(-4))  # as `reorder` does
-        other = _swizzle(columns[1 - rank].unflatten(-1, (8, 4, 2)).transpose(-3, -2).flatten(-3))  # thread by thread
+        columns = down[rank * _COLUMNS : (rank + 1) * _COLUMNS]
+        by_thread = _cut(columns)[1 - rank].unflatten(-1, (8, 4, 2)).transpose(-3, -2).flatten(-3)
+        own, other = _swizzle(_cut(reorder(columns))[rank]), _swizzle(by_thread)
         for chunk in range(len(rows)):
             stages += [upward[chunk], own[chunk], other[chunk]]
     return torch.cat([each.flatten() for each in stages]).view(_CLUSTER, -1, 3 * _PIECE * _PIECE)
+
+
+def _cut(columns: Tensor) -> Tensor:
+    """Both programs' chunks of a weight [N, 1536]: [2, chunks, N, 64]."""
+    return columns.unflatten(1, (_CLUSTER, -1, _PIECE)).permute(1, 2, 0, 3)
 
 
 def _swizzle(blocks: Tensor) -> Tensor:

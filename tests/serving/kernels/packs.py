@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.engines.bert import Packed
+from serving.kernels import reference
 
 NEEDS_HOPPER = [
     pytest.mark.gpu,
@@ -43,6 +44,17 @@ def sum_rows(x: Tensor, columns: int = 192) -> Tensor:
     """Float32 [T, parts, 2]: sum and sum of squares of each row of x, in parts of so many columns, as `gemm_wide`."""
     parts = x.float().view(len(x), -1, columns)
     return torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 with one scale, float32 [1], for all."""
+    scale = (x.float().abs().amax() / reference.E4M3_MAX).reshape(1)
+    return reference.quantize_tensor(x, scale), scale
+
+
+def in_order(values: Tensor) -> Tensor:
+    """What `gemm_wide` and `feed_forward` wrote in E4M3, in the order of its columns: float32."""
+    return values.float().unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).flatten(1)
 
 
 def relative_error(out: Tensor, oracle: Tensor) -> float:

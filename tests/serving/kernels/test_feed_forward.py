@@ -8,17 +8,11 @@ from torch import Tensor
 
 from serving.kernels import feed_forward, reference
 from serving.kernels.handover import starts_early
-from tests.serving.kernels.packs import NEEDS_HOPPER, draw, poisoned, relative_error, sum_rows
+from tests.serving.kernels.packs import NEEDS_HOPPER, draw, in_order, poisoned, quantize, relative_error, sum_rows
 
 pytestmark = NEEDS_HOPPER
 HIDDEN, INNER, PROGRAMS, EPS = 384, 1536, 132, 1e-12
 ROWS = [1, 64, 65, 129, 8_449, 25_345]  # the last of four rounds, where one group has one row and the other none
-E4M3 = torch.float8_e4m3fn
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.float().abs().amax() / reference.E4M3_MAX).reshape(1)
-    return reference.quantize_tensor(x, scale), scale
 
 
 @dataclass
@@ -60,13 +54,12 @@ def test_it_adds_to_its_normalised_input_and_sums_what_it_writes(rows: int) -> N
     assert relative_error(out, case.oracle) < 6e-3  # an intermediate on the edge of two values of E4M3
     torch.testing.assert_close(sums, sum_rows(out), rtol=1e-2, atol=0.5)
     assert torch.equal(narrow.view(torch.uint8), case.narrow.view(torch.uint8))
-    factor = torch.tensor([20.0], device=out.device)
+    factor, most = torch.tensor([20.0], device=out.device), reference.E4M3_MAX / 20
     for upward in (False, True):
         again, again_sums, copy = case.run(upward, factor)
         assert torch.equal(again, out)
         assert torch.equal(again_sums, sums)
-        in_order = copy.float().unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).flatten(1) / factor
-        assert relative_error(in_order, case.oracle.clamp(-reference.E4M3_MAX / 20, reference.E4M3_MAX / 20)) < 0.04
+        assert relative_error(in_order(copy) / factor, case.oracle.clamp(-most, most)) < 0.04
 
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from serving.kernels import feed_forward
 from serving.kernels.compiled import TensorMap
 from serving.kernels.feed_forward import Block
-from tests.serving.kernels.emulate import HAS_COMPILER, EmulatedKernel, Schedule, describe
+from tests.serving.kernels.emulate import NEEDS_COMPILER, EmulatedKernel, Schedule, describe
 from tests.serving.kernels.packs import relative_error, sum_rows
 
 HIDDEN, INNER, EPS = 384, 1536, 1e-12
@@ -89,8 +89,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not HAS_COMPILER:
-        pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(EmulatedKernel, "folder", folder, raising=False)
     monkeypatch.setattr(EmulatedKernel, "is_ordered", True)
     monkeypatch.setattr(feed_forward, "CudaKernel", EmulatedKernel)
@@ -115,6 +113,7 @@ def test_arranged_weights_are_what_each_stage_is_read_as(case: Case) -> None:
                 assert torch.equal(stages[rank, chunk, 2 + other][place], weights)
 
 
+@NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("copies", "schedule"),
     [
@@ -133,6 +132,7 @@ def test_emulated_equals_plain_in_any_schedule(
     assert relative_error(result.narrow.float(), (plain if copies else case).narrow.float()) < 1e-3
 
 
+@NEEDS_COMPILER
 def test_emulated_rows_have_the_same_bits_in_any_place(case: Case, emulated: None) -> None:
     whole = run(case, slice(None), True, is_upward=True)
     for rows, copies in ((slice(ROWS - 1, ROWS), True), (slice(64, 129), False)):

@@ -11,11 +11,11 @@ from serving.engines.cuda_encoder import Encoder
 from serving.kernels import few_tokens_cluster
 from serving.kernels.compiled import TensorMap
 from serving.kernels.few_tokens_cluster import FewTokensCluster
-from tests.serving.kernels.emulate import HAS_COMPILER, EmulatedKernel, Schedule, describe
+from tests.serving.kernels.emulate import NEEDS_COMPILER, EmulatedKernel, Schedule, describe
 from tests.serving.kernels.models import make_encoder, read_model
 from tests.serving.kernels.packs import make_packed, relative_error
 
-pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+pytestmark = NEEDS_COMPILER
 FEEDER = 1 << 16  # the 17th warp
 
 

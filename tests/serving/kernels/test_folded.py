@@ -222,7 +222,10 @@ def test_layers_with_the_block_in_one_kernel_equal_the_oracle(
     one, and counts as one kernel where those before and behind it take turns to go up and down."""
     config, weights = block_model
     compiled, ran = use_block(monkeypatch)
-    is_deep = lambda weight: weight.dtype == torch.float16 and weight.shape[1] == 768  # noqa: E731
+
+    def is_deep(weight: Tensor) -> bool:
+        return weight.dtype == torch.float16 and weight.shape[1] == 768
+
     compiled_wide, ran_wide = use_wide(monkeypatch, is_deep if wide == "MiniLM's" else lambda weight: True)
     directions = watch_directions(monkeypatch)
     batch, cpu = make_packed([5, 1, 40], torch.device("cpu")), torch.device("cpu")

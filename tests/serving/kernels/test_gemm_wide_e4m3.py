@@ -6,7 +6,16 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from serving.kernels import gemm_wide, reference
-from tests.serving.kernels.packs import HALVED_ROWS, NEEDS_HOPPER, draw, poisoned, relative_error, sum_rows
+from tests.serving.kernels.packs import (
+    HALVED_ROWS,
+    NEEDS_HOPPER,
+    draw,
+    in_order,
+    poisoned,
+    quantize,
+    relative_error,
+    sum_rows,
+)
 
 pytestmark = NEEDS_HOPPER
 PROGRAMS, EPS = 132, 1e-12
@@ -14,18 +23,8 @@ ROWS = [1, 127, 2049, 40_001]
 E4M3 = torch.float8_e4m3fn
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.float().abs().amax() / reference.E4M3_MAX).reshape(1)
-    return reference.quantize_tensor(x, scale), scale
-
-
 def poisoned_e4m3(rows: int, columns: int) -> Tensor:
     return torch.full((rows, columns), 0x7F, dtype=torch.uint8, device="cuda").view(E4M3)  # NaN
-
-
-def in_order(values: Tensor) -> Tensor:
-    """What was written in E4M3, in the order of its columns."""
-    return values.float().unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).flatten(1)
 
 
 def make_product(rows: int, columns: int, depth: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
