@@ -32,7 +32,7 @@ from benchmarks.torch_baseline import TorchEncoder, compile_ahead, pad, pad_sort
 from serving.engines.bert import Packed, load_weights, read_config
 from serving.engines.cuda import CudaEngine
 from serving.engines.e4m3 import calibrate
-from serving.engines.packing import pack, packed_size
+from serving.engines.packing import list_tiles, pack, packed_size
 
 _VOCABULARY = 30_522
 _MODELS = {
@@ -220,11 +220,12 @@ def _quality_rows(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def pack_bounds(numbers: Any, lengths: Any, tokens: int) -> None:
-    """Starts, ends and offsets of texts whose ids are packed already."""
+    """Starts, ends, offsets and tiles of texts whose ids are packed already."""
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     numbers[tokens : 2 * tokens] = np.repeat(bounds[:-1], lengths)
     numbers[2 * tokens : 3 * tokens] = np.repeat(bounds[1:], lengths)
-    numbers[3 * tokens :] = bounds
+    numbers[3 * tokens : 3 * tokens + len(bounds)] = bounds
+    list_tiles(bounds, numbers[3 * tokens + len(bounds) :])
 
 
 def _write_model(name: str, scratch: Path) -> Path:

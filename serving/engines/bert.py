@@ -91,18 +91,20 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A batch on the device: ids, starts, ends int32 [T] and offsets int32 [B + 1]."""
+    """A batch on the device: ids, starts, ends int32 [T], offsets int32 [B + 1], and tiles, see `list_tiles`."""
 
     ids: Tensor
     starts: Tensor
     ends: Tensor
     offsets: Tensor
+    tiles: Tensor
 
     @classmethod
     def of(cls, integers: Tensor, tokens: int, rows: int) -> "Packed":
         """Views of what `packing.pack` wrote."""
         ids, starts, ends = integers[: 3 * tokens].view(3, tokens)
-        return cls(ids, starts, ends, integers[3 * tokens : 3 * tokens + rows + 1])
+        bounds = integers[3 * tokens : packed_size(tokens, rows)]
+        return cls(ids, starts, ends, bounds[: rows + 1], bounds[rows + 1 :])
 
     @classmethod
     def of_rows(cls, rows: Sequence[Ids]) -> "Packed":

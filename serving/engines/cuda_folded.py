@@ -23,7 +23,7 @@ from torch import Tensor
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.engines.cuda_linears import Linear, quantize
 from serving.engines.e4m3 import choose_input_scale
-from serving.kernels import feed_forward, gemm_wide
+from serving.kernels import attention_hopper, feed_forward, gemm_wide
 from serving.kernels.attention import attention
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import Norm
@@ -82,6 +82,7 @@ class _Folded:
 class _Kernels:
     """Which of the kernels in CUDA C++ are to be had."""
 
+    has_attention: bool
     has_wide: bool
     has_block: bool
 
@@ -108,7 +109,7 @@ class FoldedLayers:
         """`linears`: the layers' own, on the device, of which output and down are used as they are, their
         columns perhaps in another order, and all say which is E4M3. `is_steady`: see `attention`."""
         self._config, self._is_steady, device = config, is_steady, linears[0][1].weight.device
-        kernels = _prepare(linears)
+        kernels = _prepare(linears, config)
         before: tuple[Layer, _Folded] | None = None
         self._layers: list[_Folded] = []
         for layer, own in zip(weights.layers, linears, strict=True):
@@ -120,6 +121,8 @@ class FoldedLayers:
         self._plain = torch.tensor([0.0, config.hidden], device=device).repeat(max_tokens, 1, 1)
         self._sums = torch.zeros(2, max_tokens * config.hidden // 128, 2, device=device)
         self._programs = torch.cuda.get_device_properties(device).multi_processor_count
+        # By which the programs of `attention_hopper` share its work.
+        self._ticket = torch.zeros(1, dtype=torch.int32, device=device) if kernels.has_attention else None
 
     def run(self, batch: Packed, states: States, carve: Carve, is_long: bool) -> tuple[Norm, bool]:
         """Take the normalised embeddings, written downward, through all layers; `carve` gives pieces of the wide area.
@@ -161,8 +164,11 @@ class FoldedLayers:
         qkv = carve(0, tokens, 3 * config.hidden, _HALF)
         context = carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         self._multiply(layer.query, states, qkv, sums, up)
-        bounds = batch.starts, batch.ends
-        attention(qkv, *bounds, config.heads, context, output.x_factor, is_long, self._is_steady, not up)
+        rows, factor = (batch.starts, batch.ends, config.heads, context), output.x_factor
+        if self._ticket is None:
+            attention(qkv, *rows, factor, is_long, self._is_steady, not up)
+        else:
+            attention_hopper.attention(qkv, batch.tiles, *rows, self._ticket, self._programs, factor, not up)
         return context
 
     def _multiply(
@@ -219,10 +225,13 @@ class FoldedLayers:
         )  # fmt: skip
 
 
-def _prepare(linears: Sequence[Sequence[Linear]]) -> _Kernels:
-    """Compile what the layers' linears need."""
-    device = linears[0][0].weight.device
+def _prepare(linears: Sequence[Sequence[Linear]], config: BertConfig) -> _Kernels:
+    """Compile what the layers need."""
+    device, size = linears[0][0].weight.device, config.hidden // config.heads
+    contexts = {output.dtype != _HALF for _, output, *_ in linears}
     return _Kernels(
+        attention_hopper.fits(config.hidden, config.heads)
+        and _has(partial(attention_hopper.prepare, device, size, contexts), "attention by packed rows"),
         _has(partial(gemm_wide.prepare, device, _list_forms(linears)), "the GEMM with smaller tiles"),
         _has(partial(feed_forward.prepare, device, _list_blocks(linears)), "two GEMMs for each feed-forward block"),
     )

@@ -10,6 +10,7 @@ from serving.tokenizer import Ids
 
 Lengths = NDArray[np.int64]
 Int32 = NDArray[np.int32]
+TILE = 128  # rows of a sequence that attention takes at a time
 FILLER = 16  # tokens of a sequence that only fills a run up; a model has at least as many positions
 
 
@@ -55,18 +56,28 @@ def split_rows(lengths: Lengths, max_tokens: int, max_rows: int) -> Iterator[sli
 
 def packed_size(tokens: int, rows: int) -> int:
     """Integers that `pack` writes for a run of so many tokens and rows."""
-    return 3 * tokens + rows + 1
+    return 3 * tokens + 2 * (rows + 1) + tokens // FILLER + 1
+
+
+def list_tiles(bounds: Lengths, into: Int32) -> None:
+    """Cut sequences at `bounds` [S + 1] into tiles of TILE rows, the last of each with what is left: how many tiles
+    there are, then the first row of each, into the beginning of `into`."""
+    counts = -(-np.diff(bounds) // TILE)
+    ends = np.cumsum(counts)
+    into[0] = ends[-1]
+    into[1 : ends[-1] + 1] = np.repeat(bounds[:-1] - TILE * (ends - counts), counts) + TILE * np.arange(ends[-1])
 
 
 def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) -> None:
-    """Write ids, sequence starts and sequence ends [tokens] and offsets [rows + 1] into `into`, one after the other.
+    """Write ids, sequence starts and sequence ends [tokens], offsets [rows + 1] and what `list_tiles` says into `into`,
+    one after the other.
 
     `tokens` and `rows` may exceed the batch's: what is left over becomes sequences of up to FILLER tokens 0, and empty
     rows.
     """
     real = int(lengths.sum())
     ids, starts, ends = into[: 3 * tokens].reshape(3, tokens)
-    offsets = into[3 * tokens : packed_size(tokens, rows)]
+    offsets, tiles = np.split(into[3 * tokens : packed_size(tokens, rows)], [rows + 1])
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     ids[:real] = input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]]
     starts[:real] = np.repeat(bounds[:-1], lengths)
@@ -76,3 +87,5 @@ def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) 
     ends[real:] = np.minimum(starts[real:] + FILLER, tokens)
     offsets[: len(bounds)] = bounds
     offsets[len(bounds) :] = real
+    fillers = np.arange(real + FILLER, tokens + FILLER, FILLER).clip(max=tokens)
+    list_tiles(np.concatenate((bounds, fillers)), tiles)

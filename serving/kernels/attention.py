@@ -4,8 +4,7 @@ A program takes a tile of packed rows wherever sequences begin and end, so that 
 walks the keys from the beginning of its first row's sequence to the end of its last row's, and masks what belongs to
 another sequence: nothing in blocks of keys of the sequence of all its rows, whole rows where a block's keys are of one
 sequence, else key by key. A steady result takes the sequences of a tile one by one, each from its own beginning, so
-that it has the same bits in any batch. Heads of 64 on Hopper go to `attention_hopper` where rows are many or a result
-is steady.
+that it has the same bits in any batch. Many tokens on Hopper have `attention_hopper`.
 """
 
 import math
@@ -15,11 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from serving.kernels.gemm import MANY_ROWS, count_hopper_processors
 from serving.kernels.handover import starts_early, take_over
 
 HEAD_SIZES = (32, 64)
-_SHARED_SIZE = 64  # for which `attention_hopper` measured faster
 # By head size and steadiness: stages of the ring of keys and values, and registers a thread where fewer than the
 # compiler takes measured faster, because more programs share a processor.
 _LIMITS = {(32, False): (3, 80), (32, True): (3, 80), (64, False): (3, None), (64, True): (2, 112)}
@@ -116,12 +113,6 @@ def attention(
     """
     num_tokens, hidden = out.shape
     size, is_early = hidden // heads, starts_early(qkv)
-    programs = count_hopper_processors(qkv.device)
-    if programs and size == _SHARED_SIZE and (is_steady or num_tokens >= MANY_ROWS):
-        from serving.kernels import attention_hopper  # noqa: PLC0415  Gluon loads only where it can run
-
-        attention_hopper.attention(qkv, starts, ends, heads, out, programs, out_factor, is_steady, is_upward, is_early)
-        return
     rows, keys = 64, 64 if is_long or is_steady else 32
     scale, (stages, registers) = math.log2(math.e) / math.sqrt(size), _LIMITS[size, is_steady]
     down = triton.cdiv(num_tokens, rows)

@@ -117,7 +117,7 @@ struct Group {
       for (int i = 0; i < 3; i++)
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
-          multiply_64_64(acc, describe<PIECE>(operand + (half * 3 + i) * BLOCK_BYTES) + 2 * part,
+          multiply_64_64<true>(acc, describe<PIECE>(operand + (half * 3 + i) * BLOCK_BYTES) + 2 * part,
                          describe_blocks(i) + 2 * part, half | i | part);
       close_products();
       advance();

@@ -51,8 +51,10 @@ DEVICE u64 describe(u32 at) {
 #define R8(i)                                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define R32(i) R8(i), R8(i + 8), R8(i + 16), R8(i + 24)
+#define R16(i) R8(i), R8(i + 8)
+#define R32(i) R16(i), R16(i + 16)
 #define R96 R32(0), R32(32), R32(64)
+#define D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define D32                                                                                                          \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "   \
   "%24, %25, %26, %27, %28, %29, %30, %31"
@@ -77,9 +79,15 @@ DEVICE void multiply_64(float (&d)[96], u64 a, u64 b, int adds) {
                  : R96
                  : "l"(a), "l"(b), "r"(adds));
 }
-// In E4M3 with 64 columns.
+// With 64 columns.
+template <bool IS_E4M3>
 DEVICE void multiply_64_64(float (&d)[32], u64 a, u64 b, int adds) {
-  asm volatile(PRODUCT("%34", "m64n64k32.f32.e4m3.e4m3", D32, "%32, %33", "") : R32(0) : "l"(a), "l"(b), "r"(adds));
+  if constexpr (IS_E4M3)
+    asm volatile(PRODUCT("%34", "m64n64k32.f32.e4m3.e4m3", D32, "%32, %33", "") : R32(0) : "l"(a), "l"(b), "r"(adds));
+  else
+    asm volatile(PRODUCT("%34", "m64n64k16.f32.f16.f16", D32, "%32, %33", ", 0, 0")
+                 : R32(0)
+                 : "l"(a), "l"(b), "r"(adds));
 }
 // In E4M3 with the first operand in registers: of rows l / 4 and 8 + l / 4 of a warp's 16 the 4 bytes at 4 (l % 4), then
 // those at 16 + 4 (l % 4).
@@ -88,11 +96,26 @@ DEVICE void multiply_registers(float (&d)[96], const u32 (&a)[4], u64 b, int add
                : R96
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
+// In float16 with the first operand in registers, as mma.m16n8k16 has it by warps. Of the second, columns are rows in
+// memory, or, TRANSPOSED, 16 rows of the product are.
+template <int COLUMNS, bool TRANSPOSED>
+DEVICE void multiply_half(float (&d)[COLUMNS / 2], const u32 (&a)[4], u64 b, int adds) {
+  if constexpr (COLUMNS == 32)
+    asm volatile(PRODUCT("%21", "m64n32k16.f32.f16.f16", D16, "{%16, %17, %18, %19}, %20", ", %22")
+                 : R16(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(TRANSPOSED));
+  else
+    asm volatile(PRODUCT("%37", "m64n64k16.f32.f16.f16", D32, "{%32, %33, %34, %35}, %36", ", %38")
+                 : R32(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(TRANSPOSED));
+}
 #undef PRODUCT
 #undef D96
 #undef D32
+#undef D16
 #undef R96
 #undef R32
+#undef R16
 #undef R8
 DEVICE void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

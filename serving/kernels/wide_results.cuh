@@ -29,6 +29,12 @@ DEVICE u32 narrow(u32 low, u32 high, u32 factor) {
       : "r"(low), "r"(high), "r"(factor));
   return values;
 }
+// Two values of E4M3, likewise.
+DEVICE u16 narrow_pair(float low, float high) {
+  u16 values;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(values) : "f"(high), "f"(low));
+  return values;
+}
 
 // From the first 32 bytes of a swizzled row to others. Said anew each time: kept, the places take registers that a tile
 // does not leave.

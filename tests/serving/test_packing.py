@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engines.packing import FILLER, Limits, check_batch, pack, packed_size, split_rows
+from serving.engines.packing import FILLER, TILE, Limits, check_batch, pack, packed_size, split_rows
 from serving.tokenizer import Ids, pad_batch
 
 LIMITS = Limits(vocabulary=100, positions=32)
@@ -25,7 +25,7 @@ def test_pack_keeps_every_sequence_and_fills_the_rest(lengths: list[int], spare:
     numbers = np.full(packed_size(tokens, count), -1, dtype=np.int32)
     pack(pad_batch(rows)[0], np.array(lengths), tokens, count, numbers)
     ids, starts, ends = numbers[: 3 * tokens].reshape(3, tokens)
-    offsets = numbers[3 * tokens :]
+    offsets, tiles = numbers[3 * tokens :][: count + 1], numbers[3 * tokens :][count + 1 :]
     for row, (begin, end) in enumerate(pairwise(offsets[: len(rows) + 1])):
         assert ids[begin:end].tolist() == rows[row].tolist()
         assert set(starts[begin:end]) == {begin}
@@ -34,6 +34,10 @@ def test_pack_keeps_every_sequence_and_fills_the_rest(lengths: list[int], spare:
     assert (ends[real:] - starts[real:] <= FILLER).all()
     assert ((starts[real:] <= np.arange(real, tokens)) & (np.arange(real, tokens) < ends[real:])).all()
     assert (np.diff(starts) >= 0).all()
+    first = tiles[1 : tiles[0] + 1]
+    whole = [row for top in first for row in range(top, min(top + TILE, ends[top]))]
+    assert whole == list(range(tokens))
+    assert ((first - starts[first]) % TILE == 0).all()
 
 
 @given(LENGTHS, st.integers(32, 80), st.integers(1, 6))

@@ -45,7 +45,7 @@ class EmulatedKernel:
     schedule = Schedule()
 
     def __init__(
-        self, name: str, macros: dict[str, int], device: torch.device, threads: int, shared: int, cluster: int
+        self, name: str, macros: dict[str, int], device: torch.device, threads: int, shared: int, cluster: int = 1
     ) -> None:
         library = self.folder / f"{name}-{'-'.join(map(str, macros.values()))}.so"
         if not library.exists():

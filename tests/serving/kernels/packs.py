@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from serving.engines.bert import Packed
+from serving.engines.packing import TILE, list_tiles
 from serving.kernels import reference
 
 NEEDS_HOPPER = [
@@ -27,7 +29,14 @@ def make_packed(lengths: Sequence[int], device: torch.device) -> Packed:
     sizes = torch.tensor(lengths)
     starts, ends = bounds[:-1].repeat_interleave(sizes), bounds[1:].repeat_interleave(sizes)
     ids = torch.randint(0, TOKENS, (int(bounds[-1]),), dtype=torch.int32)
-    return Packed(*(each.to(device) for each in (ids, starts, ends, bounds)))
+    return Packed(*(each.to(device) for each in (ids, starts, ends, bounds, cut(bounds))))
+
+
+def cut(bounds: Tensor) -> Tensor:
+    """What `list_tiles` says of sequences."""
+    tiles = torch.zeros(len(bounds) + int(bounds[-1]) // TILE, dtype=torch.int32)
+    list_tiles(bounds.numpy().astype(np.int64), tiles.numpy())
+    return tiles
 
 
 def poisoned(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16) -> Tensor:

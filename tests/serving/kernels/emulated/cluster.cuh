@@ -60,12 +60,14 @@ struct Meeting {
   int here = 0, turn = 0;
   Knowledge known[2];  // to who is there, of this meeting and the one before
 };
-// One of the tensor cores that a thread has begun: 32 bytes of each row.
+// One of the tensor cores that a thread has begun: 32 bytes of each row, or, transposed, 16 rows of its second operand.
 struct Product {
   float* to;
   const u32* left;  // registers, or null
   u64 left_block, right_block;
-  int columns, adds, group;
+  int columns, adds;
+  bool is_half = false, is_transposed = false;
+  int group = 0;
 };
 // Results that are not yet in their registers.
 struct Results {
@@ -279,6 +281,11 @@ inline void store_there(u32 target, u32 a, u32 b, u32 c, u32 d, u32 bar) {
   require(rank < PROGRAMS && bar / APART - 1 == rank && at % 16 == 0, "a store to none of the programs");
   std::vector<u32> values = {a, b, c, d};
   begin_copy(rank, at, 16, bar % APART, true, [=](u8* memory) { memcpy(memory + at, values.data(), 16); });
+}
+inline u32 draw(u32* ticket, u32 last) {
+  u32 own = *ticket;
+  *ticket = own >= last ? 0 : own + 1;
+  return own;
 }
 inline void arrive_there(u32 bar, u32 rank) { arrive_at(find_barrier(rank, bar), 0); }
 

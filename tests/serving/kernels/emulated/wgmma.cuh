@@ -62,37 +62,49 @@ inline void load_matrices(u32 at, u32 (&to)[4]) { load_any(to, at, false); }
 
 template <int BYTES = 128>
 u64 describe(u32 at) {
-  static_assert(BYTES == 64);
-  return at / 16;
+  return (u64)BYTES << 32 | at / 16;
 }
-inline u32 find_bytes(u64 block, int row) { return block * 16 + row * 64; }
+// Where byte `at` of a row lies, swizzled.
+inline u32 find_byte(u64 block, int row, int at) {
+  u32 pitch = block >> 32;
+  return swizzle((u32)block * 16 + row * pitch + at, pitch);
+}
 // By warps: each reads its own rows of the first operand, and all of the second.
-inline void begin_product(float* to, int count, const u32* left, u64 left_block, u64 right_block, int adds) {
+inline void begin_product(Product product) {
   Thread& own = *Thread::now;
   require(own.is_open, "a product that no fence keeps behind its registers");
-  own.products.push_back({to, left, left_block, right_block, count * 2, adds, own.groups});
+  int count = product.columns / 2;
+  float* to = product.to;
+  product.group = own.groups, own.products.push_back(product);
   if (std::none_of(own.results.begin(), own.results.end(), [&](Results& each) { return each.to == to; }))
     own.results.push_back({to, {to, to + count}});
   std::fill(to, to + count, NAN);
   if (Thread::lane() > 0) return;
   u32 warp = Thread::number() / 32;
   Access access = {OF_PRODUCTS + warp, (u32)own.groups + 1};
-  auto read = [&](u64 block, int row) {
-    u32 at = find_bytes(block, row);
-    require(block / 4 * 64 % 512 == 0 && block % 4 % 2 == 0, "an operand that begins where its swizzle does not");
-    for (int half = 0; half < 2; half++) touch(Thread::own().memory + swizzle(at + half * 16, 64), 16, access, false);
+  auto read = [&](u64 block, int row, int bytes) {
+    u32 pitch = block >> 32, at = (u32)block * 16;
+    require(at / pitch % 8 == 0 && at % pitch % 32 == 0, "an operand that begins where its swizzle does not");
+    for (int i = 0; i < bytes; i += 16) touch(Thread::own().memory + find_byte(block, row, i), 16, access, false);
   };
-  for (int row = 0; row < count * 2; row++) read(right_block, row);
-  for (int row = 0; row < 16 && !left; row++) read(left_block, warp % 4 * 16 + row);
+  for (int row = 0; row < (product.is_transposed ? 16 : product.columns); row++)
+    read(product.right_block, row, product.is_transposed ? product.columns * 2 : 32);
+  for (int row = 0; row < 16 && !product.left; row++) read(product.left_block, warp % 4 * 16 + row, 32);
 }
 template <bool IS_E4M3>
 void multiply_64(float (&d)[96], u64 a, u64 b, int adds) {
-  static_assert(IS_E4M3);
-  begin_product(d, 96, nullptr, a, b, adds);
+  begin_product({d, nullptr, a, b, 192, adds, !IS_E4M3});
 }
-inline void multiply_64_64(float (&d)[32], u64 a, u64 b, int adds) { begin_product(d, 32, nullptr, a, b, adds); }
+template <bool IS_E4M3>
+void multiply_64_64(float (&d)[32], u64 a, u64 b, int adds) {
+  begin_product({d, nullptr, a, b, 64, adds, !IS_E4M3});
+}
 inline void multiply_registers(float (&d)[96], const u32 (&a)[4], u64 b, int adds) {
-  begin_product(d, 96, a, 0, b, adds);
+  begin_product({d, a, 0, b, 192, adds});
+}
+template <int COLUMNS, bool TRANSPOSED>
+void multiply_half(float (&d)[COLUMNS / 2], const u32 (&a)[4], u64 b, int adds) {
+  begin_product({d, a, 0, b, COLUMNS, adds, true, TRANSPOSED});
 }
 inline void open_products() { Thread::now->is_open = true; }
 inline void close_products() { Thread::now->groups++, Thread::now->is_open = false; }
@@ -106,33 +118,41 @@ inline const float* values_of_e4m3() {
   }();
   return table.data();
 }
-inline void read_values(const u8* memory, u64 block, int row, float* to) {
-  const float* table = values_of_e4m3();
-  for (int i = 0; i < 32; i++) to[i] = table[memory[swizzle(find_bytes(block, row) + i, 64)]];
+// Value `at` of the row.
+inline float read_value(const u8* memory, u64 block, int row, int at, bool is_half) {
+  u16 half;
+  if (!is_half) return values_of_e4m3()[memory[find_byte(block, row, at)]];
+  memcpy(&half, memory + find_byte(block, row, 2 * at), 2);
+  return widen(half);
+}
+// Of the registers with a warp's 16 rows.
+inline float read_register(Thread** lanes, size_t number, int row, int at, bool is_half) {
+  int size = is_half ? 2 : 1, lane = row % 8 * 4 + at * size % 16 / 4;
+  u32 word = lanes[lane]->products[number].left[at * size / 16 * 2 + row / 8] >> at * size % 4 * 8;
+  return is_half ? widen(word) : values_of_e4m3()[word & 255];
 }
 // A warp's 16 rows.
 inline void compute(Thread** lanes, size_t number) {
   const u8* memory = machine->programs[lanes[0]->program].memory;
   const Product& first = lanes[0]->products[number];
+  int depth = first.is_half ? 16 : 32;
   float left[32][16], values[32], sums[16], *places[32];
-  for (int row = 0; row < 16; row++) {
-    if (!first.left) read_values(memory, first.left_block, lanes[0]->x / 32 % 4 * 16 + row, values);
-    for (int i = 0; i < 32 && first.left; i++) {
-      u32 word = lanes[row % 8 * 4 + i % 16 / 4]->products[number].left[i / 16 * 2 + row / 8];
-      values[i] = values_of_e4m3()[word >> i % 4 * 8 & 255];
-    }
-    for (int i = 0; i < 32; i++) left[i][row] = values[i];
-  }
+  for (int row = 0; row < 16; row++)
+    for (int i = 0; i < depth; i++)
+      left[i][row] = first.left ? read_register(lanes, number, row, i, first.is_half)
+                                : read_value(memory, first.left_block, lanes[0]->x / 32 % 4 * 16 + row, i, first.is_half);
   for (int lane = 0; lane < 32; lane++)
     for (Results& each : lanes[lane]->results)
       if (each.to == lanes[lane]->products[number].to) places[lane] = each.values.data();
   for (int column = 0; column < first.columns; column++) {
-    read_values(memory, first.right_block, column, values);
+    for (int i = 0; i < depth; i++)
+      values[i] = first.is_transposed ? read_value(memory, first.right_block, i, column, true)
+                                      : read_value(memory, first.right_block, column, i, first.is_half);
     auto find = [&](int row) -> float& {
       return places[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
     };
     for (int row = 0; row < 16; row++) sums[row] = first.adds ? find(row) : 0;
-    for (int i = 0; i < 32; i++)
+    for (int i = 0; i < depth; i++)
       for (int row = 0; row < 16; row++) sums[row] += left[i][row] * values[i];
     for (int row = 0; row < 16; row++) find(row) = sums[row];
   }

@@ -25,6 +25,7 @@ inline u32 narrow(u32 low, u32 high, u32 factor) {
   return narrow_half(first) | narrow_half(first >> 16) << 8 | narrow_half(second) << 16 |
          (u32)narrow_half(second >> 16) << 24;
 }
+inline u16 narrow_pair(float low, float high) { return narrow(pack(low, high), 0, 0x3c003c00); }
 template <int NUMBER>
 u32 further(u32 place) {
   return place ^ NUMBER * 32;
