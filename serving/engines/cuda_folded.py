@@ -164,11 +164,13 @@ class FoldedLayers:
         qkv = carve(0, tokens, 3 * config.hidden, _HALF)
         context = carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         self._multiply(layer.query, states, qkv, sums, up)
-        rows, factor = (batch.starts, batch.ends, config.heads, context), output.x_factor
+        factor = output.x_factor
         if self._ticket is None:
-            attention(qkv, *rows, factor, is_long, self._is_steady, not up)
+            bounds = batch.starts, batch.ends
+            attention(qkv, *bounds, config.heads, context, factor, is_long, self._is_steady, not up)
         else:
-            attention_hopper.attention(qkv, batch.tiles, *rows, self._ticket, self._programs, factor, not up)
+            own = self._ticket, self._programs
+            attention_hopper.attention(qkv, batch.tiles, config.heads, context, *own, factor, not up)
         return context
 
     def _multiply(

@@ -56,16 +56,18 @@ def split_rows(lengths: Lengths, max_tokens: int, max_rows: int) -> Iterator[sli
 
 def packed_size(tokens: int, rows: int) -> int:
     """Integers that `pack` writes for a run of so many tokens and rows."""
-    return 3 * tokens + 2 * (rows + 1) + tokens // FILLER + 1
+    return 3 * tokens + rows + 1 + 1 + 3 * (tokens // FILLER + rows + 1)
 
 
 def list_tiles(bounds: Lengths, into: Int32) -> None:
     """Cut sequences at `bounds` [S + 1] into tiles of TILE rows, the last of each with what is left: how many tiles
-    there are, then the first row of each, into the beginning of `into`."""
+    there are, then of each its first row and where its sequence begins and ends, into the beginning of `into`."""
     counts = -(-np.diff(bounds) // TILE)
-    ends = np.cumsum(counts)
-    into[0] = ends[-1]
-    into[1 : ends[-1] + 1] = np.repeat(bounds[:-1] - TILE * (ends - counts), counts) + TILE * np.arange(ends[-1])
+    last = np.cumsum(counts)
+    into[0] = last[-1]
+    first, end = np.repeat((bounds[:-1], bounds[1:]), counts, axis=1)
+    top = first + TILE * (np.arange(last[-1]) - np.repeat(last - counts, counts))
+    into[1 : 3 * last[-1] + 1] = np.stack((top, first, end), axis=1).ravel()
 
 
 def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) -> None:

@@ -18,7 +18,7 @@ constexpr float FAR = -1.0e30f;               // below every score
 
 struct Argument {
   TensorMap qkv;
-  const int *tiles, *starts, *ends;  // the first: how many, and the first row of each
+  const int* tiles;  // how many, and of each its first row and where its sequence begins and ends
   u32* ticket;                       // 0, as the kernel leaves it
   u8* out;
   const float* out_factor;
@@ -96,14 +96,15 @@ DEVICE void give(const Argument& work, Shared& shared, const Item& item, u32 que
 DEVICE void produce(const Argument& work, Shared& shared, u32 queries, u32 ring, const Barriers& bars) {
   fetch_map(&work.qkv);
   wait_for_kernel_before();
-  int pairs = work.heads / 2, count = work.tiles[0], total = count * pairs, fill = 0, round = 0;
-  u32 last = total + 2 * gridDim.x - 1;  // every pair draws one in vain: behind the last the ticket is 0 again
+  // A ticket is a tile and two heads of it.
+  int count = work.tiles[0], pairs = work.heads / 2, total = count * pairs, fill = 0, round = 0;
+  u32 last = total + 2 * gridDim.x - 1;  // every pair of groups draws one in vain: then the ticket is 0 again
   int next = draw(work.ticket, last);
   while (next < total) {
-    int number = next / pairs, head = next % pairs * 2, top = work.tiles[1 + (work.is_upward ? count - 1 - number : number)];
+    int number = next / pairs, head = next % pairs * 2;
+    const int* tile = work.tiles + 1 + 3 * (work.is_upward ? count - 1 - number : number);
     next = draw(work.ticket, last);
-    Item item = {top, work.starts[top], work.ends[top], head, 0};
-    item.is_pair = item.end - top <= ROWS;
+    Item item = {tile[0], tile[1], tile[2], head, tile[2] - tile[0] <= ROWS};
     for (int i = 0; i < (item.is_pair ? 1 : 2); i++, item.head++, round++) {
       give(work, shared, item, queries, bars, round);
       load_keys(work, item, ring, bars, fill);
@@ -119,41 +120,54 @@ struct Rows {
 };
 
 // Scores of a block to weights, of which those of `left` keys count; the maximum, the sums and the weighted values so
-// far follow.
+// far follow. By 16 keys, of the last block only as many as there are.
 template <bool IS_LAST>
 DEVICE void weigh(Rows& rows, float (&scores)[KEYS / 2], float scale, int left) {
   int lane = threadIdx.x % 32;
-  if (IS_LAST && left < KEYS) {
+  float most[2][2] = {{FAR, FAR}, {FAR, FAR}};  // four chains, which do not wait for each other
 #pragma unroll
-    for (int i = 0; i < KEYS / 2; i++)
-      if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= left) scores[i] = FAR;
+  for (int part = 0; part < KEYS / 16; part++) {
+    if (IS_LAST && part * 16 >= left) continue;
+    if (IS_LAST && part * 16 + 16 > left) {
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (part * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 >= left) scores[part * 8 + i] = FAR;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) most[i % 4 / 2][i % 2] = fmaxf(most[i % 4 / 2][i % 2], scores[part * 8 + i]);
   }
+  float highest[2], total[2] = {};
+#pragma unroll
+  for (int low = 0; low < 2; low++) highest[low] = fmaxf(most[low][0], most[low][1]);
+#pragma unroll
+  for (int other = 1; other < 4; other *= 2)
+#pragma unroll
+    for (int low = 0; low < 2; low++)
+      highest[low] = fmaxf(highest[low], __shfl_xor_sync(~0u, highest[low], other));
 #pragma unroll
   for (int low = 0; low < 2; low++) {
-    float highest = scores[low * 2];
-#pragma unroll
-    for (int i = 0; i < KEYS / 4; i++) highest = fmaxf(highest, scores[i / 2 * 4 + low * 2 + i % 2]);
-#pragma unroll
-    for (int other = 1; other < 4; other *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, other));
-    highest = fmaxf(rows.highest[low], highest * scale);
-    float shrink = exp2_fast(rows.highest[low] - highest), total = 0;
-    rows.highest[low] = highest;
-#pragma unroll
-    for (int i = 0; i < KEYS / 8; i += 2) {
-      rows.weights[i / 2][low] = rows.weights[i / 2][2 + low] = 0;
-      if (IS_LAST && i * 8 >= left) continue;
-#pragma unroll
-      for (int side = 0; side < 2; side++) {
-        float first = exp2_fast(fmaf(scores[(i + side) * 4 + low * 2], scale, -highest));
-        float second = exp2_fast(fmaf(scores[(i + side) * 4 + low * 2 + 1], scale, -highest));
-        total += first + second;
-        rows.weights[i / 2][side * 2 + low] = pack(first, second);
-      }
-    }
-    rows.total[low] = fmaf(rows.total[low], shrink, total);
+    highest[low] = fmaxf(rows.highest[low], highest[low] * scale);
+    float shrink = exp2_fast(rows.highest[low] - highest[low]);
+    rows.highest[low] = highest[low];
+    rows.total[low] *= shrink;
 #pragma unroll
     for (int i = 0; i < HEAD / 4; i++) rows.acc[i / 2 * 4 + low * 2 + i % 2] *= shrink;
   }
+#pragma unroll
+  for (int part = 0; part < KEYS / 16; part++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) rows.weights[part][i] = 0;
+    if (IS_LAST && part * 16 >= left) continue;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int low = i % 2, at = part * 8 + i / 2 * 4 + low * 2;
+      float first = exp2_fast(fmaf(scores[at], scale, -highest[low]));
+      float second = exp2_fast(fmaf(scores[at + 1], scale, -highest[low]));
+      total[low] += first + second;
+      rows.weights[part][i] = pack(first, second);
+    }
+  }
+  rows.total[0] += total[0], rows.total[1] += total[1];
 }
 
 // One of the two groups. `slot` and `parity`: of the ring's next stage.

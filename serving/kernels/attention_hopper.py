@@ -24,10 +24,10 @@ class _Argument(ctypes.Structure):
 
     _fields_ = [
         ("qkv", TensorMap),
-        *((name, ctypes.c_void_p) for name in ("tiles", "starts", "ends", "ticket", "out", "out_factor")),
+        *((name, ctypes.c_void_p) for name in ("tiles", "ticket", "out", "out_factor")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("heads", "is_upward")),
-        ("rest", ctypes.c_char * 4),  # a tensor map makes the kernel's struct a multiple of 64 bytes
+        ("rest", ctypes.c_char * 20),  # a tensor map makes the kernel's struct a multiple of 64 bytes
     ]
 
 
@@ -37,10 +37,10 @@ def fits(hidden: int, heads: int) -> bool:
 
 
 def attention(
-    qkv: Tensor, tiles: Tensor, starts: Tensor, ends: Tensor, heads: int, out: Tensor, ticket: Tensor,
+    qkv: Tensor, tiles: Tensor, heads: int, out: Tensor, ticket: Tensor,
     num_programs: int, out_factor: Tensor | None = None, is_upward: bool = False,
 ) -> None:  # fmt: skip
-    """See `reference.attention`: qkv float16 [T, 3H], starts and ends int32 [T], out [T, H].
+    """See `reference.attention`: qkv float16 [T, 3H], out [T, H].
 
     `tiles`: int32, of `packing.list_tiles`; rows in none of them are left as they are. A sequence's result has the same
     bits in any batch. With `out_factor` (float32 [1]) out is E4M3 and takes the result times it. `ticket`: int32 [1],
@@ -48,12 +48,12 @@ def attention(
     tiles. Raises CompileFailed.
     """
     size = out.shape[1] // heads
-    tensors = tiles, starts, ends, ticket, out, out_factor
+    tensors = tiles, ticket, out, out_factor
     argument = _Argument(
         TensorMap.of(qkv, _BOX, size), *(None if each is None else each.data_ptr() for each in tensors),
         math.log2(math.e) / math.sqrt(size), heads, is_upward,
     )  # fmt: skip
-    most = (len(tiles) - 1) * heads // (_HEADS_OF_ITEM * _PAIRS)
+    most = len(tiles) // 3 * heads // (_HEADS_OF_ITEM * _PAIRS)
     _load(qkv.device, size, out_factor is not None).launch(argument, min(num_programs, most), starts_early(qkv))
 
 

@@ -34,10 +34,12 @@ def test_pack_keeps_every_sequence_and_fills_the_rest(lengths: list[int], spare:
     assert (ends[real:] - starts[real:] <= FILLER).all()
     assert ((starts[real:] <= np.arange(real, tokens)) & (np.arange(real, tokens) < ends[real:])).all()
     assert (np.diff(starts) >= 0).all()
-    first = tiles[1 : tiles[0] + 1]
-    whole = [row for top in first for row in range(top, min(top + TILE, ends[top]))]
-    assert whole == list(range(tokens))
-    assert ((first - starts[first]) % TILE == 0).all()
+    top, first, end = tiles[1 : 3 * tiles[0] + 1].reshape(-1, 3).T
+    assert np.array_equal(first, starts[top])
+    assert np.array_equal(end, ends[top])
+    assert ((top - first) % TILE == 0).all()
+    covered = [row for begin, until in zip(top, end, strict=True) for row in range(begin, min(begin + TILE, until))]
+    assert covered == list(range(tokens))
 
 
 @given(LENGTHS, st.integers(32, 80), st.integers(1, 6))

@@ -37,8 +37,7 @@ def attend(qkv: Tensor, lengths: list[int], factor: Tensor | None = None, is_upw
     out = poisoned(len(qkv), width, device=qkv.device)
     if factor is not None:
         out = torch.zeros(len(qkv), width).to(torch.float8_e4m3fn)
-    bounds = batch.tiles, batch.starts, batch.ends
-    attention_hopper.attention(qkv, *bounds, HEADS, out, ticket, 2, factor, is_upward)
+    attention_hopper.attention(qkv, batch.tiles, HEADS, out, ticket, 2, factor, is_upward)
     assert int(ticket) == 0
     return out
 

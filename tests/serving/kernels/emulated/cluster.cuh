@@ -37,6 +37,7 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+using std::max;
 using std::min;
 
 struct Block {
