@@ -185,15 +185,17 @@ def _round(name: str, weight: Tensor) -> dict[str, Tensor]:
 def keep_sensitive(path: Path, calibration: Sequence[Ids], min_cosine: float) -> Ranking:
     """Choose the linear layers that `f8` leaves in float16 for `min_cosine`, and write them into `config.json`.
 
-    `path` is what `write_encoder` wrote with the same `calibration`. Returns every layer's damage and bits, no layers
-    where all can be E4M3, and the cosine against layers kept.
+    `path` is what `write_encoder` wrote with the same `calibration`. What stays in float16 by default does so before
+    the others are ranked. Returns the damage and bits of each other, no layers where all of them can be E4M3, and the
+    cosine against how many of them are kept.
     """
     config_path = path.with_name(CONFIG_NAME)
     config = read_config(config_path)
     probe = EncoderProbe(load_weights(path, config), config, [pad_batch([row]) for row in calibration])
-    names = list_linears(config.layers)
-    found = rank_layers(probe, dict(zip(names, names, strict=True)), min_cosine, _FLOAT_BITS)
-    kept = [name for name, layer in found.damages.items() if layer.is_float]
+    labels = {name: name for name in list_linears(config.layers) if name not in config.float16}
+    found = rank_layers(probe, labels, min_cosine, _FLOAT_BITS)
+    chosen = {name for name, layer in found.damages.items() if layer.is_float}
+    kept = [name for name in list_linears(config.layers) if name in config.float16 | chosen]
     fields = json.loads(config_path.read_text(encoding="utf-8"))
     _write_fields(config_path, fields | {E4M3_NAME: {"schema_version": E4M3_VERSION, "float16": kept}})
     return found

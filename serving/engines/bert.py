@@ -23,6 +23,7 @@ STATES_NAME = "state_amax"  # [layers, 2]: largest state before the norm behind 
 # Linear layers of a layer in the order they run, queries, keys and values as one: the columns of `activation_amax`.
 LINEARS = ("attention/self", "attention/output/dense", "intermediate/dense", "output/dense")
 E4M3_NAME, E4M3_VERSION = "e4m3", 1  # of config.json: which linear layers E4M3 leaves in float16
+_OUTPUT, _NARROW = 1, 512  # of LINEARS the output projection, and the hidden size up to which E4M3 does not speed it up
 # What the forward pass is: a config that says otherwise is another architecture.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("bert",),
@@ -127,6 +128,14 @@ def list_linears(layers: int) -> list[str]:
     return [name_linear(layer, linear) for layer in range(layers) for linear in range(len(LINEARS))]
 
 
+def keep_by_default(hidden: int, layers: int) -> frozenset[str]:
+    """The linear layers that E4M3 leaves in float16 where a file names none: the output projections of narrow models.
+
+    They lose cosine and gain no time: docs/log.md has both.
+    """
+    return frozenset(name_linear(layer, _OUTPUT) for layer in range(layers) if hidden <= _NARROW)
+
+
 def read_config(path: Path) -> BertConfig:
     """Read config.json. Raises EngineUnavailable naming the field that our kernels cannot honour."""
     try:
@@ -167,8 +176,11 @@ def _size(path: Path, fields: dict[str, Any], name: str) -> int:
 
 
 def _read_float16(path: Path, fields: dict[str, Any]) -> frozenset[str]:
-    """The layers that the file keeps in float16; files from before there was a choice say nothing and keep none."""
-    section = fields.get(E4M3_NAME, {"schema_version": E4M3_VERSION, "float16": []})
+    """The layers that the file keeps in float16: those it names, where it says nothing those of `keep_by_default`."""
+    hidden, layers = (_size(path, fields, name) for name in ("hidden_size", "num_hidden_layers"))
+    if E4M3_NAME not in fields:
+        return keep_by_default(hidden, layers)
+    section = fields[E4M3_NAME]
     if not isinstance(section, dict):
         raise EngineUnavailable(f"{path}: {E4M3_NAME} is {type(section).__name__}, it must be an object")
     if section.get("schema_version") != E4M3_VERSION:
@@ -176,7 +188,7 @@ def _read_float16(path: Path, fields: dict[str, Any]) -> frozenset[str]:
         raise EngineUnavailable(f"{path}: {E4M3_NAME} has schema_version {version!r}, this engine reads {E4M3_VERSION}")
     if section.keys() != {"schema_version", "float16"}:
         raise EngineUnavailable(f"{path}: {E4M3_NAME} holds {sorted(section)}, it must hold float16, schema_version")
-    names, known = section["float16"], list_linears(_size(path, fields, "num_hidden_layers"))
+    names, known = section["float16"], list_linears(layers)
     if not isinstance(names, list):
         raise EngineUnavailable(f"{path}: {E4M3_NAME}.float16 is {names!r}, it must be a list of names")
     for name in names:

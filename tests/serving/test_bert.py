@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serving.engines.bert import STATES_NAME, BertConfig, Packed, encode, load_weights, read_config
+from serving.engines.bert import STATES_NAME, BertConfig, Packed, encode, keep_by_default, load_weights, read_config
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
 from tasks.encoder import write_encoder
@@ -93,9 +93,18 @@ def test_read_config_names_the_field_it_cannot_honour(encoder: Path, changes: di
 
 
 def test_read_config_knows_the_layers_that_stay_in_float16(encoder: Path) -> None:
-    assert read_config(encoder.with_name("config.json")).float16 == frozenset()  # as files from before say nothing
+    said_nothing = read_config(encoder.with_name("config.json"))
+    assert said_nothing.float16 == keep_by_default(said_nothing.hidden, said_nothing.layers) != frozenset()
+    assert read_config(change_config(encoder, **keep())).float16 == frozenset()
     kept = "layer.1/output/dense", "layer.0/attention/self"
     assert read_config(change_config(encoder, **keep(*kept))).float16 == frozenset(kept)
+
+
+def test_output_projections_of_narrow_models_stay_in_float16_by_default() -> None:
+    outputs = frozenset(f"layer.{layer}/attention/output/dense" for layer in range(3))
+    assert {hidden: keep_by_default(hidden, 3) for hidden in (32, 384, 512, 576, 768)} == {
+        32: outputs, 384: outputs, 512: outputs, 576: frozenset(), 768: frozenset(),
+    }  # fmt: skip
 
 
 def test_read_config_refuses_what_is_no_json(encoder: Path) -> None:

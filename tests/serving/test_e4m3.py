@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from serving.engines.bert import (
     list_linears,
     name_linear,
 )
+from serving.engines.cuda_linears import load_linears
 from serving.engines.e4m3 import ExactE4M3, calibrate, choose_input_scale, quantize_weight
 from tests.serving.kernels.models import make_encoder, poison, read_model
 from tests.serving.kernels.packs import make_packed
@@ -69,6 +71,20 @@ def test_kept_layer_needs_no_calibration(linear: int, model: tuple[BertConfig, W
     poisoned = replace(weights, layers=tuple(poison(layer, linear) for layer in weights.layers))
     assert bool(torch.isfinite(encode_exactly(config, poisoned, batch, kept)).all())
     assert not bool(torch.isfinite(encode_exactly(config, poisoned, batch, [])).any())
+
+
+def test_files_that_name_no_layers_keep_the_same_ones_where_they_run_and_where_they_are_judged(
+    tmp_path: Path, batch: Packed
+) -> None:
+    config, weights = read_model(make_encoder(tmp_path, layers=LAYERS, float16=None))
+    cpu = torch.device("cpu")
+    run = [load_linears(number, layer, config.float16, cpu) for number, layer in enumerate(weights.layers)]
+    kinds = [[linear.dtype for linear in linears] for linears in run]
+    assert kinds == [[torch.float8_e4m3fn, torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fn]] * LAYERS
+    for linear in (1, 3):  # of those that a scale is calibrated for: who rounds it meets NaN
+        poisoned = replace(weights, layers=tuple(poison(layer, linear) for layer in weights.layers))
+        is_rounded = not bool(torch.isfinite(ExactE4M3(poisoned, config).encode(batch)).all())
+        assert is_rounded == (run[0][linear].dtype != torch.float16)
 
 
 def test_calibrate_finds_the_largest_input_of_every_batch(model: tuple[BertConfig, Weights]) -> None:

@@ -1,5 +1,6 @@
 """The variants of our own engines: built of the weights, those of cuda part of a run only where they can be judged."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,17 @@ from flows.config import OptimizeConfig
 from flows.engines import without_misfits
 from registry.gate import GateLimits
 from registry.manifest import hash_file, scan_files
-from serving.engines.bert import LINEARS, BertConfig, Packed, Weights, encode, list_linears, load_weights, read_config
+from serving.engines.bert import (
+    LINEARS,
+    BertConfig,
+    Packed,
+    Weights,
+    encode,
+    keep_by_default,
+    list_linears,
+    load_weights,
+    read_config,
+)
 from serving.engines.e4m3 import ExactE4M3
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
@@ -22,6 +33,8 @@ from tasks.variants import KERNEL_VARIANTS, VARIANTS, list_variants
 from tests.forge import CALIBRATION_SIZE, Forge
 from tests.teachers import make_teacher
 from tests.texts import make_sentences
+
+OUTPUTS = keep_by_default(32, 2)  # of the forge's teacher
 
 
 @pytest.mark.parametrize("name", ["cuda-fp16", "cuda-fp8"])
@@ -63,15 +76,17 @@ def build_fp8(forge: Forge, min_cosine: float) -> Candidate:
     return build_encoder.fn(variant, forge.study.teacher, forge.study.corpus, CALIBRATION_SIZE)
 
 
-def test_every_layer_is_e4m3_where_the_cosine_bears_it(forge: Forge) -> None:
+def test_every_layer_but_those_kept_by_default_is_e4m3_where_the_cosine_bears_it(forge: Forge) -> None:
     candidate = build_fp8(forge, 0.5)
     assert candidate.damages == ()
-    assert read_config(candidate.artifact.folder / "config.json").float16 == frozenset()
+    config = candidate.artifact.folder / "config.json"
+    assert read_config(config).float16 == OUTPUTS
+    assert json.loads(config.read_text(encoding="utf-8"))["e4m3"]["float16"] == list_linears(2)[1::4]
 
 
 def test_cosine_out_of_reach_leaves_every_layer_in_float16(forge: Forge) -> None:
     candidate = build_fp8(forge, 2.0)
-    assert [layer.layer for layer in candidate.damages] == list_linears(2)
+    assert [layer.layer for layer in candidate.damages] == [name for name in list_linears(2) if name not in OUTPUTS]
     assert {layer.bits for layer in candidate.damages} == {16}
     assert read_config(candidate.artifact.folder / "config.json").float16 == set(list_linears(2))
 
@@ -79,14 +94,14 @@ def test_cosine_out_of_reach_leaves_every_layer_in_float16(forge: Forge) -> None
 def test_fewest_most_sensitive_layers_stay_in_float16_until_the_cosine_is_reached(forge: Forge) -> None:
     config, weights, batch = read_model(build_fp8(forge, 2.0), make_sentences(20))
     oracle = encode(weights, config, batch)
-    everything = float((ExactE4M3(weights, replace(config, float16=frozenset())).encode(batch) * oracle).sum(1).mean())
+    everything = float((ExactE4M3(weights, replace(config, float16=OUTPUTS)).encode(batch) * oracle).sum(1).mean())
     candidate = build_fp8(forge, 1 - (1 - everything) / 4)
     kept = [layer for layer in candidate.damages if layer.is_float]
     rounded = [layer for layer in candidate.damages if not layer.is_float]
-    assert 0 < len(kept) < 2 * len(LINEARS)
+    assert 0 < len(kept) < 2 * len(LINEARS) - len(OUTPUTS)
     assert min(layer.damage for layer in kept) >= max(layer.damage for layer in rounded)
     config, _, _ = read_model(candidate, [])
-    assert config.float16 == {layer.layer for layer in kept}
+    assert config.float16 == OUTPUTS | {layer.layer for layer in kept}
     mixed = float((ExactE4M3(weights, config).encode(batch) * oracle).sum(1).mean())
     assert mixed > everything
     account = candidate.quantization("docs:", 0.999)

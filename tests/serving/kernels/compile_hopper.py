@@ -74,6 +74,18 @@ def compile_linear() -> dict[str, Any]:
             out_sums=sums,
             copy=narrow,
         ),
+        "float16 copied in E4M3": linear(
+            x,
+            weight[:384],
+            half(384),
+            x,
+            132,
+            residual=x,
+            out_factor=one,
+            norm=RowNorm(sums, factors, 1e-12),
+            out_sums=sums,
+            copy=narrow,
+        ),
     }
 
 

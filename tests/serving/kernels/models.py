@@ -25,11 +25,11 @@ POSITIONS = 128
 
 def make_encoder(
     folder: Path, hidden: int = 128, heads: int = 4, intermediate: int = 256, layers: int = 2,
-    float16: Sequence[str] = (),
+    float16: Sequence[str] | None = (),
 ) -> Path:  # fmt: skip
     """Write model.safetensors and config.json of random weights, calibrated; returns the former's path.
 
-    `float16` names the linear layers that E4M3 leaves alone.
+    `float16` names the linear layers that E4M3 leaves alone; the files do without where it is None.
     """
     from transformers import BertConfig as Sizes
     from transformers import BertModel
@@ -46,8 +46,9 @@ def make_encoder(
     torch.manual_seed(1)
     model = BertModel(sizes, add_pooling_layer=False)
     folder.mkdir(parents=True, exist_ok=True)
-    precision = {E4M3_NAME: {"schema_version": E4M3_VERSION, "float16": list(float16)}}
-    fields = sizes.to_dict() | {"pooling": "mean", "normalize": True} | precision
+    fields = sizes.to_dict() | {"pooling": "mean", "normalize": True}
+    if float16 is not None:
+        fields[E4M3_NAME] = {"schema_version": E4M3_VERSION, "float16": list(float16)}
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     path, tensors = folder / "model.safetensors", dict(model.state_dict())
     save_file(tensors, path)

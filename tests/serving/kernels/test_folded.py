@@ -175,7 +175,7 @@ def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
 @NEEDS_NO_GPU
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("wide", ["all", "long", "short", "E4M3"])
-@pytest.mark.parametrize("narrow", ["all", "every second", "two layers"])
+@pytest.mark.parametrize("narrow", ["all", "every second", "two layers", "all but outputs"])
 def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
     wide: str, narrow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +191,8 @@ def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
     compiled, ran = use_wide(monkeypatch, chosen[wide])
     batch, cpu = make_packed([5, 1, 90, 33], torch.device("cpu")), torch.device("cpu")
     names = list_linears(3)
-    float16 = {"all": [], "every second": names[::2], "two layers": names[4:8]}[narrow]
-    linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
+    kept = {"all": [], "every second": names[::2], "two layers": names[4:8], "all but outputs": names[1::4]}
+    linears = [load_linears(number, layer, kept[narrow], cpu) for number, layer in enumerate(weights.layers)]
     vectors = run_folded(config, weights, batch, linears)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
     assert compiled == ran
@@ -212,7 +212,7 @@ def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
         (LINEARS[5:], [True]),
         (LINEARS[:4], [False]),
     ],
-    ids=["none", "down", "up", "second query", "output", "behind the second query", "first layer"],
+    ids=["none", "down", "up", "second query", "output, the default", "behind the second query", "first layer"],
 )
 def test_layers_with_the_block_in_one_kernel_equal_the_oracle(
     float16: list[str], blocks: list[bool], wide: str, block_model: tuple[BertConfig, Weights],
