@@ -3,7 +3,8 @@
 `python -m benchmarks.bench_cuda [--cases NAME ...] [--minilm FOLDER] [--commit TEXT] [--out FILE] [--processes N]`.
 A case's rows are written as soon as it is measured. Engine figures
 start with packed ids on the GPU and end with vectors there, as the baseline's do; `host_tokens_per_s` starts and ends
-in host memory. `--minilm` names a folder with the engine's files and `texts.npz` (ids, lengths, and the vectors of
+in host memory. An engine is opened for its case's tokens and longest text, as the baseline has memory for its batch
+alone. `--minilm` names a folder with the engine's files and `texts.npz` (ids, lengths, and the vectors of
 sentence-transformers in float32) and adds the quality rows. Weights are random otherwise.
 """
 
@@ -108,7 +109,7 @@ def _run_case(case: str, scratch: Path, about: dict[str, Any]) -> list[dict[str,
     ids, mask = _host_batch(lengths)
     for compute in ("f16", "f8"):
         before = _start_peak()
-        engines[compute] = CudaEngine(path, compute, max_tokens=max(sum(lengths), 512))
+        engines[compute] = CudaEngine(path, compute, max_tokens=sum(lengths), max_length=max(lengths))
         systems[compute] = engines[compute].prepare(ids, mask)
         systems[compute]()
         peaks[compute] = _peak_mb(before)

@@ -74,7 +74,7 @@ def profile_engine(path: Path, batch_size: int, length: int, trace: Path, comput
 def _open_gpu(path: Path, rows: list[Any], compute: str) -> tuple[Callable[[], object], str]:
     from serving.engines.cuda import CudaEngine  # noqa: PLC0415  needs triton
 
-    engine = CudaEngine(path, compute, max(512, sum(map(len, rows))))
+    engine = CudaEngine(path, compute, max(512, sum(map(len, rows))), max_length=len(rows[0]))
     ids = np.stack(rows).astype(np.int64)
     return lambda: engine.embed(ids, np.ones_like(ids)), engine.runtime
 

@@ -44,8 +44,13 @@ class CudaEngine:
 
     compiles_shapes, is_packed = False, True
 
-    def __init__(self, path: Path, compute: str = "f16", max_tokens: int = MAX_TOKENS) -> None:
-        """Load, warm up and capture. `max_tokens` is halved until the workspace fits. Raises EngineUnavailable."""
+    def __init__(
+        self, path: Path, compute: str = "f16", max_tokens: int = MAX_TOKENS, max_length: int = MAX_TOKENS
+    ) -> None:
+        """Load, warm up and capture, for texts of up to `max_length` tokens if the model takes as many.
+
+        `max_tokens`, of a run, is halved until the workspace fits. Raises EngineUnavailable.
+        """
         torch = _require_gpu(compute)
         from serving.engines.bert import load_weights, read_config  # noqa: PLC0415  they need torch
 
@@ -53,7 +58,8 @@ class CudaEngine:
         weights = load_weights(path, self._config)
         _check_model(path, self._config, weights, compute)
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._encoder = _fit_encoder(weights, self._config, self._device, compute, max_tokens)
+        self._max_length = min(max_length, self._config.positions)
+        self._encoder = _fit_encoder(weights, self._config, self._device, compute, max_tokens, self._max_length)
         self._streams = _Streams.make()
         self.memory_limit_tokens: int | None = None
         self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
@@ -74,7 +80,7 @@ class CudaEngine:
         """See `Engine.embed`. Raises ValueError for ids and lengths that the model's tables do not have."""
         import torch  # noqa: PLC0415  loaded with the engine
 
-        lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        lengths = self._check(input_ids, attention_mask)
         try:
             return self._embed(input_ids, lengths)
         except torch.OutOfMemoryError:  # someone else took the memory: half as much at a time
@@ -101,7 +107,7 @@ class CudaEngine:
         """
         import torch  # noqa: PLC0415  loaded with the engine
 
-        lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        lengths = self._check(input_ids, attention_mask)
         most = self._encoder.max_tokens, self._encoder.max_rows
         if lengths.sum() > most[0] or len(lengths) > most[1]:
             raise ValueError(
@@ -120,6 +126,14 @@ class CudaEngine:
         torch.cuda.synchronize(self._device)
         del self._graphs, self._encoder, self._slots, self._last, self._vectors, self._static
         torch.cuda.empty_cache()
+
+    def _check(self, input_ids: Ids, attention_mask: Ids) -> Lengths:
+        """The number of tokens of each text. Raises ValueError, also for one longer than the engine was opened for."""
+        lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        longest = int(lengths.max())
+        if longest > self._max_length:
+            raise ValueError(f"a text of {longest} tokens, the engine was opened for texts of up to {self._max_length}")
+        return lengths
 
     def _embed(self, input_ids: Ids, lengths: Lengths) -> Embeddings:
         vectors = np.empty((len(lengths), self._config.hidden), dtype=np.float32)
@@ -324,18 +338,18 @@ def _check_model(path: Path, config: "BertConfig", weights: "Weights", compute: 
 
 
 def _fit_encoder(
-    weights: "Weights", config: "BertConfig", device: "torch.device", compute: str, max_tokens: int
+    weights: "Weights", config: "BertConfig", device: "torch.device", compute: str, max_tokens: int, max_length: int
 ) -> "Encoder":
-    """An encoder with the largest workspace that fits, from `max_tokens` down. Raises EngineUnavailable."""
+    """An encoder with the largest workspace that fits, from `max_tokens` down to one text. Raises EngineUnavailable."""
     import torch  # noqa: PLC0415  loaded with the engine
 
     from serving.engines.cuda_encoder import Encoder, Fp8Encoder  # noqa: PLC0415  they need triton
 
     kind = Fp8Encoder if compute == "f8" else Encoder
-    while max_tokens >= config.positions:
+    while max_tokens >= max_length:
         try:
-            return kind(weights, config, device, max_tokens, min(MAX_ROWS, max_tokens // _LEAST_LENGTH))
+            return kind(weights, config, device, max_tokens, min(MAX_ROWS, -(-max_tokens // _LEAST_LENGTH)))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             max_tokens //= 2
-    raise EngineUnavailable(f"the GPU has no memory for the weights and {config.positions} tokens")
+    raise EngineUnavailable(f"the GPU has no memory for the weights and {max_length} tokens")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
-from serving.engines.cuda_folded import FoldedLayers, States
+from serving.engines.cuda_folded import FoldedLayers, States, move
 from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import MATRICES
 from serving.kernels import gemm_wide
@@ -41,7 +41,7 @@ class Encoder:
         """Raises torch.OutOfMemoryError when weights and workspace do not fit."""
         self.config, self.max_tokens, self.max_rows = config, max_tokens, max_rows
         self._words, self._positions = (each.to(device, _HALF) for each in (weights.words, weights.positions))
-        self._biases = [_stack(weights.layers, name, device) for name in _BIASES]
+        self._biases = _load_stacks(weights.layers, _BIASES, device)
         self._norms = _stack_norms(weights).to(device, _HALF)
         self._norm = self._norms[0, 0], self._norms[0, 1]
         self._layers = [_view_vectors(number, self._biases, self._norms) for number in range(config.layers)]
@@ -69,7 +69,7 @@ class Encoder:
         return out
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
-        self._stacks = [_stack(weights.layers, name, device) for name in MATRICES]
+        self._stacks = _load_stacks(weights.layers, MATRICES, device)
         self._matrices = list(zip(*self._stacks, strict=True))
 
     def _make_workspace(self, device: torch.device) -> None:
@@ -101,14 +101,14 @@ class Encoder:
         """The layers for many tokens, on the GPUs that have their GEMM."""
         hidden, device = self.config.hidden, self._words.device
         is_narrow = hidden <= _MAX_FOLDED and hidden % 128 == 0
-        if not is_narrow and all(gemm_wide.fits(matrix) for matrix in self._matrices[0]):
+        if not is_narrow and all(gemm_wide.fits(matrix, device) for matrix in self._matrices[0]):
             self._least_folded = gemm_wide.least_rows(hidden, count_hopper_processors(device))
         elif not is_narrow:
             return None
         if self.max_tokens < self._least_folded or not is_hopper(device):
             return None
         linears = [[Linear(matrix) for matrix in matrices] for matrices in self._matrices]
-        return FoldedLayers(weights, self.config, linears, self.max_tokens, is_steady=False)
+        return FoldedLayers(weights, self.config, linears, device, self.max_tokens, is_steady=False)
 
     def _states(self, x: Tensor) -> States:
         return States(x)
@@ -162,10 +162,11 @@ class Fp8Encoder(Encoder):
         return None
 
     def _make_folded(self, weights: Weights) -> FoldedLayers | None:
-        is_calibrated = all(layer.state_amax is not None for layer in weights.layers)
-        if self.config.hidden % 128 or not is_calibrated or not is_hopper(self._words.device):
+        device, is_calibrated = self._words.device, all(layer.state_amax is not None for layer in weights.layers)
+        if self.config.hidden % 128 or not is_calibrated or not is_hopper(device):
+            self._linears = [[move(each, device) for each in linears] for linears in self._linears]
             return None
-        folded = FoldedLayers(weights, self.config, self._linears, self.max_tokens, is_steady=True)
+        folded = FoldedLayers(weights, self.config, self._linears, device, self.max_tokens, is_steady=True)
         self._linears = [self._linears[0][:1]]  # of which the embeddings ask what it reads
         return folded
 
@@ -173,9 +174,9 @@ class Fp8Encoder(Encoder):
         return States(x, self._narrow[: x.numel()].view(x.shape), self._row_scales[: len(x)])
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
-        self._linears = [
-            load_linears(number, layer, self.config.float16, device) for number, layer in enumerate(weights.layers)
-        ]
+        """On the CPU: folded layers keep few as they are, and what both took would be the start's peak."""
+        cpu, float16 = torch.device("cpu"), self.config.float16
+        self._linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
 
     def _wide_bytes(self) -> int:
         attending = max((6 + output.dtype.itemsize) * self.config.hidden for _, output, _, _ in self._linears)
@@ -210,9 +211,14 @@ class Fp8Encoder(Encoder):
         add_norm(x, None, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps, x, narrow, scales)
 
 
-def _stack(layers: Sequence[Layer], name: str, device: torch.device) -> Tensor:
-    """What all layers have of that name, in float16 on the device: [L, ...]."""
-    return torch.stack([getattr(layer, name).half() for layer in layers]).to(device)
+def _load_stacks(layers: Sequence[Layer], names: Sequence[str], device: torch.device) -> list[Tensor]:
+    """What all layers have of each of those names, in float16 on the device: [L, ...].
+
+    One behind the other in one piece, as the workspace is and for the same reason.
+    """
+    stacks = [torch.stack([getattr(layer, name).half() for layer in layers]) for name in names]
+    parts = torch.cat([stack.flatten() for stack in stacks]).to(device).split([stack.numel() for stack in stacks])
+    return [part.view(stack.shape) for part, stack in zip(parts, stacks, strict=True)]
 
 
 def _stack_norms(weights: Weights) -> Tensor:

@@ -13,7 +13,7 @@ written in E4M3 in CUDA C++ has an order of columns into which the matrices that
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import Norm
 
 _HALF = torch.float16
+_LEAST_LENGTH = 28  # tokens of a text, on average, from which `attention_hopper` measured faster
 _log = logging.getLogger(__name__)
 Carve = Callable[[int, int, int, torch.dtype], Tensor]
 
@@ -45,7 +46,7 @@ class States:
 @dataclass(frozen=True, slots=True)
 class _Product:
     """Of a state before its norm: the scaled matrix, the bias with the shift, and the matrix's row sums [N]; none where
-    they are 0, as `gemm_wide` has it."""
+    they are 0, as `gemm_wide` and `feed_forward` have it."""
 
     linear: Linear
     bias: Tensor
@@ -80,19 +81,20 @@ class _Folded:
 
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    """Which of the kernels in CUDA C++ are to be had."""
+    """Which of the kernels in CUDA C++ are to be had on a device."""
 
+    device: torch.device
     has_attention: bool
     has_wide: bool
     has_block: bool
 
     def are_wide(self, weight: Tensor) -> bool:
         """Whether `gemm_wide` multiplies by the weight."""
-        return self.has_wide and gemm_wide.fits(weight)
+        return self.has_wide and gemm_wide.fits(weight, self.device)
 
     def are_block(self, up: Linear, down: Linear) -> bool:
         """Whether `feed_forward` takes both at once."""
-        return self.has_block and feed_forward.fits(up.weight, down.weight)
+        return self.has_block and feed_forward.fits(up.weight, down.weight, self.device)
 
 
 class FoldedLayers:
@@ -103,17 +105,19 @@ class FoldedLayers:
         weights: Weights,
         config: BertConfig,
         linears: Sequence[Sequence[Linear]],
+        device: torch.device,
         max_tokens: int,
         is_steady: bool,
     ) -> None:
-        """`linears`: the layers' own, on the device, of which output and down are used as they are, their
-        columns perhaps in another order, and all say which is E4M3. `is_steady`: see `attention`."""
-        self._config, self._is_steady, device = config, is_steady, linears[0][1].weight.device
-        kernels = _prepare(linears, config)
+        """`linears`: the layers' own, on the CPU or `device`, of which output and down are used as they are, their
+        columns perhaps in another order, and all say which is E4M3. Layers are folded on the CPU: the device gets
+        what it keeps. `is_steady`: see `attention`."""
+        self._config, self._is_steady = config, is_steady
+        kernels = _prepare(linears, config, device)
         before: tuple[Layer, _Folded] | None = None
         self._layers: list[_Folded] = []
         for layer, own in zip(weights.layers, linears, strict=True):
-            self._layers.append(_fold(layer, own, before, kernels))
+            self._layers.append(move(_fold(layer, own, before, kernels), device))
             before = layer, self._layers[-1]
         last = weights.layers[-1]
         self._norm = last.down_norm_weight.to(device, _HALF), last.down_norm_bias.to(device, _HALF)
@@ -165,12 +169,12 @@ class FoldedLayers:
         context = carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         self._multiply(layer.query, states, qkv, sums, up)
         factor = output.x_factor
-        if self._ticket is None:
-            bounds = batch.starts, batch.ends
-            attention(qkv, *bounds, config.heads, context, factor, is_long, self._is_steady, not up)
-        else:
+        if self._ticket is not None and (self._is_steady or tokens >= _LEAST_LENGTH * (len(batch.offsets) - 1)):
             own = self._ticket, self._programs
             attention_hopper.attention(qkv, batch.tiles, config.heads, context, *own, factor, not up)
+        else:
+            bounds = batch.starts, batch.ends
+            attention(qkv, *bounds, config.heads, context, factor, is_long, self._is_steady, not up)
         return context
 
     def _multiply(
@@ -227,15 +231,25 @@ class FoldedLayers:
         )  # fmt: skip
 
 
-def _prepare(linears: Sequence[Sequence[Linear]], config: BertConfig) -> _Kernels:
+def move(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass with all of its tensors, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{each.name: move(getattr(value, each.name), device) for each in fields(value)})
+
+
+def _prepare(linears: Sequence[Sequence[Linear]], config: BertConfig, device: torch.device) -> _Kernels:
     """Compile what the layers need."""
-    device, size = linears[0][0].weight.device, config.hidden // config.heads
+    forms, blocks = _list_forms(linears, device), _list_blocks(linears, device)
     contexts = {output.dtype != _HALF for _, output, *_ in linears}
+    attend = partial(attention_hopper.prepare, device, config.hidden // config.heads, contexts)
     return _Kernels(
-        attention_hopper.fits(config.hidden, config.heads)
-        and _has(partial(attention_hopper.prepare, device, size, contexts), "attention by packed rows"),
-        _has(partial(gemm_wide.prepare, device, _list_forms(linears)), "the GEMM with smaller tiles"),
-        _has(partial(feed_forward.prepare, device, _list_blocks(linears)), "two GEMMs for each feed-forward block"),
+        device,
+        attention_hopper.fits(config.hidden, config.heads) and _has(attend, "attention by packed rows"),
+        _has(partial(gemm_wide.prepare, device, forms), "the GEMM with smaller tiles"),
+        _has(partial(feed_forward.prepare, device, blocks), "two GEMMs for each feed-forward block"),
     )
 
 
@@ -248,24 +262,24 @@ def _has(prepare: Callable[[], None], instead: str) -> bool:
     return True
 
 
-def _list_blocks(linears: Sequence[Sequence[Linear]]) -> set[bool]:
+def _list_blocks(linears: Sequence[Sequence[Linear]], device: torch.device) -> set[bool]:
     """What `feed_forward` is compiled for: whether somebody reads its result in E4M3."""
     readers = [*(query.dtype != _HALF for query, *_ in linears[1:]), False]
     return {
         is_read
         for (_, _, up, down), is_read in zip(linears, readers, strict=True)
-        if feed_forward.fits(up.weight, down.weight)
+        if feed_forward.fits(up.weight, down.weight, device)
     }
 
 
-def _list_forms(linears: Sequence[Sequence[Linear]]) -> set[gemm_wide.Form]:
+def _list_forms(linears: Sequence[Sequence[Linear]], device: torch.device) -> set[gemm_wide.Form]:
     """What `gemm_wide` is compiled for: a result is in E4M3, or has a copy that is, where its reader takes E4M3."""
     forms = set()
     for number, (query, output, up, down) in enumerate(linears):
         follower = linears[number + 1][0] if number + 1 < len(linears) else None
         readers = None, up, down, follower
         for place, (own, reader) in enumerate(zip((query, output, up, down), readers, strict=True)):
-            if gemm_wide.fits(own.weight):
+            if gemm_wide.fits(own.weight, device):
                 is_read = reader is not None and reader.dtype != _HALF
                 forms.add(gemm_wide.Form(place % 2 == 1, place == 2, own.dtype != _HALF, is_read))
     return forms
@@ -277,22 +291,19 @@ def _fold(layer: Layer, linears: Sequence[Linear], before: tuple[Layer, _Folded]
     hidden = len(layer.out_bias)
     if before is None:
         scale, shift = torch.ones(hidden), torch.zeros(hidden)
-        bias = layer.qkv_bias.to(query.weight.device, _HALF)
-        product = _Product(query, bias, None if kernels.are_wide(query.weight) else torch.empty(0))
+        product = _Product(query, layer.qkv_bias.half(), None if kernels.are_wide(query.weight) else torch.empty(0))
     else:
         earlier, folded = before
         scale, shift = earlier.down_norm_weight, earlier.down_norm_bias
         state, is_wide = (earlier.state_amax, 1), kernels.are_wide(query.weight)
         product = _fold_product(
-            (layer.qkv_weight, layer.qkv_bias), query, (scale, shift), state, folded.gives_reordered, is_wide, is_wide
+            (layer.qkv_weight, layer.qkv_bias), query, (scale, shift), state, folded.gives_reordered, is_wide
         )
     middle = layer.out_norm_weight, layer.out_norm_bias
     first = _fold_sum(output, layer.out_bias, (scale, shift), kernels)
     is_block, is_wide = kernels.are_block(up, down), kernels.are_wide(up.weight)
     state = layer.state_amax, 0
-    inner = _fold_product(
-        (layer.up_weight, layer.up_bias), up, middle, state, first.is_wide, is_wide, is_wide or is_block
-    )
+    inner = _fold_product((layer.up_weight, layer.up_bias), up, middle, state, first.is_wide, is_wide or is_block)
     if is_wide and not is_block and down.dtype != _HALF:
         down = replace(down, weight=gemm_wide.reorder(down.weight))
     last = _fold_sum(down, layer.down_bias, middle, kernels)
@@ -318,14 +329,13 @@ def _forget(own: Linear) -> Linear:
 
 def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], kernels: _Kernels) -> _Sum:
     """`norm`: scale and shift of that of the state that is added to."""
-    (scale, shift), device = norm, own.weight.device
-    is_wide = kernels.are_wide(own.weight)
-    return _Sum(own, (bias + shift).to(device, _HALF), scale.to(device, _HALF if is_wide else torch.float32), is_wide)
+    (scale, shift), is_wide = norm, kernels.are_wide(own.weight)
+    return _Sum(own, (bias + shift).half(), scale.to(_HALF if is_wide else torch.float32), is_wide)
 
 
 def _fold_product(
     layer: tuple[Tensor, Tensor], own: Linear, norm: tuple[Tensor, Tensor], state: tuple[Tensor | None, int],
-    is_reordered: bool, is_wide: bool, is_centred: bool,
+    is_reordered: bool, is_centred: bool,
 ) -> _Product:  # fmt: skip
     """`layer`: weight and bias; `norm`: scale and shift; `state`: the calibrated states that this multiplies, of which
     a norm has one, and whose E4M3 `is_reordered`.
@@ -333,16 +343,15 @@ def _fold_product(
     A matrix whose rows are centred takes the mean of a row of states away. The rounding of its values to E4M3 is not
     centred: the mean, a part of the states like any other, times the sum of a row's rounding errors stays.
     """
-    (weight, bias), (scale, shift), device = layer, norm, own.weight.device
-    scaled, folded_bias = weight * scale, (bias + weight @ shift).to(device, _HALF)
+    (weight, bias), (scale, shift) = layer, norm
+    scaled, folded_bias = weight * scale, (bias + weight @ shift).half()
     if is_centred:
         scaled = scaled - scaled.mean(1, keepdim=True)
     if own.dtype == _HALF:
-        folded = Linear(scaled.to(device, _HALF))
+        folded = Linear(scaled.half())
     else:
         amax, number = state
         assert amax is not None, "calibrated"
-        folded = quantize(
-            gemm_wide.reorder(scaled) if is_reordered else scaled, choose_input_scale(amax[number]), device
-        )
-    return _Product(folded, folded_bias, None if is_wide else folded.weight.float().sum(1))
+        scaled = gemm_wide.reorder(scaled) if is_reordered else scaled
+        folded = quantize(scaled, choose_input_scale(amax[number]), scaled.device)
+    return _Product(folded, folded_bias, None if is_centred else folded.weight.float().sum(1))

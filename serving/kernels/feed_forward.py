@@ -56,10 +56,10 @@ class _Argument(ctypes.Structure):
     ]
 
 
-def fits(up: Tensor, down: Tensor) -> bool:
-    """Whether the kernel takes these weights, [I, H] and [H, I]."""
+def fits(up: Tensor, down: Tensor, device: torch.device) -> bool:
+    """Whether the kernel takes these weights, [I, H] and [H, I], on the device."""
     is_known = up.dtype == down.dtype == torch.float8_e4m3fn
-    return is_known and tuple(up.shape) == (_INNER, _HIDDEN) and is_hopper(up.device)
+    return is_known and tuple(up.shape) == (_INNER, _HIDDEN) and is_hopper(device)
 
 
 def arrange(up: Tensor, down: Tensor) -> Tensor:

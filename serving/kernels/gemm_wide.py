@@ -52,11 +52,11 @@ class _Argument(ctypes.Structure):
     ]
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether the kernel takes a weight [N, K], and is the faster one for it."""
+def fits(weight: Tensor, device: torch.device) -> bool:
+    """Whether the kernel takes a weight [N, K] on the device, and is the faster one for it."""
     columns, depth = weight.shape
     is_e4m3 = weight.dtype == torch.float8_e4m3fn
-    if not (is_e4m3 or weight.dtype == torch.float16) or not is_hopper(weight.device):
+    if not (is_e4m3 or weight.dtype == torch.float16) or not is_hopper(device):
         return False
     if is_e4m3 and columns < _LEAST_COLUMNS_E4M3:
         return False

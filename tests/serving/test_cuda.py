@@ -16,7 +16,7 @@ import torch
 from serving.engines import has_nvidia_driver, open_engine
 from serving.engines.bert import list_linears
 from serving.engines.cuda import CudaEngine
-from serving.engines.packing import packed_size
+from serving.engines.packing import Limits, packed_size
 from serving.errors import EngineUnavailable
 from serving.tokenizer import pad_batch
 
@@ -141,6 +141,31 @@ def test_vectors_wait_on_the_device_until_those_before_them_have_left(monkeypatc
             f"out, wait computed {own}, vectors to results {own}, record done {own}",
         ]
     assert log == expected
+
+
+def test_cuda_engine_refuses_a_text_longer_than_it_was_opened_for() -> None:
+    engine: Any = CudaEngine.__new__(CudaEngine)
+    engine._config, engine._max_length = SimpleNamespace(limits=Limits(vocabulary=10, positions=128)), 32
+    assert engine._check(*pad_batch([np.zeros(32, dtype=np.int64)])).tolist() == [32]
+    with pytest.raises(ValueError, match="a text of 33 tokens, the engine was opened for texts of up to 32"):
+        engine.embed(*pad_batch([np.zeros(1, dtype=np.int64), np.zeros(33, dtype=np.int64)]))
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_cuda_engine_for_short_texts_equals_the_oracle(tmp_path: Path) -> None:
+    """Its runs have fewer tokens than the model has positions."""
+    from serving.engines.bert import Packed, encode
+    from tests.serving.kernels.models import make_encoder, read_model
+    from tests.serving.kernels.packs import TOKENS
+
+    path = make_encoder(tmp_path)
+    engine = CudaEngine(path, max_tokens=20, max_length=20)
+    rows = [np.random.default_rng(0).integers(0, TOKENS, length) for length in (1, 20, 7, 2, 19, 12)]
+    config, weights = read_model(path)
+    oracle = encode(weights, config, Packed.of_rows(rows)).numpy()
+    assert (engine.embed(*pad_batch(rows)) * oracle).sum(axis=1).min() > 0.9999
+    engine.close()
 
 
 @pytest.mark.gpu

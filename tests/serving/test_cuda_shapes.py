@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from serving.engines.cuda import CudaEngine, _fit_encoder, _small_workspace, list_shapes, make_shape, round_tokens
 from serving.engines.packing import split_rows
+from serving.errors import EngineUnavailable
 
 
 @given(st.integers(1, 200_000))
@@ -31,17 +33,36 @@ def test_list_shapes_holds_the_shape_of_every_run(max_tokens: int) -> None:
             assert make_shape(min(round_tokens(tokens), max_tokens), 4096, is_long) in shapes
 
 
-def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run has a row for every 16 tokens of its limit: 40 tokens are far from 512, and still two runs."""
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Any]:
+    """`_fit_encoder` for runs and texts of so many tokens, of an encoder that has its limits alone."""
 
     def make(weights: Any, config: Any, device: Any, max_tokens: int, max_rows: int) -> SimpleNamespace:
         return SimpleNamespace(max_tokens=max_tokens, max_rows=max_rows)
 
     encoders = SimpleNamespace(Encoder=make, Fp8Encoder=make)
     monkeypatch.setitem(sys.modules, "serving.engines.cuda_encoder", encoders)
-    model: Any = SimpleNamespace(positions=128)
-    engine, nothing, lengths = CudaEngine.__new__(CudaEngine), Any, np.ones(40, dtype=np.int64)
-    engine._encoder = _fit_encoder(nothing, model, nothing, "f16", 512)
+    nothing: Any = None
+    return lambda max_tokens, max_length: _fit_encoder(nothing, nothing, nothing, "f16", max_tokens, max_length)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5, 16, 32, 33, 512])
+def test_runs_of_few_tokens_hold_a_text_of_as_many(max_tokens: int, fit: Callable[[int, int], Any]) -> None:
+    encoder = fit(max_tokens, max_tokens)
+    assert encoder.max_tokens == max_tokens
+    assert encoder.max_rows >= max(1, max_tokens // 16)
+    assert {shape.rows for shape in list_shapes(max_tokens, encoder.max_rows)} <= {*range(1, encoder.max_rows + 1)}
+
+
+def test_a_run_that_does_not_hold_the_longest_text_is_refused(fit: Callable[[int, int], Any]) -> None:
+    with pytest.raises(EngineUnavailable, match="no memory for the weights and 33 tokens"):
+        fit(32, 33)
+
+
+def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(fit: Callable[[int, int], Any]) -> None:
+    """A run has a row for every 16 tokens of its limit: 40 tokens are far from 512, and still two runs."""
+    engine, lengths = CudaEngine.__new__(CudaEngine), np.ones(40, dtype=np.int64)
+    engine._encoder = fit(512, 128)
     limits = engine._encoder.max_tokens, engine._encoder.max_rows
     assert limits == (512, 32)
     runs = list(split_rows(lengths, *limits))

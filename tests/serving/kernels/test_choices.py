@@ -32,9 +32,9 @@ def test_the_wide_gemm_fits_whole_tiles_of_long_rows(
     columns: int, depth: int, dtype: torch.dtype, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = torch.empty(columns, depth, dtype=dtype)
-    assert not gemm_wide.fits(weight)  # this is no Hopper GPU
+    assert not gemm_wide.fits(weight, weight.device)  # this is no Hopper GPU
     monkeypatch.setattr(gemm_wide, "is_hopper", lambda device: True)
-    assert gemm_wide.fits(weight) == fits
+    assert gemm_wide.fits(weight, weight.device) == fits
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_the_feed_forward_block_fits_minilm_in_e4m3(
     up: torch.dtype, down: torch.dtype, hidden: int, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = torch.empty(4 * hidden, hidden, dtype=up), torch.empty(hidden, 4 * hidden, dtype=down)
-    assert not feed_forward.fits(*weights)  # this is no Hopper GPU
+    assert not feed_forward.fits(*weights, torch.device("cpu"))  # this is no Hopper GPU
     monkeypatch.setattr(feed_forward, "is_hopper", lambda device: True)
-    assert feed_forward.fits(*weights) == fits
+    assert feed_forward.fits(*weights, torch.device("cpu")) == fits
 
 
 def test_rows_are_enough_for_the_wide_gemm_once_the_other_ones_tiles_are_more_than_the_processors() -> None:

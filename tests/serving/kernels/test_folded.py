@@ -94,7 +94,7 @@ def run_folded(
     embedded = reference.embed_norm(batch.ids, batch.starts, *tables, config.eps)
     narrow, scales = reference.quantize_rows(embedded)
     states = States(embedded.half(), narrow, scales[:, 0].contiguous())
-    folded = FoldedLayers(weights, config, linears, tokens, is_steady)
+    folded = FoldedLayers(weights, config, linears, batch.ids.device, tokens, is_steady)
     area = torch.zeros(tokens * 16 * config.hidden, dtype=torch.uint8)
 
     def carve(first: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -256,7 +256,7 @@ def test_layers_without_a_compiler_for_the_wide_gemm_do_without_it(
     def fail(device: torch.device, forms: Collection[gemm_wide.Form]) -> None:
         raise CompileFailed("no such library: nvrtc")
 
-    monkeypatch.setattr(gemm_wide, "fits", lambda weight: True)
+    monkeypatch.setattr(gemm_wide, "fits", lambda weight, device: True)
     monkeypatch.setattr(gemm_wide, "prepare", fail)
     config, weights = model
     batch = make_packed([5, 1, 90, 33], torch.device("cpu"))

@@ -85,7 +85,8 @@ def test_kernels_in_a_row_wait_for_each_other(rows: int) -> None:
 
 
 def test_what_does_not_fit_goes_elsewhere() -> None:
-    assert gemm_wide.fits(draw(2304, 768))
-    assert not gemm_wide.fits(draw(384, 384))  # the other one keeps such weights in shared memory
-    assert not gemm_wide.fits(draw(1024, 1024))
-    assert not gemm_wide.fits(draw(2304, 768).float())
+    device = torch.device("cuda")
+    assert gemm_wide.fits(draw(2304, 768), device)
+    assert not gemm_wide.fits(draw(384, 384), device)  # the other one keeps such weights in shared memory
+    assert not gemm_wide.fits(draw(1024, 1024), device)
+    assert not gemm_wide.fits(draw(2304, 768).float(), device)

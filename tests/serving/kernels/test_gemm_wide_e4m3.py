@@ -171,7 +171,8 @@ def test_what_was_written_is_read_by_a_reordered_weight() -> None:
 
 
 def test_what_does_not_fit_goes_elsewhere() -> None:
-    assert gemm_wide.fits(draw(2304, 768).to(E4M3))
-    assert not gemm_wide.fits(draw(2304, 448).to(E4M3))  # not whole steps of the ring
-    assert not gemm_wide.fits(draw(1024, 1024).to(E4M3))
-    assert not gemm_wide.fits(draw(384, 1536).to(E4M3))  # too few tiles for few rows
+    device = torch.device("cuda")
+    assert gemm_wide.fits(draw(2304, 768).to(E4M3), device)
+    assert not gemm_wide.fits(draw(2304, 448).to(E4M3), device)  # not whole steps of the ring
+    assert not gemm_wide.fits(draw(1024, 1024).to(E4M3), device)
+    assert not gemm_wide.fits(draw(384, 1536).to(E4M3), device)  # too few tiles for few rows

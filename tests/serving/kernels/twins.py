@@ -113,7 +113,8 @@ def use_wide(
         ran.add(gemm_wide.Form(True, False, given["x_scale"] is not None, "copy" in given))
         add_wide(*arguments, **copy)
 
-    for name, twin in (("fits", fits), ("linear", multiply), ("add", add), ("prepare", prepare)):
+    twins = ("fits", lambda weight, device: fits(weight)), ("linear", multiply), ("add", add), ("prepare", prepare)
+    for name, twin in twins:
         monkeypatch.setattr(gemm_wide, name, twin)
     return compiled, ran
 
@@ -141,7 +142,7 @@ def use_block(monkeypatch: pytest.MonkeyPatch) -> tuple[set[bool], list[bool]]:
     compiled: set[bool] = set()
     ran: list[bool] = []
 
-    def fits(up: Tensor, down: Tensor) -> bool:
+    def fits(up: Tensor, down: Tensor, device: torch.device) -> bool:
         return up.dtype == down.dtype == torch.float8_e4m3fn and tuple(up.shape) == (768, 384)
 
     def prepare(device: torch.device, forms: Collection[bool]) -> None:
