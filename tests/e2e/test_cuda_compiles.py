@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.kernels import feed_forward, few_tokens_cluster, gemm_wide
+from serving.kernels import attention_hopper, feed_forward, few_tokens_cluster, gemm_wide
 from serving.kernels.compiled import CompileFailed, compile_kernel
 from serving.kernels.gemm_wide import Form
 from tests.e2e.prepare import COMPILER_FOLDER
@@ -34,6 +34,13 @@ def _compiler() -> Iterator[None]:
 @pytest.mark.parametrize("form", GEMM_FORMS)
 def test_the_wide_gemm_compiles(form: Form) -> None:
     assert len(compile_kernel("gemm_wide", HOPPER, gemm_wide.make_macros(form))) > 10_000
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+@pytest.mark.parametrize("size", attention_hopper.HEAD_SIZES)
+def test_attention_compiles(size: int, is_narrow: bool) -> None:
+    macros = attention_hopper.make_macros(size, is_narrow)
+    assert len(compile_kernel("attention_hopper", HOPPER, macros)) > 10_000
 
 
 @pytest.mark.parametrize("copies", [False, True])

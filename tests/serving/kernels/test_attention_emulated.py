@@ -51,9 +51,7 @@ def attend(qkv: Tensor, lengths: list[int], factor: Tensor | None = None, is_upw
         (64, Schedule(1, 0xF0F0)),
     ],
 )
-def test_emulated_equals_plain_in_any_schedule(
-    size: int, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emulated_equals_plain_in_any_schedule(size: int, schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EmulatedKernel, "schedule", schedule)
     qkv, batch = (torch.randn(sum(LENGTHS), 3 * HEADS * size) * 1.5).half(), make_packed(LENGTHS, torch.device("cpu"))
     oracle = reference.attention(qkv.float(), batch.starts, batch.ends, HEADS)

@@ -1,14 +1,9 @@
 """Which kernel takes what, as the host decides it: the same on any machine."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import Tensor
 
-from serving import kernels
-from serving.kernels import attention, feed_forward, gemm_wide, handover, reference
-from tests.serving.kernels.packs import make_packed, poisoned, relative_error
+from serving.kernels import attention_hopper, feed_forward, gemm_wide, handover
 
 HALF, E4M3 = torch.float16, torch.float8_e4m3fn
 
@@ -50,6 +45,14 @@ def test_the_feed_forward_block_fits_minilm_in_e4m3(
     assert feed_forward.fits(*weights, torch.device("cpu")) == fits
 
 
+@pytest.mark.parametrize(
+    ("hidden", "heads", "fits"),
+    [(384, 12, True), (768, 12, True), (128, 2, True), (320, 5, False), (192, 12, False), (1024, 8, False)],
+)
+def test_attention_for_hopper_fits_pairs_of_heads_of_32_and_64(hidden: int, heads: int, fits: bool) -> None:
+    assert attention_hopper.fits(hidden, heads) == fits
+
+
 def test_rows_are_enough_for_the_wide_gemm_once_the_other_ones_tiles_are_more_than_the_processors() -> None:
     for columns, programs in ((384, 132), (768, 132), (768, 114), (1152, 78)):
         least = gemm_wide.least_rows(columns, programs)
@@ -83,32 +86,3 @@ def test_kernels_start_early_on_few_rows_of_hopper(
 ) -> None:
     monkeypatch.setattr(handover, "is_hopper", lambda device: is_hopper)
     assert handover.starts_early(torch.empty(rows, 1)) == starts_early
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
-@pytest.mark.parametrize(
-    ("processors", "heads", "is_steady", "many", "shares"),
-    [
-        (132, 2, True, 2048, True),
-        (132, 2, False, 20, True),
-        (132, 2, False, 2048, False),  # too few rows
-        (132, 4, True, 20, False),  # heads of 32
-        (0, 2, True, 20, False),  # no Hopper GPU
-    ],
-)
-def test_heads_of_64_share_their_keys_on_hopper_where_rows_are_many_or_bits_steady(
-    processors: int, heads: int, is_steady: bool, many: int, shares: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def share(qkv: Tensor, starts: Tensor, ends: Tensor, heads: int, out: Tensor, *others: object) -> None:
-        calls.append(others)
-        out.copy_(reference.attention(qkv, starts, ends, heads))
-
-    calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr(kernels, "attention_hopper", SimpleNamespace(attention=share), raising=False)
-    monkeypatch.setattr(attention, "count_hopper_processors", lambda device: processors)
-    monkeypatch.setattr(attention, "MANY_ROWS", many)
-    batch = make_packed([5, 1, 14], torch.device("cpu"))
-    qkv, out = torch.randn(20, 3 * 128).half(), poisoned(20, 128, device=torch.device("cpu"))
-    attention.attention(qkv, batch.starts, batch.ends, heads, out, is_steady=is_steady, is_upward=False)
-    assert relative_error(out, reference.attention(qkv.float(), batch.starts, batch.ends, heads)) < 2e-3
-    assert calls == ([(processors, None, is_steady, False, False)] if shares else [])

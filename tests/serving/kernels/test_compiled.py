@@ -5,11 +5,12 @@ import re
 import sys
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from serving.kernels import compiled, feed_forward, few_tokens_cluster, gemm_wide
+from serving.kernels import attention_hopper, compiled, feed_forward, few_tokens_cluster, gemm_wide
 from serving.kernels.compiled import _FOLDER, CudaKernel, TensorMap
 
 
@@ -34,11 +35,21 @@ class Gpus:
         self._own.index = 0
 
 
-def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "arguments"),
+    [
+        (gemm_wide, ([gemm_wide.Form(adds, False, False, False) for adds in (False, True)],)),
+        (attention_hopper, (64, [False, True])),
+    ],
+    ids=["wide GEMM", "attention"],
+)
+def test_forms_of_a_kernel_are_loaded_on_their_gpu(
+    kernel: Any, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are compiled in threads."""
     gpus, loaded = Gpus(), []
 
-    def load(kernel: CudaKernel, name: str, image: bytes) -> None:
+    def load(own: CudaKernel, name: str, image: bytes) -> None:
         loaded.append((threading.current_thread() is threading.main_thread(), gpus.current))
 
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=None))
@@ -47,9 +58,8 @@ def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(compiled, "compile_kernel", lambda name, architecture, macros: b"")
     monkeypatch.setattr(CudaKernel, "_load", load)
-    forms = [gemm_wide.Form(adds, False, False, False) for adds in (False, True)]
-    gemm_wide.prepare(torch.device("cuda", 1), forms)
-    gemm_wide._load.cache_clear()
+    kernel.prepare(torch.device("cuda", 1), *arguments)
+    kernel._load.cache_clear()
     assert loaded == [(False, 1)] * 2
     assert gpus.current == 0
 
@@ -59,6 +69,7 @@ def test_forms_of_the_wide_gemm_are_loaded_on_their_gpu(monkeypatch: pytest.Monk
     [
         (gemm_wide._Argument, "Argument", "gemm_wide.cu"),
         (feed_forward._Argument, "Argument", "feed_forward_group.cuh"),
+        (attention_hopper._Argument, "Argument", "attention_hopper.cu"),
         (few_tokens_cluster._Input, "Input", "few_tokens_layout.cuh"),
     ],
 )

@@ -1,7 +1,7 @@
 """Layers folded into their neighbours are the layers: the algebra, on twins of Hopper's kernels in plain PyTorch."""
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -17,15 +17,15 @@ from serving.engines import cuda_folded
 from serving.engines.bert import AMAX_NAME, STATES_NAME, BertConfig, Packed, Weights, encode, list_linears
 from serving.engines.cuda_folded import FoldedLayers, States
 from serving.engines.cuda_linears import Linear, load_linears
-from serving.engines.e4m3 import MATRICES, calibrate
-from serving.kernels import feed_forward, gemm_wide, reference
+from serving.engines.e4m3 import calibrate
+from serving.kernels import attention_hopper, feed_forward, gemm_wide, reference
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
 from tests.serving.kernels.packs import make_packed, poisoned
-from tests.serving.kernels.twins import add_wide, linear, use_block, use_wide
+from tests.serving.kernels.twins import add_wide, linear, use_attention, use_block, use_wide
 
-NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the GEMM itself")
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the kernels themselves")
 LINEARS = list_linears(2)
 NORMS = "out_norm_weight", "out_norm_bias", "down_norm_weight", "down_norm_bias"
 
@@ -81,9 +81,14 @@ def watch_directions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     watch(gemm_wide, "linear")
     watch(gemm_wide, "add")
     watch(feed_forward, "run")
+    watch(attention_hopper, "attention")
     watch(cuda_folded, "attention")
     watch(sys.modules[__name__], "pool")
     return directions
+
+
+def load(weights: Weights, float16: Sequence[str] = ()) -> list[list[Linear]]:
+    return [load_linears(number, layer, float16, torch.device("cpu")) for number, layer in enumerate(weights.layers)]
 
 
 def run_folded(
@@ -108,10 +113,11 @@ def run_folded(
 
 @pytest.fixture
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GEMM in plain PyTorch."""
+    """The GEMM and attention in plain PyTorch."""
     row_norm = lambda sums, factors, eps: SimpleNamespace(sums=sums, factors=factors, eps=eps)  # noqa: E731
     monkeypatch.setitem(sys.modules, "serving.kernels.gemm_hopper", SimpleNamespace(linear=linear, RowNorm=row_norm))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=4))
+    use_attention(monkeypatch)
 
 
 @NEEDS_NO_GPU
@@ -127,8 +133,7 @@ def test_folded_layers_survive_a_state_that_reaches_far(model: tuple[BertConfig,
     states = weights.layers[0].state_amax
     assert states is not None
     assert states[1] > 99.0
-    linears = [load_linears(number, layer, [], torch.device("cpu")) for number, layer in enumerate(weights.layers)]
-    vectors = run_folded(config, weights, batch, linears)
+    vectors = run_folded(config, weights, batch, load(weights))
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
 
 
@@ -137,12 +142,8 @@ def test_folded_layers_survive_a_state_that_reaches_far(model: tuple[BertConfig,
 @pytest.mark.parametrize(("narrow", "least"), [("none", 0.9999), ("all", 0.98), ("every second", 0.98)])
 def test_folded_layers_equal_the_oracle(narrow: str, least: float, model: tuple[BertConfig, Weights]) -> None:
     config, weights = model
-    batch, cpu = make_packed([5, 1, 90, 33], torch.device("cpu")), torch.device("cpu")
-    float16 = {"none": list_linears(3), "all": [], "every second": list_linears(3)[::2]}[narrow]
-    if narrow == "none":
-        linears = [[Linear(getattr(layer, name).half()) for name in MATRICES] for layer in weights.layers]
-    else:
-        linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
+    batch, names = make_packed([5, 1, 90, 33], torch.device("cpu")), list_linears(3)
+    linears = load(weights, {"none": names, "all": [], "every second": names[::2]}[narrow])
     vectors = run_folded(config, weights, batch, linears)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > least
 
@@ -166,8 +167,7 @@ def test_layers_folded_into_the_wide_gemm_equal_the_oracle(
     monkeypatch.setattr(gemm_wide, "add", add)
     monkeypatch.setattr(gemm_wide, "least_rows", lambda columns, num_programs: least)
     batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
-    linears = [[Linear(getattr(layer, name).half()) for name in MATRICES] for layer in weights.layers]
-    vectors = run_folded(config, weights, batch, linears, is_steady=False)
+    vectors = run_folded(config, weights, batch, load(weights, list_linears(3)), is_steady=False)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.9999
     assert added == {("all", 1): [384, 768] * 3, ("down", 1): [768] * 3, ("all", 1000): []}[wide, least]
 
@@ -189,13 +189,14 @@ def test_e4m3_layers_folded_into_the_wide_gemm_equal_the_oracle(
         "E4M3": lambda weight: weight.dtype == torch.float8_e4m3fn,
     }
     compiled, ran = use_wide(monkeypatch, chosen[wide])
-    batch, cpu = make_packed([5, 1, 90, 33], torch.device("cpu")), torch.device("cpu")
-    names = list_linears(3)
+    attended, attending = use_attention(monkeypatch)
+    batch, names = make_packed([5, 1, 90, 33], torch.device("cpu")), list_linears(3)
     kept = {"all": [], "every second": names[::2], "two layers": names[4:8], "all but outputs": names[1::4]}
-    linears = [load_linears(number, layer, kept[narrow], cpu) for number, layer in enumerate(weights.layers)]
-    vectors = run_folded(config, weights, batch, linears)
+    vectors = run_folded(config, weights, batch, load(weights, kept[narrow]))
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
     assert compiled == ran
+    assert attended == set(attending)
+    assert len(attending) == config.layers
 
 
 @NEEDS_NO_GPU
@@ -228,9 +229,8 @@ def test_layers_with_the_block_in_one_kernel_equal_the_oracle(
 
     compiled_wide, ran_wide = use_wide(monkeypatch, is_deep if wide == "MiniLM's" else lambda weight: True)
     directions = watch_directions(monkeypatch)
-    batch, cpu = make_packed([5, 1, 40], torch.device("cpu")), torch.device("cpu")
-    linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
-    vectors = run_folded(config, weights, batch, linears)
+    batch = make_packed([5, 1, 40], torch.device("cpu"))
+    vectors = run_folded(config, weights, batch, load(weights, float16))
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
     assert ran == blocks
     assert compiled == set(blocks)
@@ -260,8 +260,7 @@ def test_layers_without_a_compiler_for_the_wide_gemm_do_without_it(
     monkeypatch.setattr(gemm_wide, "prepare", fail)
     config, weights = model
     batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
-    linears = [[Linear(getattr(layer, name).half()) for name in MATRICES] for layer in weights.layers]
-    vectors = run_folded(config, weights, batch, linears, is_steady=False)
+    vectors = run_folded(config, weights, batch, load(weights, list_linears(3)), is_steady=False)
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.9999
     assert "no such library: nvrtc" in caplog.text
 
@@ -278,10 +277,56 @@ def test_layers_without_a_compiler_for_the_block_take_two_gemms(
     monkeypatch.setattr(feed_forward, "prepare", fail)
     config, weights = block_model
     batch = make_packed([5, 1, 40], torch.device("cpu"))
-    linears = [load_linears(number, layer, [], torch.device("cpu")) for number, layer in enumerate(weights.layers)]
-    vectors = run_folded(config, weights, batch, linears)
+    vectors = run_folded(config, weights, batch, load(weights))
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > 0.98
     assert not ran
     assert [record.message for record in caplog.records] == [
         "many tokens run on two GEMMs for each feed-forward block reason=no such library: nvrtc"
     ]
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize(("float16", "least"), [(list_linears(3), 0.9999), ([], 0.98)], ids=["float16", "E4M3"])
+def test_layers_without_a_compiler_for_attention_take_tritons(
+    float16: list[str], least: float, model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Which goes up and down in turns as well."""
+
+    def fail(device: torch.device, size: int, forms: Collection[bool]) -> None:
+        raise CompileFailed("no such library: nvrtc")
+
+    _, ran = use_attention(monkeypatch)
+    monkeypatch.setattr(attention_hopper, "prepare", fail)
+    directions = watch_directions(monkeypatch)
+    config, weights = model
+    batch = make_packed([5, 1, 90, 33], torch.device("cpu"))
+    vectors = run_folded(config, weights, batch, load(weights, float16), is_steady=not float16)
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > least
+    assert not ran
+    assert directions == [number % 2 == 0 for number in range(5 * config.layers + 1)]
+    assert [record.message for record in caplog.records] == [
+        "many tokens run on attention by packed rows reason=no such library: nvrtc"
+    ]
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize(
+    ("lengths", "is_steady", "by_tiles"),
+    [([20, 20], False, True), ([20, 19], False, False), ([58, 1, 1], False, True), ([2, 1], True, True)],
+)
+def test_float16_takes_tritons_attention_where_texts_are_short_on_average(
+    lengths: list[int], is_steady: bool, by_tiles: bool, model: tuple[BertConfig, Weights],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And a steady result never, whose bits depend on its own text alone."""
+    monkeypatch.setattr(cuda_folded, "_LEAST_LENGTH", 20)
+    _, ran = use_attention(monkeypatch)
+    config, weights = model
+    batch = make_packed(lengths, torch.device("cpu"))
+    vectors = run_folded(config, weights, batch, load(weights, [] if is_steady else list_linears(3)), is_steady)
+    least = 0.98 if is_steady else 0.9999
+    assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > least
+    assert ran == [is_steady] * (config.layers if by_tiles else 0)

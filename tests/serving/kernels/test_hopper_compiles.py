@@ -1,4 +1,4 @@
-"""Kernels in Gluon compile for their GPU on any machine: its language says what it cannot take only there."""
+"""The GEMM in Gluon compiles for its GPU on any machine: its language says what it cannot take only there."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def test_every_form_of_the_kernels_for_hopper_compiles(tmp_path: Path) -> None:
+def test_every_form_of_the_gemm_for_hopper_compiles(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.serving.kernels.compile_hopper"],
@@ -16,5 +16,5 @@ def test_every_form_of_the_kernels_for_hopper_compiles(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = json.loads(done.stdout)
-    assert len(sizes) == 8
+    assert len(sizes) == 6
     assert all(size > 1000 for size in sizes.values())

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from serving.engines import cuda_encoder
 from serving.engines.bert import BertConfig, Layer, Weights
 from serving.engines.cuda_encoder import Encoder, Fp8Encoder
-from serving.kernels import feed_forward, few_tokens_cluster, gemm_wide
+from serving.kernels import attention_hopper, feed_forward, few_tokens_cluster, gemm_wide
 from serving.kernels.compiled import TensorMap
 from serving.kernels.few_tokens_cluster import FewTokensCluster
 
@@ -81,6 +81,7 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
     for module in (gemm_wide, feed_forward):
         monkeypatch.setattr(module, "prepare", lambda device, forms: None)
+    monkeypatch.setattr(attention_hopper, "prepare", lambda device, size, forms: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(few_tokens_cluster, "CudaKernel", lambda *arguments: None)
     monkeypatch.setattr(TensorMap, "of", lambda *arguments: None)

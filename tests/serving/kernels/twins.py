@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels import feed_forward, gemm_wide, reference
+from serving.engines.packing import TILE
+from serving.kernels import attention_hopper, feed_forward, gemm_wide, reference
 from tests.serving.kernels.packs import sum_rows
 
 
@@ -116,6 +117,38 @@ def use_wide(
     twins = ("fits", lambda weight, device: fits(weight)), ("linear", multiply), ("add", add), ("prepare", prepare)
     for name, twin in twins:
         monkeypatch.setattr(gemm_wide, name, twin)
+    return compiled, ran
+
+
+def attend_tiles(
+    qkv: Tensor, tiles: Tensor, heads: int, out: Tensor, ticket: Tensor, num_programs: int,
+    out_factor: Tensor | None = None, is_upward: bool = False,
+) -> None:  # fmt: skip
+    """What `attention_hopper.attention` says of itself: rows in no tile are left as they are."""
+    assert ticket.tolist() == [0]
+    for top, first, end in tiles[1 : 3 * int(tiles[0]) + 1].view(-1, 3).tolist():
+        starts, until = torch.zeros(end - first, dtype=torch.int32), min(top + TILE, end)
+        own = reference.attention(qkv[first:end].float(), starts, starts + end - first, heads)
+        result = own[top - first : until - first]
+        out[top:until].copy_(result if out_factor is None else reference.quantize_tensor(result, 1 / out_factor))
+
+
+def use_attention(monkeypatch: pytest.MonkeyPatch) -> tuple[set[bool], list[bool]]:
+    """Attention by tiles in plain PyTorch; which forms will have been compiled, and have run in turn: E4M3 or not."""
+    compiled: set[bool] = set()
+    ran: list[bool] = []
+
+    def prepare(device: torch.device, size: int, forms: Collection[bool]) -> None:
+        assert size in attention_hopper.HEAD_SIZES
+        compiled.update(forms)
+
+    @wraps(attend_tiles)
+    def attend(*arguments: Any) -> None:
+        ran.append(signature(attend_tiles).bind(*arguments).arguments["out_factor"] is not None)
+        attend_tiles(*arguments)
+
+    monkeypatch.setattr(attention_hopper, "attention", attend)
+    monkeypatch.setattr(attention_hopper, "prepare", prepare)
     return compiled, ran
 
 
