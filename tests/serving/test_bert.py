@@ -43,6 +43,15 @@ def embed_both(uri: str, folder: Path, texts: list[str]) -> tuple[np.ndarray, np
     return encode(weights, config, Packed.of_rows(rows)).numpy(), expected
 
 
+def test_packed_rows_say_where_texts_lie_and_how_attention_cuts_them() -> None:
+    batch = Packed.of_rows([np.arange(130), np.arange(7, 9)])
+    assert batch.ids.tolist() == [*range(130), 7, 8]
+    assert batch.starts.tolist() == [0] * 130 + [130] * 2
+    assert batch.ends.tolist() == [130] * 130 + [132] * 2
+    assert batch.offsets.tolist() == [0, 130, 132]
+    assert batch.tiles[:10].tolist() == [3, *(0, 0, 130), *(128, 0, 130), *(130, 130, 132)]
+
+
 def test_encode_equals_sentence_transformers(tiny_teacher: Path, tmp_path: Path) -> None:
     vectors, expected = embed_both(str(tiny_teacher), tmp_path / "files", make_sentences(9))
     np.testing.assert_allclose(vectors, expected, atol=2e-6)

@@ -7,18 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engines.packing import FILLER, TILE, Limits, check_batch, pack, packed_size, split_rows
+from serving.engines.packing import FILLER, TILE, Limits, check_batch, list_tiles, pack, packed_size, split_rows
 from serving.tokenizer import Ids, pad_batch
 
 LIMITS = Limits(vocabulary=100, positions=32)
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=20)
+LONG = st.lists(st.integers(1, 600), min_size=1, max_size=20)
 
 
 def make_rows(lengths: list[int]) -> list[Ids]:
     return [np.arange(length, dtype=np.int64) + row for row, length in enumerate(lengths)]
 
 
-@given(LENGTHS, st.integers(0, 40), st.integers(0, 3))
+@given(st.one_of(LENGTHS, LONG), st.integers(0, 40), st.integers(0, 3))
 def test_pack_keeps_every_sequence_and_fills_the_rest(lengths: list[int], spare: int, empty: int) -> None:
     rows = make_rows(lengths)
     real, tokens, count = sum(lengths), sum(lengths) + spare, len(lengths) + empty
@@ -40,6 +41,16 @@ def test_pack_keeps_every_sequence_and_fills_the_rest(lengths: list[int], spare:
     assert ((top - first) % TILE == 0).all()
     covered = [row for begin, until in zip(top, end, strict=True) for row in range(begin, min(begin + TILE, until))]
     assert covered == list(range(tokens))
+
+
+def test_list_tiles_cuts_each_sequence_from_its_beginning() -> None:
+    tiles = np.full(20, -1, dtype=np.int32)
+    list_tiles(np.array([0, 2 * TILE + 1, 2 * TILE + 2, 3 * TILE + 2]), tiles)
+    assert tiles[0] == 5
+    assert tiles[1:16].reshape(5, 3).tolist() == [
+        [0, 0, 257], [128, 0, 257], [256, 0, 257], [257, 257, 258], [258, 258, 386],
+    ]  # fmt: skip
+    assert (tiles[16:] == -1).all()
 
 
 @given(LENGTHS, st.integers(32, 80), st.integers(1, 6))
