@@ -20,10 +20,10 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("_encode_kernel", "whole encoder"), ("few_tokens", "whole encoder"),
     ("_embed_norm", "embedding"), ("aten::index", "embedding"),
     ("_add_norm", "norms"), ("layer_norm", "norms"),
-    ("_attention_kernel", "attention"), ("scaled_dot_product", "attention"),
+    ("_attention_kernel", "attention"), ("attention_hopper", "attention"), ("scaled_dot_product", "attention"),
     ("_pool_kernel", "pooling"), ("aten::mean", "pooling"), ("aten::normalize", "pooling"),
     ("linear", "products"), ("gemm", "products"), ("nvjet", "products"), ("cutlass", "products"), ("xmma", "products"),
-    ("aten::addmm", "products"), ("aten::mm", "products"), ("aten::gelu", "products"),
+    ("feed_forward", "products"), ("aten::addmm", "products"), ("aten::mm", "products"), ("aten::gelu", "products"),
 )  # fmt: skip
 _ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 

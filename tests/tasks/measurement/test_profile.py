@@ -1,11 +1,13 @@
 """Where an engine run's time goes, on a timeline recorded on an H100 and on one recorded here."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from flows.profiling import as_table, profile_source
+from serving import kernels
 from serving.engines.bert import BertConfig
 from tasks.errors import ProfileInvalid
 from tasks.measurement.profile import Ceilings, Span, Work, count_work, read_spans, summarise
@@ -37,6 +39,15 @@ def test_recorded_run_is_told_apart_by_kind() -> None:
 @pytest.mark.parametrize("name", ["_encode_kernel", "few_tokens_cluster"])
 def test_a_kernel_for_few_tokens_is_the_whole_encoder(name: str) -> None:
     assert Span(name, 0.0, 1.0).kind == "whole encoder"
+
+
+def test_every_kernel_of_ours_has_a_kind() -> None:
+    folder = Path(kernels.__file__).parent
+    names = [path.stem for path in folder.glob("*.cu")]
+    for path in folder.glob("*.py"):
+        names += re.findall(r"^def (_\w+_kernel)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"attention_hopper", "_attention_kernel"} <= set(names)
+    assert not [name for name in names if Span(name, 0.0, 1.0).kind == "other"]
 
 
 def test_norms_are_as_much_work_as_there_are_calls() -> None:
