@@ -32,6 +32,7 @@ _HALF = torch.float16
 _LEAST_LENGTH = 28  # tokens of a text, on average, from which `attention_hopper` measured faster
 _log = logging.getLogger(__name__)
 Carve = Callable[[int, int, int, torch.dtype], Tensor]
+Reorder = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,11 @@ class _Folded:
     block: feed_forward.Block | None
 
     @property
-    def gives_reordered(self) -> bool:
-        """Whether E4M3 that it leaves is in `gemm_wide`'s order."""
-        return self.down.is_wide or self.block is not None
+    def reorder(self) -> Reorder | None:
+        """What brings a weight into the order of the E4M3 that the layer leaves."""
+        if self.block is not None:
+            return feed_forward.reorder
+        return gemm_wide.reorder if self.down.is_wide else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +284,7 @@ def _list_forms(linears: Sequence[Sequence[Linear]], device: torch.device) -> se
         for place, (own, reader) in enumerate(zip((query, output, up, down), readers, strict=True)):
             if gemm_wide.fits(own.weight, device):
                 is_read = reader is not None and reader.dtype != _HALF
-                forms.add(gemm_wide.Form(place % 2 == 1, place == 2, own.dtype != _HALF, is_read))
+                forms.add(gemm_wide.Form.of(own.weight, place % 2 == 1, place == 2, is_read))
     return forms
 
 
@@ -297,13 +300,14 @@ def _fold(layer: Layer, linears: Sequence[Linear], before: tuple[Layer, _Folded]
         scale, shift = earlier.down_norm_weight, earlier.down_norm_bias
         state, is_wide = (earlier.state_amax, 1), kernels.are_wide(query.weight)
         product = _fold_product(
-            (layer.qkv_weight, layer.qkv_bias), query, (scale, shift), state, folded.gives_reordered, is_wide
+            (layer.qkv_weight, layer.qkv_bias), query, (scale, shift), state, folded.reorder, is_wide
         )
     middle = layer.out_norm_weight, layer.out_norm_bias
     first = _fold_sum(output, layer.out_bias, (scale, shift), kernels)
     is_block, is_wide = kernels.are_block(up, down), kernels.are_wide(up.weight)
     state = layer.state_amax, 0
-    inner = _fold_product((layer.up_weight, layer.up_bias), up, middle, state, first.is_wide, is_wide or is_block)
+    reorder = gemm_wide.reorder if first.is_wide else None
+    inner = _fold_product((layer.up_weight, layer.up_bias), up, middle, state, reorder, is_wide or is_block)
     if is_wide and not is_block and down.dtype != _HALF:
         down = replace(down, weight=gemm_wide.reorder(down.weight))
     last = _fold_sum(down, layer.down_bias, middle, kernels)
@@ -335,10 +339,10 @@ def _fold_sum(own: Linear, bias: Tensor, norm: tuple[Tensor, Tensor], kernels: _
 
 def _fold_product(
     layer: tuple[Tensor, Tensor], own: Linear, norm: tuple[Tensor, Tensor], state: tuple[Tensor | None, int],
-    is_reordered: bool, is_centred: bool,
+    reorder: Reorder | None, is_centred: bool,
 ) -> _Product:  # fmt: skip
     """`layer`: weight and bias; `norm`: scale and shift; `state`: the calibrated states that this multiplies, of which
-    a norm has one, and whose E4M3 `is_reordered`.
+    a norm has one, and whose E4M3 has the order of `reorder`.
 
     A matrix whose rows are centred takes the mean of a row of states away. The rounding of its values to E4M3 is not
     centred: the mean, a part of the states like any other, times the sum of a row's rounding errors stays.
@@ -352,6 +356,6 @@ def _fold_product(
     else:
         amax, number = state
         assert amax is not None, "calibrated"
-        scaled = gemm_wide.reorder(scaled) if is_reordered else scaled
+        scaled = scaled if reorder is None else reorder(scaled)
         folded = quantize(scaled, choose_input_scale(amax[number]), scaled.device)
     return _Product(folded, folded_bias, None if is_centred else folded.weight.float().sum(1))

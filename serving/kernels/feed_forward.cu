@@ -13,7 +13,8 @@
 // in the bias, and weights whose rows sum to zero take the mean away. What is added is normalised on the way. The sums
 // over each half of the columns are left for the norm of who reads the rows.
 //
-// The product reads a copy of x in E4M3; with COPIES the results leave such a copy, in the order of gemm_wide.cu.
+// The product reads a copy of x in E4M3; with COPIES the results leave such a copy. A thread has columns 2 t, 2 t + 1,
+// 8 + 2 t and 9 + 2 t of each 16, and they are left side by side: who reads them has its weights in that order.
 
 #include "feed_forward_group.cuh"
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from serving.kernels.compiled import CudaKernel, TensorMap
 from serving.kernels.gemm import is_hopper
-from serving.kernels.gemm_wide import reorder
 from serving.kernels.handover import starts_early
 
 _HIDDEN, _INNER, _COLUMNS = 384, 1536, 192  # the latter of the results of a program: sums are over as many
@@ -79,6 +78,11 @@ def arrange(up: Tensor, down: Tensor) -> Tensor:
     return torch.cat([each.flatten() for each in stages]).view(_CLUSTER, -1, 3 * _PIECE * _PIECE)
 
 
+def reorder(weight: Tensor) -> Tensor:
+    """A weight [N, K] for an x in the order in which E4M3 is written here, that of a thread's columns of each 16."""
+    return weight.unflatten(1, (-1, 2, 4, 2)).transpose(2, 3).flatten(1).contiguous()
+
+
 def _cut(columns: Tensor) -> Tensor:
     """Both programs' chunks of a weight [N, 1536]: [2, chunks, N, 64]."""
     return columns.unflatten(1, (_CLUSTER, -1, _PIECE)).permute(1, 2, 0, 3)
@@ -99,7 +103,7 @@ def run(
     """x = norm(x) + down(gelu(up(norm(x)))) in place: x float16 [T, 384], before its norm, as it leaves it.
 
     The product reads `narrow`, x in E4M3, which with `out_factor` (float32 [1], at most 65504) takes the result times
-    it, in the order of `gemm_wide`. `sums` (float32 [T, parts, 2]): sum and sum of squares of each row of x, in parts;
+    it, in the order of `reorder`. `sums` (float32 [T, parts, 2]): sum and sum of squares of each row of x, in parts;
     `out_sums` [T, 2, 2] takes those of the result. `num_programs`: multiprocessors. `is_upward` begins with the last
     rows. Raises CompileFailed.
     """

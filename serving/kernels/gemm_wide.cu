@@ -12,17 +12,20 @@
 //
 // E4M3 has the scales of its operands in the factor of the rows, or, with RESIDUAL, a factor of all. NARROW results
 // are E4M3 times a factor: of a GELU all of them, with RESIDUAL a copy. A thread has columns 2 t, 2 t + 1, 8 + 2 t and
-// 9 + 2 t of each 16, and they are left side by side: who reads them has its weights in that order.
+// 9 + 2 t of each 16, and leaves those of each 64 side by side: who reads them has its weights in that order. DEEP
+// products, which wait for the ring rather than for what follows them, write copies themselves instead of through
+// shared memory: it has room for another stage then.
 //
 // The halves of a tile, of 64 rows, are products by themselves. Where the tiles of the last round are at most half as
 // many as the programs, each is cut in two for two of them. Such a half, and the last rows where they are as few, are
 // what the first half of a whole tile is, and a row has the same bits in either.
 //
-// Compiled with RESIDUAL or without, then with GELU or without; each with operands in E4M3 or not, NARROW or not.
+// Compiled with RESIDUAL or without, then with GELU or without; each with operands in E4M3 or not, NARROW or not, and
+// with copies DEEP or not.
 
 #include "wide_results.cuh"
 
-constexpr bool COPIES = RESIDUAL && NARROW;
+constexpr bool COPIES = RESIDUAL && NARROW && !DEEP, WRITES = RESIDUAL && NARROW && DEEP;  // the copy, by threads
 constexpr int HALF = 64, ROWS = 2 * HALF, COLUMNS = 192, STEP = E4M3 ? 128 : 64, PIECE = 64, PIECES = COLUMNS / PIECE;
 constexpr int STAGES = COPIES ? 3 : 4;  // copies take the room of one
 constexpr u32 X_BYTES = ROWS * 128, STAGE_BYTES = X_BYTES + COLUMNS * 128, COPY_BYTES = COPIES ? ROWS * PIECE : 0;
@@ -32,6 +35,7 @@ constexpr int KEPT = RESIDUAL ? COLUMNS : 0, FACTORS = NARROW || (RESIDUAL && E4
 
 struct Argument {
   TensorMap x, weight, out, residual, copy;
+  u8* narrow;                // the copy
   const u16 *bias, *scales;  // the latter of the residual's norm
   const float2* sums;        // sum and sum of squares, [num_rows, parts]
   float2* out_sums;          // [num_rows, across]
@@ -186,32 +190,51 @@ DEVICE void finish_columns(const float (&acc)[96], const float* edges, const u32
   if (RESIDUAL || !NARROW) store_matrices(at, packed);
 }
 
-// Piece number NUMBER of a tile of so many halves, which is piece `piece` of the group's.
+// A thread's two rows of half a piece in E4M3, to shared memory.
+DEVICE void leave_narrow(const u32 (&small)[4], u32 piece, int side, int row, int lane) {
+#pragma unroll
+  for (int low = 0; low < 2; low++, row += 8)
+    store2(piece + row * PIECE + ((lane % 4 ^ row >> 1 & 3) << 4) + side * 8, small[low], small[2 + low]);
+}
+
+// Of a whole piece, to the copy.
+DEVICE void write_narrow(const Argument& work, const u32 (&small)[2][4], int turn, int column, int row, int lane) {
+  Tile tile = find_tile(work, turn);
+  u8* to = work.narrow + (u64)(tile.top + row) * work.across * COLUMNS + tile.left + column + lane % 4 * 16;
+#pragma unroll
+  for (int low = 0; low < 2; low++, row += 8, to += 8 * work.across * COLUMNS)
+    if (tile.top + row < tile.end)
+      *(uint4*)to = make_uint4(small[0][low], small[0][2 + low], small[1][low], small[1][2 + low]);
+}
+
+// Piece number NUMBER of the tile of a turn, of so many halves, which is piece `piece` of the group's.
 template <int NUMBER>
-DEVICE void finish_piece(const float (&acc)[2][96], const float* edges, const u32* columns, float2 (&sums)[2][2],
-                         u32 buffers, const Barriers& bars, int halves, int piece, int warp, int lane) {
+DEVICE void finish_piece(const Argument& work, const float (&acc)[2][96], const float* edges, const u32* columns,
+                         float2 (&sums)[2][2], u32 buffers, const Barriers& bars, int halves, int turn, int piece,
+                         int warp, int lane) {
   int side = piece & 1;
   barrier_wait(bars.open + 8 * side, piece >> 1 & 1 ^ (RESIDUAL ? 0 : 1));
   int row = warp * 16 + lane % 16;  // that the lane names to the matrix copies
   u32 buffer = buffers + side * PIECE_BYTES, copy = COPIES ? buffers + 2 * PIECE_BYTES + side * COPY_BYTES : buffer;
   u32 place = buffer + row * 128 + ((lane / 16 ^ row & 7) << 4);
-  u32 narrow_place = copy + row * 64 + ((lane / 16 ^ row >> 1 & 3) << 4);
 #pragma unroll
-  for (int half = 0; half < 2; half++, place += HALF * 128, narrow_place += HALF * 64) {
+  for (int half = 0; half < 2; half++, place += HALF * 128) {
     if (half >= halves) break;
+    int own_row = half * HALF + warp * 16 + lane / 4;
     float2 norms[2];
 #pragma unroll
     for (int low = 0; low < 2; low++) {
-      int own = half * HALF + warp * 16 + lane / 4 + low * 8;
+      int own = own_row + low * 8;
       norms[low] = RESIDUAL ? ((const float2*)edges)[own] : make_float2(0, edges[own]);
     }
     u32 small[2][4];
     finish_columns<NUMBER * 4>(acc[half], edges, columns, norms, sums[half], place, small[0], lane);
     finish_columns<NUMBER * 4 + 1>(acc[half], edges, columns, norms, sums[half], place, small[0] + 2, lane);
-    if (NARROW) store_matrices(narrow_place, small[0]);
+    if (NARROW && !WRITES) leave_narrow(small[0], copy, 0, own_row, lane);
     finish_columns<NUMBER * 4 + 2>(acc[half], edges, columns, norms, sums[half], place, small[1], lane);
     finish_columns<NUMBER * 4 + 3>(acc[half], edges, columns, norms, sums[half], place, small[1] + 2, lane);
-    if (NARROW) store_matrices(further<1>(narrow_place), small[1]);
+    if (NARROW && !WRITES) leave_narrow(small[1], copy, 1, own_row, lane);
+    if (WRITES) write_narrow(work, small, turn, NUMBER * PIECE, own_row, lane);
   }
   fence_copies();
   barrier_arrive(bars.written + 8 * side);
@@ -242,9 +265,9 @@ DEVICE void consume(const Argument& work, u32 ring, u32 buffers, const float* ed
     else
       multiply_tile<1>(acc, ring, bars, next_turn, first, work.depth, lane);
     barrier_wait(bars.edged, turn / 2 & 1);
-    finish_piece<0>(acc, edges, columns, sums, buffers, bars, halves, piece, warp, lane);
-    finish_piece<1>(acc, edges, columns, sums, buffers, bars, halves, piece + 1, warp, lane);
-    finish_piece<2>(acc, edges, columns, sums, buffers, bars, halves, piece + 2, warp, lane);
+    finish_piece<0>(work, acc, edges, columns, sums, buffers, bars, halves, turn, piece, warp, lane);
+    finish_piece<1>(work, acc, edges, columns, sums, buffers, bars, halves, turn, piece + 1, warp, lane);
+    finish_piece<2>(work, acc, edges, columns, sums, buffers, bars, halves, turn, piece + 2, warp, lane);
     if (RESIDUAL) store_sums(work, sums, find_tile(work, turn), warp, lane);
   }
 }

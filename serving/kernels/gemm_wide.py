@@ -3,8 +3,8 @@
 Faster than `gemm_hopper` where that one has to stream its weights: Triton has no tiles of 192 columns. A last round of
 few tiles is cut in halves for more programs; a row's bits depend on neither that nor the other rows.
 
-E4M3 that it writes has the columns of each 16 in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15, as the tensor cores
-leave them to a thread: a weight that multiplies it is brought into that order by `reorder`, once.
+E4M3 that it writes has the columns of each 64 in the order 0 1 8 9 16 17 .. 56 57 2 3 10 11 .., those side by side that
+the tensor cores leave to a thread: a weight that multiplies it is brought into that order by `reorder`, once.
 """
 
 import ctypes
@@ -25,17 +25,26 @@ _ROWS, _HALF, _PIECE = 128, 64, 64  # of a tile, its halves, and the columns of 
 _STEP_BYTES = 128  # of a tile's row in the ring: one swizzle span
 _LEAST_DEPTH = 512  # below it `gemm_hopper` keeps its weights in shared memory, which measured faster
 _LEAST_COLUMNS_E4M3 = 768  # E4M3 takes it for any number of rows, of which few have too few tiles with fewer columns
+_LEAST_DEEP = 1536  # columns of x from which another stage of the ring measured faster than copies by the copy engine
 _OTHER_TILE = 128 * 128  # values of a tile of `gemm_hopper`
 _THREADS, _SHARED_BYTES = 384, 227 * 1024
 
 
 class Form(NamedTuple):
-    """What is compiled by itself: `add` or `linear`, operands in E4M3 or not, and a result that is, or a copy of it."""
+    """What is compiled by itself: `add` or `linear`, operands in E4M3 or not, and a result that is, or a copy of it,
+    and how the latter is written."""
 
     adds: bool
     gelu: bool
     takes_e4m3: bool
     gives_e4m3: bool
+    is_deep: bool = False
+
+    @classmethod
+    def of(cls, weight: Tensor, adds: bool, gelu: bool, gives_e4m3: bool) -> "Form":
+        """For products by the weight [N, K]."""
+        is_deep = adds and gives_e4m3 and weight.shape[1] >= _LEAST_DEEP
+        return cls(adds, gelu, weight.dtype == torch.float8_e4m3fn, gives_e4m3, is_deep)
 
 
 class _Argument(ctypes.Structure):
@@ -43,12 +52,13 @@ class _Argument(ctypes.Structure):
 
     _fields_ = [
         *((name, TensorMap) for name in ("x", "weight", "out", "residual", "copy")),
+        ("narrow", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("bias", "scales", "sums", "out_sums")),
         *((name, ctypes.c_void_p) for name in ("x_scales", "weight_scale", "out_factor")),
         *((name, ctypes.c_float) for name in ("eps", "share")),
         *((name, ctypes.c_int) for name in ("num_rows", "tiles", "cut")),
         *((name, ctypes.c_int) for name in ("across", "last", "depth", "parts", "scale_rows")),
-        ("rest", ctypes.c_char * 32),  # tensor maps make the kernel's struct a multiple of 64 bytes
+        ("rest", ctypes.c_char * 24),  # tensor maps make the kernel's struct a multiple of 64 bytes
     ]
 
 
@@ -76,8 +86,8 @@ def count_cut(tiles: int, num_programs: int) -> int:
 
 
 def reorder(weight: Tensor) -> Tensor:
-    """A weight [N, K] for an x in the order in which E4M3 is written here; K in multiples of 16."""
-    return weight.unflatten(1, (-1, 2, 4, 2)).transpose(2, 3).flatten(1).contiguous()
+    """A weight [N, K] for an x in the order in which E4M3 is written here; K in multiples of 64."""
+    return weight.unflatten(1, (-1, 8, 4, 2)).transpose(2, 3).flatten(1).contiguous()
 
 
 def linear(
@@ -93,9 +103,9 @@ def linear(
     by `x_scales` (float32, of x [1] or of its rows [T]) and `weight_scale` [1]; of a GELU `out` may be E4M3, which
     takes the result times `out_factor` (float32 [1], at most 65504), in the module's order. Raises CompileFailed.
     """
-    form = Form(False, gelu, x_scales is not None, out_factor is not None)
+    form = Form.of(weight, False, gelu, out_factor is not None)
     pieces = TensorMap.of(out, _HALF, _PIECE)
-    vectors = bias, None, sums, None, x_scales, weight_scale, out_factor
+    vectors = None, bias, None, sums, None, x_scales, weight_scale, out_factor
     _launch(form, x, weight, (pieces, pieces, pieces), vectors, num_programs, x.shape[1], eps, is_upward)
 
 
@@ -110,11 +120,11 @@ def add(
     (float32 [T, N / COLUMNS, 2]) takes those of the result. x and weight may be E4M3 with float32 [1] scales. `copy`
     (E4M3 [T, N]) takes the result times `out_factor` as of `linear`. Raises CompileFailed.
     """
-    form = Form(True, False, x_scale is not None, copy is not None)
+    form = Form.of(weight, True, False, copy is not None)
     num_programs -= num_programs % (len(weight) // COLUMNS)  # a program keeps its column
     pieces = TensorMap.of(total, _HALF, _PIECE)
     copies = pieces if copy is None else TensorMap.of(copy, _HALF, _PIECE)
-    vectors = bias, scale, sums, out_sums, x_scale, weight_scale, out_factor
+    vectors = copy, bias, scale, sums, out_sums, x_scale, weight_scale, out_factor
     _launch(form, x, weight, (pieces, pieces, copies), vectors, num_programs, len(weight), eps, is_upward)
 
 
@@ -126,7 +136,7 @@ def prepare(device: torch.device, forms: Collection[Form]) -> None:
 
 def make_macros(form: Form) -> dict[str, int]:
     """What the kernel is compiled with."""
-    names = "RESIDUAL", "GELU", "E4M3", "NARROW"
+    names = "RESIDUAL", "GELU", "E4M3", "NARROW", "DEEP"
     return {name: int(value) for name, value in zip(names, form, strict=True)}
 
 
@@ -144,7 +154,7 @@ def _launch(
     down, step = -(-num_rows // _ROWS), _STEP_BYTES // x.element_size()
     tiles = down * across
     cut = count_cut(tiles, num_programs)
-    _, _, sums, _, x_scales, _, _ = vectors
+    _, _, _, sums, _, x_scales, _, _ = vectors
     assert sums is not None
     pointers: list[Any] = [None if each is None else each.data_ptr() for each in vectors]
     has_row_scales = x_scales is not None and x_scales.numel() > 1

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.gemm import is_hopper
 
-_MOST_ROWS = 8192
+_MOST_ROWS = 32_768
 
 
 @triton.jit

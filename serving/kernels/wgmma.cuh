@@ -35,6 +35,9 @@ DEVICE void store_matrices(u32 at, const u32 (&of)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(of[0]), "r"(of[1]),
                "r"(of[2]), "r"(of[3]));
 }
+DEVICE void store2(u32 at, u32 low, u32 high) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(low), "r"(high));
+}
 DEVICE void load_matrices(u32 at, u32 (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -14,10 +14,11 @@ from tests.e2e.prepare import COMPILER_FOLDER
 pytestmark = pytest.mark.e2e
 HOPPER, THOR = "sm_90a", "sm_110a"
 GEMM_FORMS = [
-    Form(adds, gelu, takes, gives)
+    Form(adds, gelu, takes, gives, is_deep)
     for adds, gelu in ((False, False), (False, True), (True, False))
     for takes in (False, True)
     for gives in (False, True)
+    for is_deep in (False, adds and gives)[: 1 + (adds and gives)]
     if adds or gelu or not gives  # queries, keys and values are never in E4M3
 ]
 
@@ -58,4 +59,4 @@ def test_few_tokens_as_a_cluster_compiles(rows: int, pooling: str, architecture:
 
 def test_what_does_not_compile_says_why() -> None:
     with pytest.raises(CompileFailed, match="GELU"):
-        compile_kernel("gemm_wide", HOPPER, {"RESIDUAL": 0})
+        compile_kernel("gemm_wide", HOPPER, {"RESIDUAL": 0, "DEEP": 0})

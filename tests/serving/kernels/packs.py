@@ -61,9 +61,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return reference.quantize_tensor(x, scale), scale
 
 
-def in_order(values: Tensor) -> Tensor:
-    """What `gemm_wide` and `feed_forward` wrote in E4M3, in the order of its columns: float32."""
-    return values.float().unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).flatten(1)
+def in_order(values: Tensor, width: int = 64) -> Tensor:
+    """What `gemm_wide` wrote in E4M3, or `feed_forward`, by 16, in the order of its columns: float32."""
+    return values.float().unflatten(1, (-1, 4, width // 8, 2)).transpose(2, 3).flatten(1)
 
 
 def relative_error(out: Tensor, oracle: Tensor) -> float:

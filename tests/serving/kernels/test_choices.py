@@ -79,7 +79,7 @@ def test_a_program_that_keeps_its_column_keeps_it_in_a_half(across: int) -> None
 
 @pytest.mark.parametrize(
     ("rows", "is_hopper", "starts_early"),
-    [(8192, True, True), (8193, True, False), (1, False, False)],
+    [(32_768, True, True), (32_769, True, False), (1, False, False)],
 )
 def test_kernels_start_early_on_few_rows_of_hopper(
     rows: int, is_hopper: bool, starts_early: bool, monkeypatch: pytest.MonkeyPatch

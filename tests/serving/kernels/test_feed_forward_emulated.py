@@ -63,7 +63,7 @@ def compute(case: Case) -> Result:
     added = (x - mean) * spread * block.scale.float() + block.down_bias.float()
     out = product * (block.inner_scale * block.down_scale) + added
     copied = (out.half() * case.out_factor.half()).float().clamp(-LARGEST, LARGEST)
-    copied = copied.unflatten(1, (-1, 2, 4, 2)).transpose(2, 3).flatten(1)  # the order of gemm_wide
+    copied = copied.unflatten(1, (-1, 2, 4, 2)).transpose(2, 3).flatten(1)  # the order of `reorder`
     return Result(out.half(), copied.to(E4M3), sum_rows(out))
 
 

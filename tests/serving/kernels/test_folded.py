@@ -22,8 +22,8 @@ from serving.kernels import attention_hopper, feed_forward, gemm_wide, reference
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
-from tests.serving.kernels.packs import make_packed, poisoned
-from tests.serving.kernels.twins import add_wide, linear, use_attention, use_block, use_wide
+from tests.serving.kernels.packs import in_order, make_packed, poisoned
+from tests.serving.kernels.twins import add_wide, linear, narrow, use_attention, use_block, use_wide
 
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has the kernels themselves")
 LINEARS = list_linears(2)
@@ -238,14 +238,15 @@ def test_layers_with_the_block_in_one_kernel_equal_the_oracle(
     assert directions == [number % 2 == 0 for number in range(5 * config.layers - len(blocks) + 1)]
 
 
-def test_the_wide_gemm_reorders_weights_as_it_writes() -> None:
+@pytest.mark.parametrize(("kernel", "width"), [(gemm_wide, 64), (feed_forward, 16)])
+def test_weights_are_reordered_as_who_writes_what_they_read(kernel: Any, width: int) -> None:
     """x in its order times a weight in its order is the product; for E4M3 as well."""
-    x, weight = torch.randn(5, 64), torch.randn(3, 64)
-    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    assert gemm_wide.reorder(torch.arange(32.0).reshape(1, 32))[0].tolist() == [*order, *(each + 16 for each in order)]
-    torch.testing.assert_close(gemm_wide.reorder(x) @ gemm_wide.reorder(weight).T, x @ weight.T)
+    x, weight = torch.randn(5, 128), torch.randn(3, 128)
     small = weight.to(torch.float8_e4m3fn)
-    assert torch.equal(gemm_wide.reorder(small).float(), gemm_wide.reorder(small.float()))
+    written = narrow(small.float(), torch.ones(1), width)
+    assert torch.equal(kernel.reorder(small).float(), written.float())
+    assert torch.equal(in_order(written, width), small.float())
+    torch.testing.assert_close(kernel.reorder(x) @ kernel.reorder(weight).T, x @ weight.T)
 
 
 @NEEDS_NO_GPU

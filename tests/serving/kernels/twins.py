@@ -58,10 +58,10 @@ def multiply_scaled(x: Tensor, weight: Tensor, x_scales: Tensor | None, weight_s
     return product * x_scales.reshape(-1, 1) * weight_scale
 
 
-def narrow(x: Tensor, factor: Tensor) -> Tensor:
-    """E4M3 in the order of columns that `gemm_wide` names."""
-    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
-    return reference.quantize_tensor(x.view(len(x), -1, 16)[:, :, order].flatten(1), 1 / factor)
+def narrow(x: Tensor, factor: Tensor, width: int = 64) -> Tensor:
+    """E4M3 whose columns of each 64, or 16, lie as those of a thread: the orders of `gemm_wide` and `feed_forward`."""
+    order = [each * 8 + lane * 2 + low for lane in range(4) for each in range(width // 8) for low in (0, 1)]
+    return reference.quantize_tensor(x.view(len(x), -1, width)[:, :, order].flatten(1), 1 / factor)
 
 
 def multiply_wide(
@@ -105,13 +105,15 @@ def use_wide(
     @wraps(multiply_wide)
     def multiply(*arguments: Any) -> None:
         given = signature(multiply_wide).bind(*arguments).arguments
-        ran.add(gemm_wide.Form(False, given["gelu"], given["x_scales"] is not None, given["out_factor"] is not None))
+        assert (given["x_scales"] is not None) == (given["weight"].dtype == torch.float8_e4m3fn)
+        ran.add(gemm_wide.Form.of(given["weight"], False, given["gelu"], given["out_factor"] is not None))
         multiply_wide(*arguments)
 
     @wraps(add_wide)
     def add(*arguments: Any, **copy: Any) -> None:
         given = signature(add_wide).bind(*arguments, **copy).arguments
-        ran.add(gemm_wide.Form(True, False, given["x_scale"] is not None, "copy" in given))
+        assert (given["x_scale"] is not None) == (given["weight"].dtype == torch.float8_e4m3fn)
+        ran.add(gemm_wide.Form.of(given["weight"], True, False, "copy" in given))
         add_wide(*arguments, **copy)
 
     twins = ("fits", lambda weight, device: fits(weight)), ("linear", multiply), ("add", add), ("prepare", prepare)
@@ -167,7 +169,7 @@ def run_block(
     out_sums.copy_(sum_rows(result))
     x.copy_(result)
     if out_factor is not None:
-        small.copy_(narrow(result, out_factor))
+        small.copy_(narrow(result, out_factor, 16))
 
 
 def use_block(monkeypatch: pytest.MonkeyPatch) -> tuple[set[bool], list[bool]]:
