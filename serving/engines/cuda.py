@@ -29,7 +29,7 @@ MAX_ROWS = 4096
 _LEAST_LENGTH = 16  # tokens of a text, on average, from which a run is full of tokens and not of texts
 _LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
 _STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
-_LONG_LENGTH, _LONG_TOKENS = 128, 4096  # tokens that one attends to, and of a run, from which long texts have graphs
+_LONG_TOKENS = 4096  # of a run, from which long texts have graphs
 _NUM_SLOTS = 2
 
 
@@ -175,7 +175,8 @@ class CudaEngine:
     def _choose_shape(self, lengths: Lengths) -> "Shape":
         real = int(lengths.sum())
         tokens = min(round_tokens(real), self._encoder.max_tokens)
-        return make_shape(tokens, self._encoder.max_rows, int((lengths * lengths).sum()) >= _LONG_LENGTH * real)
+        is_long = int((lengths * lengths).sum()) >= self._encoder.long_length * real
+        return make_shape(tokens, self._encoder.max_rows, is_long)
 
     def _compute(self, integers: "torch.Tensor", shape: "Shape") -> "torch.Tensor":
         """Vectors [rows, H] of a packed batch on the device, on the current stream."""

@@ -12,7 +12,7 @@ from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import MATRICES
 from serving.kernels import gemm_wide
 from serving.kernels.add_norm import add_norm
-from serving.kernels.attention import attention
+from serving.kernels.attention import LONG_LENGTH, attention
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.embed_norm import embed_norm
 from serving.kernels.few_tokens import MAX_TOKENS, FewTokens, Stacked
@@ -49,6 +49,11 @@ class Encoder:
         self._make_workspace(device)
         self._few = self._make_few()
         self._folded = self._make_folded(weights)
+
+    @property
+    def long_length(self) -> int:
+        """Tokens that one attends to, on average, from which a run `is_long`."""
+        return LONG_LENGTH if self._folded is None else self._folded.long_length
 
     def run(self, batch: Packed, is_long: bool = False) -> Tensor:
         """Float32 [B, H] of a packed batch, in memory that the next run overwrites; `is_long` only chooses kernels."""

@@ -24,12 +24,11 @@ from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.engines.cuda_linears import Linear, quantize
 from serving.engines.e4m3 import choose_input_scale
 from serving.kernels import attention_hopper, feed_forward, gemm_wide
-from serving.kernels.attention import attention
+from serving.kernels.attention import LONG_LENGTH, attention
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import Norm
 
 _HALF = torch.float16
-_LEAST_LENGTH = 28  # tokens of a text, on average, from which `attention_hopper` measured faster
 _log = logging.getLogger(__name__)
 Carve = Callable[[int, int, int, torch.dtype], Tensor]
 Reorder = Callable[[Tensor], Tensor]
@@ -131,6 +130,11 @@ class FoldedLayers:
         # By which the programs of `attention_hopper` share its work.
         self._ticket = torch.zeros(1, dtype=torch.int32, device=device) if kernels.has_attention else None
 
+    @property
+    def long_length(self) -> int:
+        """Tokens that one attends to, on average, from which a run `is_long`."""
+        return LONG_LENGTH if self._ticket is None else attention_hopper.LONG_LENGTH
+
     def run(self, batch: Packed, states: States, carve: Carve, is_long: bool) -> tuple[Norm, bool]:
         """Take the normalised embeddings, written downward, through all layers; `carve` gives pieces of the wide area.
 
@@ -172,7 +176,7 @@ class FoldedLayers:
         context = carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         self._multiply(layer.query, states, qkv, sums, up)
         factor = output.x_factor
-        if self._ticket is not None and (self._is_steady or tokens >= _LEAST_LENGTH * (len(batch.offsets) - 1)):
+        if self._ticket is not None and (self._is_steady or is_long):
             own = self._ticket, self._programs
             attention_hopper.attention(qkv, batch.tiles, config.heads, context, *own, factor, not up)
         else:

@@ -62,12 +62,15 @@ def packed_size(tokens: int, rows: int) -> int:
 def list_tiles(bounds: Lengths, into: Int32) -> None:
     """Cut sequences at `bounds` [S + 1] into tiles of TILE rows, the last of each with what is left: how many tiles
     there are, then of each its first row and where its sequence begins and ends, into the beginning of `into`."""
-    counts = -(-np.diff(bounds) // TILE)
-    last = np.cumsum(counts)
-    into[0] = last[-1]
-    first, end = np.repeat((bounds[:-1], bounds[1:]), counts, axis=1)
-    top = first + TILE * (np.arange(last[-1]) - np.repeat(last - counts, counts))
-    into[1 : 3 * last[-1] + 1] = np.stack((top, first, end), axis=1).ravel()
+    first, end = bounds[:-1], bounds[1:]
+    counts = (end - first + (TILE - 1)) // TILE
+    total = into[0] = int(counts.sum())
+    tiles = into[1 : 3 * total + 1].reshape(total, 3)
+    if total == len(counts):  # a tile each, as a lone text has, which is not to wait
+        tiles[:, 0], tiles[:, 1], tiles[:, 2] = first, first, end
+        return
+    tiles[:, 1], tiles[:, 2] = first.repeat(counts), end.repeat(counts)
+    tiles[:, 0] = tiles[:, 1] + TILE * (np.arange(total) - (counts.cumsum() - counts).repeat(counts))
 
 
 def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) -> None:
@@ -79,15 +82,17 @@ def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) 
     """
     real = int(lengths.sum())
     ids, starts, ends = into[: 3 * tokens].reshape(3, tokens)
-    offsets, tiles = np.split(into[3 * tokens : packed_size(tokens, rows)], [rows + 1])
-    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    offsets, tiles = into[3 * tokens : 3 * tokens + rows + 1], into[3 * tokens + rows + 1 :]
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    lengths.cumsum(out=bounds[1:])
     ids[:real] = input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]]
-    starts[:real] = np.repeat(bounds[:-1], lengths)
-    ends[:real] = np.repeat(bounds[1:], lengths)
-    ids[real:] = 0
-    starts[real:] = real + np.arange(tokens - real) // FILLER * FILLER
-    ends[real:] = np.minimum(starts[real:] + FILLER, tokens)
+    starts[:real] = bounds[:-1].repeat(lengths)
+    ends[:real] = bounds[1:].repeat(lengths)
     offsets[: len(bounds)] = bounds
     offsets[len(bounds) :] = real
-    fillers = np.arange(real + FILLER, tokens + FILLER, FILLER).clip(max=tokens)
-    list_tiles(np.concatenate((bounds, fillers)), tiles)
+    if real < tokens:
+        ids[real:] = 0
+        starts[real:] = real + np.arange(tokens - real) // FILLER * FILLER
+        ends[real:] = np.minimum(starts[real:] + FILLER, tokens)
+        bounds = np.concatenate((bounds, np.arange(real + FILLER, tokens, FILLER), [tokens]))
+    list_tiles(bounds, tiles)

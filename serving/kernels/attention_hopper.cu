@@ -19,7 +19,7 @@ constexpr float FAR = -1.0e30f;               // below every score
 struct Argument {
   TensorMap qkv;
   const int* tiles;  // how many, and of each its first row and where its sequence begins and ends
-  u32* ticket;                       // 0, as the kernel leaves it
+  u32* ticket;       // 0, as the kernel leaves it
   u8* out;
   const float* out_factor;
   float scale;  // of scores, times the logarithm of e to base 2
@@ -53,7 +53,7 @@ DEVICE Barriers find_barriers(const Shared& shared) {
 DEVICE void make_barriers(const Barriers& bars) {
   for (int side = 0; side < 2; side++) {
     barrier_init(bars.given + 8 * side, 1);
-    barrier_init(bars.taken + 8 * side, 8);
+    barrier_init(bars.taken + 8 * side, 256);
   }
   for (int stage = 0; stage < STAGES; stage++) {
     barrier_init(bars.full + 8 * stage, 1);
@@ -142,8 +142,7 @@ DEVICE void weigh(Rows& rows, float (&scores)[KEYS / 2], float scale, int left) 
 #pragma unroll
   for (int other = 1; other < 4; other *= 2)
 #pragma unroll
-    for (int low = 0; low < 2; low++)
-      highest[low] = fmaxf(highest[low], __shfl_xor_sync(~0u, highest[low], other));
+    for (int low = 0; low < 2; low++) highest[low] = fmaxf(highest[low], __shfl_xor_sync(~0u, highest[low], other));
 #pragma unroll
   for (int low = 0; low < 2; low++) {
     highest[low] = fmaxf(rows.highest[low], highest[low] * scale);
@@ -187,8 +186,10 @@ struct Group {
     u64 keys = describe<ROW_BYTES>(box);
 #pragma unroll
     for (int i = 0; i < STEPS; i++)
-      if constexpr (HEAD == 32) multiply_half<KEYS, false>(scores, rows.query[i], keys + 2 * i, i);
-      else multiply_64_64<false>(scores, describe<ROW_BYTES>(rows.queries) + 2 * i, keys + 2 * i, i);
+      if constexpr (HEAD == 32)
+        multiply_half<KEYS, false>(scores, rows.query[i], keys + 2 * i, i);
+      else
+        multiply_64_64<false>(scores, describe<ROW_BYTES>(rows.queries) + 2 * i, keys + 2 * i, i);
   }
   DEVICE void multiply_values(Rows& rows, u32 box) const {
     u64 values = describe<ROW_BYTES>(box + 2 * BOX_BYTES);
@@ -237,6 +238,7 @@ struct Group {
     constexpr int PIECE = NARROW ? 16 : 8, PIECES = HEAD / PIECE;  // values of 16 bytes
     int top = item.top + (item.is_pair ? 0 : number * ROWS) + warp * 16, head = item.head + (item.is_pair ? number : 0);
     char* own = area + warp * 16 * ROW_BYTES;
+    __syncwarp();  // all lanes have read the queries
 #pragma unroll
     for (int low = 0; low < 2; low++) {
       float total = rows.total[low];
@@ -247,15 +249,18 @@ struct Group {
 #pragma unroll
       for (int i = 0; i < HEAD / 8; i++) {
         float left = rows.acc[i * 4 + low * 2] * factor, right = rows.acc[i * 4 + low * 2 + 1] * factor;
-        if (NARROW) *(u16*)(own + row * HEAD + i * 8 + lane % 4 * 2) = narrow_pair(left, right);
-        else *(u32*)(own + row * ROW_BYTES + ((i ^ spread(row)) << 4) + lane % 4 * 4) = pack(left, right);
+        if (NARROW)
+          *(u16*)(own + row * HEAD + i * 8 + lane % 4 * 2) = narrow_pair(left, right);
+        else
+          *(u32*)(own + row * ROW_BYTES + ((i ^ spread(row)) << 4) + lane % 4 * 4) = pack(left, right);
       }
     }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < PIECES / 2; i++) {
       int row = (i * 32 + lane) / PIECES, piece = lane % PIECES;
-      uint4 values = *(const uint4*)(own + (NARROW ? row * HEAD + piece * 16 : row * ROW_BYTES + ((piece ^ spread(row)) << 4)));
+      uint4 values =
+          *(const uint4*)(own + (NARROW ? row * HEAD + piece * 16 : row * ROW_BYTES + ((piece ^ spread(row)) << 4)));
       u64 place = (u64)(top + row) * work.heads * HEAD + head * HEAD + piece * PIECE;
       if (top + row < item.end) *(uint4*)(work.out + place * (NARROW ? 1 : 2)) = values;
     }
@@ -280,8 +285,7 @@ struct Group {
       walk(item, rows, is_live);
       if (is_live) finish(item, rows, queries);
       fence_copies();  // the next queries come there
-      __syncwarp();
-      if (lane == 0) barrier_arrive(bars.taken + 8 * side);
+      barrier_arrive(bars.taken + 8 * side);
     }
   }
 };

@@ -113,7 +113,7 @@ def make_recorded_engine(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> Cud
     monkeypatch.setattr(torch.cuda, "stream", enter)
     engine = CudaEngine.__new__(CudaEngine)
     parts: dict[str, Any] = {
-        "_encoder": SimpleNamespace(max_tokens=16, max_rows=16),
+        "_encoder": SimpleNamespace(max_tokens=16, max_rows=16, long_length=32),
         "_streams": SimpleNamespace(copy_in="in", compute="compute", copy_out="out"),
         "_slots": [make_slot(0), make_slot(1)],
         "_vectors": Recorded("vectors", log),

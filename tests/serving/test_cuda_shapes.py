@@ -38,7 +38,7 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Any]:
     """`_fit_encoder` for runs and texts of so many tokens, of an encoder that has its limits alone."""
 
     def make(weights: Any, config: Any, device: Any, max_tokens: int, max_rows: int) -> SimpleNamespace:
-        return SimpleNamespace(max_tokens=max_tokens, max_rows=max_rows)
+        return SimpleNamespace(max_tokens=max_tokens, max_rows=max_rows, long_length=32)
 
     encoders = SimpleNamespace(Encoder=make, Fp8Encoder=make)
     monkeypatch.setitem(sys.modules, "serving.engines.cuda_encoder", encoders)
@@ -70,6 +70,23 @@ def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(fit: C
     shapes = [engine._choose_shape(lengths[run]) for run in runs]
     assert [(shape.tokens, shape.rows) for shape in shapes] == [(32, 32), (16, 16)]
     assert set(shapes) <= set(list_shapes(*limits))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_long"),
+    [
+        ([32] * 128, True),
+        ([31] * 200, False),
+        ([32] * 100, False),  # few tokens, whatever their texts
+        ([512] * 10 + [1] * 100, True),  # a token attends to 502 others
+    ],
+)
+def test_long_texts_are_those_that_the_encoder_says_whatever_rows_a_graph_has(
+    lengths: list[int], is_long: bool, fit: Callable[[int, int], Any]
+) -> None:
+    engine = CudaEngine.__new__(CudaEngine)
+    engine._encoder = fit(131_072, 512)
+    assert engine._choose_shape(np.array(lengths)).long == is_long
 
 
 @pytest.mark.parametrize("chosen", [None, ":16:8"])

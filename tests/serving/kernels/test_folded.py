@@ -19,6 +19,7 @@ from serving.engines.cuda_folded import FoldedLayers, States
 from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import calibrate
 from serving.kernels import attention_hopper, feed_forward, gemm_wide, reference
+from serving.kernels.attention import LONG_LENGTH
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.pool import pool
 from tests.serving.kernels.models import make_encoder, read_model
@@ -92,8 +93,9 @@ def load(weights: Weights, float16: Sequence[str] = ()) -> list[list[Linear]]:
 
 
 def run_folded(
-    config: BertConfig, weights: Weights, batch: Packed, linears: list[list[Linear]], is_steady: bool = True
-) -> Tensor:
+    config: BertConfig, weights: Weights, batch: Packed, linears: list[list[Linear]], is_steady: bool = True,
+    is_long: bool = True,
+) -> Tensor:  # fmt: skip
     tokens = len(batch.ids)
     tables = weights.words, weights.positions, weights.norm_weight, weights.norm_bias
     embedded = reference.embed_norm(batch.ids, batch.starts, *tables, config.eps)
@@ -105,7 +107,7 @@ def run_folded(
     def carve(first: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return area[first : first + rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
-    norm, up = folded.run(batch, states, carve, is_long=False)
+    norm, up = folded.run(batch, states, carve, is_long)
     out = poisoned(len(batch.offsets) - 1, config.hidden, device=states.x.device, dtype=torch.float32)
     pool(states.x, batch.offsets, config.pooling, config.normalize, out, norm, up)
     return out
@@ -315,19 +317,28 @@ def test_layers_without_a_compiler_for_attention_take_tritons(
 @NEEDS_NO_GPU
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize(
-    ("lengths", "is_steady", "by_tiles"),
-    [([20, 20], False, True), ([20, 19], False, False), ([58, 1, 1], False, True), ([2, 1], True, True)],
+    ("is_long", "is_steady", "by_tiles"), [(True, False, True), (False, False, False), (False, True, True)]
 )
-def test_float16_takes_tritons_attention_where_texts_are_short_on_average(
-    lengths: list[int], is_steady: bool, by_tiles: bool, model: tuple[BertConfig, Weights],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_float16_takes_tritons_attention_where_texts_are_short(
+    is_long: bool, is_steady: bool, by_tiles: bool, model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a steady result never, whose bits depend on its own text alone."""
-    monkeypatch.setattr(cuda_folded, "_LEAST_LENGTH", 20)
     _, ran = use_attention(monkeypatch)
     config, weights = model
-    batch = make_packed(lengths, torch.device("cpu"))
-    vectors = run_folded(config, weights, batch, load(weights, [] if is_steady else list_linears(3)), is_steady)
+    batch, linears = make_packed([58, 1, 20], torch.device("cpu")), load(weights, [] if is_steady else list_linears(3))
+    vectors = run_folded(config, weights, batch, linears, is_steady, is_long)
     least = 0.98 if is_steady else 0.9999
     assert float(cosine_similarity(vectors, encode(weights, config, batch)).min()) > least
     assert ran == [is_steady] * (config.layers if by_tiles else 0)
+
+
+@NEEDS_NO_GPU
+@pytest.mark.usefixtures("twin")
+def test_texts_count_as_long_by_the_attention_that_is_to_be_had(
+    model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, weights = model
+    linears, rest = load(weights, list_linears(3)), (torch.device("cpu"), 256, False)
+    assert FoldedLayers(weights, config, linears, *rest).long_length == attention_hopper.LONG_LENGTH
+    monkeypatch.setattr(attention_hopper, "fits", lambda hidden, heads: False)
+    assert FoldedLayers(weights, config, linears, *rest).long_length == LONG_LENGTH
