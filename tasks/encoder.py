@@ -23,6 +23,7 @@ from serving.engines.bert import (
     Packed,
     Weights,
     encode,
+    keep_by_default,
     list_linears,
     load_weights,
     parse_config,
@@ -192,10 +193,11 @@ def keep_sensitive(path: Path, calibration: Sequence[Ids], min_cosine: float) ->
     config_path = path.with_name(CONFIG_NAME)
     config = read_config(config_path)
     probe = EncoderProbe(load_weights(path, config), config, [pad_batch([row]) for row in calibration])
-    labels = {name: name for name in list_linears(config.layers) if name not in config.float16}
+    default = keep_by_default(config.hidden, config.layers)  # whatever the teacher's own file names
+    labels = {name: name for name in list_linears(config.layers) if name not in default}
     found = rank_layers(probe, labels, min_cosine, _FLOAT_BITS)
     chosen = {name for name, layer in found.damages.items() if layer.is_float}
-    kept = [name for name in list_linears(config.layers) if name in config.float16 | chosen]
+    kept = [name for name in list_linears(config.layers) if name in default | chosen]
     fields = json.loads(config_path.read_text(encoding="utf-8"))
     _write_fields(config_path, fields | {E4M3_NAME: {"schema_version": E4M3_VERSION, "float16": kept}})
     return found

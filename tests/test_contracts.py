@@ -59,7 +59,12 @@ def test_contract_file_has_one_subject_and_at_most_400_lines(path: Path) -> None
 
 @pytest.mark.parametrize(
     "path",
-    [path for ending in ("cu", "cuh", "c", "h") for path in sorted((ROOT / "serving").rglob(f"*.{ending}"))],
+    [
+        path
+        for folder in ("serving", "tests")
+        for ending in ("cu", "cuh", "c", "h", "cpp")
+        for path in sorted((ROOT / folder).rglob(f"*.{ending}"))
+    ],
     ids=name_of,
 )
 def test_contract_other_code_has_at_most_400_lines(path: Path) -> None:

@@ -131,7 +131,7 @@ def list_linears(layers: int) -> list[str]:
 def keep_by_default(hidden: int, layers: int) -> frozenset[str]:
     """The linear layers that E4M3 leaves in float16 where a file names none: the output projections of narrow models.
 
-    They lose cosine and gain no time: docs/log.md has both.
+    E4M3 costs them cosine and gains no time: docs/log.md has both.
     """
     return frozenset(name_linear(layer, _OUTPUT) for layer in range(layers) if hidden <= _NARROW)
 

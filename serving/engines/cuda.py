@@ -77,7 +77,7 @@ class CudaEngine:
         return self._encoder.max_tokens
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
-        """See `Engine.embed`. Raises ValueError for ids and lengths that the model's tables do not have."""
+        """See `Engine.embed`. Raises ValueError for what `check_batch` names, and for a text too long."""
         import torch  # noqa: PLC0415  loaded with the engine
 
         lengths = self._check(input_ids, attention_mask)
@@ -175,7 +175,8 @@ class CudaEngine:
     def _choose_shape(self, lengths: Lengths) -> "Shape":
         real = int(lengths.sum())
         tokens = min(round_tokens(real), self._encoder.max_tokens)
-        is_long = int((lengths * lengths).sum()) >= self._encoder.long_length * real
+        least = self._encoder.long_length
+        is_long = least is not None and int((lengths * lengths).sum()) >= least * real
         return make_shape(tokens, self._encoder.max_rows, is_long)
 
     def _compute(self, integers: "torch.Tensor", shape: "Shape") -> "torch.Tensor":
@@ -194,7 +195,8 @@ class CudaEngine:
 
         graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         pool, stream = torch.cuda.graph_pool_handle(), self._streams.compute
-        for shape in list_shapes(self._encoder.max_tokens, self._encoder.max_rows):
+        own, has_long = self._encoder, self._encoder.long_length is not None
+        for shape in list_shapes(own.max_tokens, own.max_rows, has_long):
             batch = Packed.of(self._static, shape.tokens, shape.rows)
             self._fill_static(shape)
             with torch.cuda.stream(stream):
@@ -249,14 +251,15 @@ def make_shape(tokens: int, max_rows: int, is_long: bool) -> Shape:
     return Shape(tokens, min(tokens, max_rows), is_long and tokens >= _LONG_TOKENS)
 
 
-def list_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
-    """Every shape a run of up to `max_tokens` may have, the largest first."""
+def list_shapes(max_tokens: int, max_rows: int, has_long: bool) -> list[Shape]:
+    """Every shape a run of up to `max_tokens` may have, the largest first; long ones if runs may be."""
     sizes: list[int] = []
     tokens = 1
     while not sizes or sizes[-1] < max_tokens:
         sizes.append(min(round_tokens(tokens), max_tokens))
         tokens = sizes[-1] + 1
-    shapes = {make_shape(size, max_rows, is_long): None for size in reversed(sizes) for is_long in (True, False)}
+    kinds = (True, False) if has_long else (False,)
+    shapes = {make_shape(size, max_rows, is_long): None for size in reversed(sizes) for is_long in kinds}
     return list(shapes)
 
 

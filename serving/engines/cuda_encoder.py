@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
+from serving.engines.cuda_attention import Attention
 from serving.engines.cuda_folded import FoldedLayers, States, move
 from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import MATRICES
 from serving.kernels import gemm_wide
 from serving.kernels.add_norm import add_norm
-from serving.kernels.attention import LONG_LENGTH, attention
 from serving.kernels.compiled import CompileFailed
 from serving.kernels.embed_norm import embed_norm
 from serving.kernels.few_tokens import MAX_TOKENS, FewTokens, Stacked
@@ -48,12 +48,13 @@ class Encoder:
         self._load_matrices(weights, device)
         self._make_workspace(device)
         self._few = self._make_few()
+        self._attention = self._make_attention(device)
         self._folded = self._make_folded(weights)
 
     @property
-    def long_length(self) -> int:
-        """Tokens that one attends to, on average, from which a run `is_long`."""
-        return LONG_LENGTH if self._folded is None else self._folded.long_length
+    def long_length(self) -> int | None:
+        """Tokens that one attends to, on average, from which a run `is_long`; none where that changes nothing."""
+        return self._attention.long_length
 
     def run(self, batch: Packed, is_long: bool = False) -> Tensor:
         """Float32 [B, H] of a packed batch, in memory that the next run overwrites; `is_long` only chooses kernels."""
@@ -102,6 +103,9 @@ class Encoder:
                 _log.warning("few tokens run on the kernel without clusters reason=%s", error)
         return FewTokens(stacked, config.heads, config.eps, config.pooling, config.normalize)
 
+    def _make_attention(self, device: torch.device) -> Attention:
+        return Attention(self.config, device, {_HALF}, is_steady=False)
+
     def _make_folded(self, weights: Weights) -> FoldedLayers | None:
         """The layers for many tokens, on the GPUs that have their GEMM."""
         hidden, device = self.config.hidden, self._words.device
@@ -113,7 +117,7 @@ class Encoder:
         if self.max_tokens < self._least_folded or not is_hopper(device):
             return None
         linears = [[Linear(matrix) for matrix in matrices] for matrices in self._matrices]
-        return FoldedLayers(weights, self.config, linears, device, self.max_tokens, is_steady=False)
+        return FoldedLayers(weights, self.config, linears, self._attention, device, self.max_tokens, is_steady=False)
 
     def _states(self, x: Tensor) -> States:
         return States(x)
@@ -132,7 +136,7 @@ class Encoder:
         context = self._carve(tokens * 6 * config.hidden, tokens, config.hidden, _HALF)
         inner = self._carve(0, tokens, config.intermediate, _HALF)
         linear(x, qkv_weight, layer.qkv_bias, qkv)
-        attention(qkv, batch.starts, batch.ends, config.heads, context, is_long=is_long)
+        self._attention.run(qkv, batch, context, None, is_long)
         add_product(context, out_weight, x)
         add_norm(x, None, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps, x)
         linear(x, up_weight, layer.up_bias, inner, gelu=True)
@@ -166,12 +170,17 @@ class Fp8Encoder(Encoder):
     def _make_few(self) -> None:
         return None
 
+    def _make_attention(self, device: torch.device) -> Attention:
+        contexts = {output.dtype for _, output, *_ in self._linears}
+        return Attention(self.config, device, contexts, is_steady=True)
+
     def _make_folded(self, weights: Weights) -> FoldedLayers | None:
         device, is_calibrated = self._words.device, all(layer.state_amax is not None for layer in weights.layers)
         if self.config.hidden % 128 or not is_calibrated or not is_hopper(device):
             self._linears = [[move(each, device) for each in linears] for linears in self._linears]
             return None
-        folded = FoldedLayers(weights, self.config, self._linears, device, self.max_tokens, is_steady=True)
+        own = weights, self.config, self._linears, self._attention, device
+        folded = FoldedLayers(*own, self.max_tokens, is_steady=True)
         self._linears = [self._linears[0][:1]]  # of which the embeddings ask what it reads
         return folded
 
@@ -206,7 +215,7 @@ class Fp8Encoder(Encoder):
         inner = self._carve(0, tokens, config.intermediate, down.dtype)
         narrow, scales = self._operand(query, x)
         linear(narrow, query.weight, layer.qkv_bias, qkv, False, scales, query.weight_scale, is_steady=True)
-        attention(qkv, batch.starts, batch.ends, config.heads, context, output.x_factor, is_steady=True)
+        self._attention.run(qkv, batch, context, output.x_factor, is_long)
         add_product(context, output.weight, x, output.x_scale, output.weight_scale, is_steady=True)
         narrow, scales = self._operand(up, x)
         add_norm(x, None, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps, x, narrow, scales)

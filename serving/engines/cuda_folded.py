@@ -8,10 +8,10 @@ that the one before it wrote last, which the second cache still has: they go dow
 The GEMM is `gemm_wide` where that is faster, else `gemm_hopper`; MiniLM's feed-forward block in E4M3 is one kernel.
 Where a matrix is E4M3, the state is written in E4M3 as well, by a calibrated scale: a few states reach a hundred times
 as far as the others, and their norm, whose mean and spread come from all of them, does not survive a cut. What is
-written in E4M3 in CUDA C++ has an order of columns into which the matrices that read it are brought.
+written in E4M3 by `gemm_wide` and `feed_forward` has an order of columns into which the matrices that read it are
+brought.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -21,15 +21,13 @@ import torch
 from torch import Tensor
 
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
+from serving.engines.cuda_attention import Attention, is_prepared
 from serving.engines.cuda_linears import Linear, quantize
 from serving.engines.e4m3 import choose_input_scale
-from serving.kernels import attention_hopper, feed_forward, gemm_wide
-from serving.kernels.attention import LONG_LENGTH, attention
-from serving.kernels.compiled import CompileFailed
+from serving.kernels import feed_forward, gemm_wide
 from serving.kernels.pool import Norm
 
 _HALF = torch.float16
-_log = logging.getLogger(__name__)
 Carve = Callable[[int, int, int, torch.dtype], Tensor]
 Reorder = Callable[[Tensor], Tensor]
 
@@ -86,7 +84,6 @@ class _Kernels:
     """Which of the kernels in CUDA C++ are to be had on a device."""
 
     device: torch.device
-    has_attention: bool
     has_wide: bool
     has_block: bool
 
@@ -107,6 +104,7 @@ class FoldedLayers:
         weights: Weights,
         config: BertConfig,
         linears: Sequence[Sequence[Linear]],
+        attention: Attention,
         device: torch.device,
         max_tokens: int,
         is_steady: bool,
@@ -114,8 +112,8 @@ class FoldedLayers:
         """`linears`: the layers' own, on the CPU or `device`, of which output and down are used as they are, their
         columns perhaps in another order, and all say which is E4M3. Layers are folded on the CPU: the device gets
         what it keeps. `is_steady`: see `attention`."""
-        self._config, self._is_steady = config, is_steady
-        kernels = _prepare(linears, config, device)
+        self._config, self._is_steady, self._attention = config, is_steady, attention
+        kernels = _prepare(linears, device)
         before: tuple[Layer, _Folded] | None = None
         self._layers: list[_Folded] = []
         for layer, own in zip(weights.layers, linears, strict=True):
@@ -127,13 +125,6 @@ class FoldedLayers:
         self._plain = torch.tensor([0.0, config.hidden], device=device).repeat(max_tokens, 1, 1)
         self._sums = torch.zeros(2, max_tokens * config.hidden // 128, 2, device=device)
         self._programs = torch.cuda.get_device_properties(device).multi_processor_count
-        # By which the programs of `attention_hopper` share its work.
-        self._ticket = torch.zeros(1, dtype=torch.int32, device=device) if kernels.has_attention else None
-
-    @property
-    def long_length(self) -> int:
-        """Tokens that one attends to, on average, from which a run `is_long`."""
-        return LONG_LENGTH if self._ticket is None else attention_hopper.LONG_LENGTH
 
     def run(self, batch: Packed, states: States, carve: Carve, is_long: bool) -> tuple[Norm, bool]:
         """Take the normalised embeddings, written downward, through all layers; `carve` gives pieces of the wide area.
@@ -175,13 +166,7 @@ class FoldedLayers:
         qkv = carve(0, tokens, 3 * config.hidden, _HALF)
         context = carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         self._multiply(layer.query, states, qkv, sums, up)
-        factor = output.x_factor
-        if self._ticket is not None and (self._is_steady or is_long):
-            own = self._ticket, self._programs
-            attention_hopper.attention(qkv, batch.tiles, config.heads, context, *own, factor, not up)
-        else:
-            bounds = batch.starts, batch.ends
-            attention(qkv, *bounds, config.heads, context, factor, is_long, self._is_steady, not up)
+        self._attention.run(qkv, batch, context, output.x_factor, is_long, not up)
         return context
 
     def _multiply(
@@ -247,26 +232,14 @@ def move(value: Any, device: torch.device) -> Any:
     return replace(value, **{each.name: move(getattr(value, each.name), device) for each in fields(value)})
 
 
-def _prepare(linears: Sequence[Sequence[Linear]], config: BertConfig, device: torch.device) -> _Kernels:
-    """Compile what the layers need."""
+def _prepare(linears: Sequence[Sequence[Linear]], device: torch.device) -> _Kernels:
+    """Compile what the layers' linears need."""
     forms, blocks = _list_forms(linears, device), _list_blocks(linears, device)
-    contexts = {output.dtype != _HALF for _, output, *_ in linears}
-    attend = partial(attention_hopper.prepare, device, config.hidden // config.heads, contexts)
     return _Kernels(
         device,
-        attention_hopper.fits(config.hidden, config.heads) and _has(attend, "attention by packed rows"),
-        _has(partial(gemm_wide.prepare, device, forms), "the GEMM with smaller tiles"),
-        _has(partial(feed_forward.prepare, device, blocks), "two GEMMs for each feed-forward block"),
+        is_prepared(partial(gemm_wide.prepare, device, forms), "the GEMM with smaller tiles"),
+        is_prepared(partial(feed_forward.prepare, device, blocks), "two GEMMs for each feed-forward block"),
     )
-
-
-def _has(prepare: Callable[[], None], instead: str) -> bool:
-    try:
-        prepare()
-    except CompileFailed as error:
-        _log.warning("many tokens run on %s reason=%s", instead, error)
-        return False
-    return True
 
 
 def _list_blocks(linears: Sequence[Sequence[Linear]], device: torch.device) -> set[bool]:

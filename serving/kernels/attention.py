@@ -4,7 +4,7 @@ A program takes a tile of packed rows wherever sequences begin and end, so that 
 walks the keys from the beginning of its first row's sequence to the end of its last row's, and masks what belongs to
 another sequence: nothing in blocks of keys of the sequence of all its rows, whole rows where a block's keys are of one
 sequence, else key by key. A steady result takes the sequences of a tile one by one, each from its own beginning, so
-that it has the same bits in any batch. Many tokens on Hopper have `attention_hopper`.
+that it has the same bits in any batch. Long texts on Hopper, and steady results there, have `attention_hopper`.
 """
 
 import math

@@ -119,12 +119,12 @@ struct Rows {
   u32 queries, query[HEAD == 32 ? STEPS : 1][4], weights[KEYS / 16][4];
 };
 
-// Scores of a block to weights, of which those of `left` keys count; the maximum, the sums and the weighted values so
-// far follow. By 16 keys, of the last block only as many as there are.
+// The largest scores of a block, of which those of `left` keys count, for all lanes of a row. By 16 keys, of the last
+// block only as many as there are, in four chains, which do not wait for each other.
 template <bool IS_LAST>
-DEVICE void weigh(Rows& rows, float (&scores)[KEYS / 2], float scale, int left) {
+DEVICE float2 find_most(float (&scores)[KEYS / 2], int left) {
   int lane = threadIdx.x % 32;
-  float most[2][2] = {{FAR, FAR}, {FAR, FAR}};  // four chains, which do not wait for each other
+  float most[2][2] = {{FAR, FAR}, {FAR, FAR}};
 #pragma unroll
   for (int part = 0; part < KEYS / 16; part++) {
     if (IS_LAST && part * 16 >= left) continue;
@@ -136,13 +136,20 @@ DEVICE void weigh(Rows& rows, float (&scores)[KEYS / 2], float scale, int left) 
 #pragma unroll
     for (int i = 0; i < 8; i++) most[i % 4 / 2][i % 2] = fmaxf(most[i % 4 / 2][i % 2], scores[part * 8 + i]);
   }
-  float highest[2], total[2] = {};
+  float2 highest = make_float2(fmaxf(most[0][0], most[0][1]), fmaxf(most[1][0], most[1][1]));
 #pragma unroll
-  for (int low = 0; low < 2; low++) highest[low] = fmaxf(most[low][0], most[low][1]);
-#pragma unroll
-  for (int other = 1; other < 4; other *= 2)
-#pragma unroll
-    for (int low = 0; low < 2; low++) highest[low] = fmaxf(highest[low], __shfl_xor_sync(~0u, highest[low], other));
+  for (int other = 1; other < 4; other *= 2) {
+    highest.x = fmaxf(highest.x, __shfl_xor_sync(~0u, highest.x, other));
+    highest.y = fmaxf(highest.y, __shfl_xor_sync(~0u, highest.y, other));
+  }
+  return highest;
+}
+
+// Scores of a block to weights; the maximum, the sums and the weighted values so far follow.
+template <bool IS_LAST>
+DEVICE void weigh(Rows& rows, float (&scores)[KEYS / 2], float scale, int left) {
+  float2 most = find_most<IS_LAST>(scores, left);
+  float highest[2] = {most.x, most.y}, total[2] = {};
 #pragma unroll
   for (int low = 0; low < 2; low++) {
     highest[low] = fmaxf(rows.highest[low], highest[low] * scale);
@@ -233,7 +240,9 @@ struct Group {
     release_stage();
   }
 
-  // The results, through the memory where the group's queries were, `area`: a row's side by side in lanes.
+  // The results, through the memory where the group's queries were, `area`: a row's side by side in lanes. Heads of 64
+  // are multiplied from there: that neighbours' last product with keys reads none but their own rows PTX does not
+  // promise, but a whole product with values lies between.
   DEVICE void finish(const Item& item, Rows& rows, char* area) const {
     constexpr int PIECE = NARROW ? 16 : 8, PIECES = HEAD / PIECE;  // values of 16 bytes
     int top = item.top + (item.is_pair ? 0 : number * ROWS) + warp * 16, head = item.head + (item.is_pair ? number : 0);

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from serving.kernels.compiled import CudaKernel, TensorMap
+from serving.kernels.gemm import is_hopper
 from serving.kernels.handover import starts_early
 
 HEAD_SIZES = (32, 64)
 LONG_LENGTH = 32  # tokens that one attends to, on average, from which it measured faster than `attention`
 _BOX = 64  # rows of queries, or keys
-_PAIRS, _HEADS_OF_ITEM = 2, 2  # the former of groups in a program
+_PAIRS, _HEADS_OF_TICKET = 2, 2  # the former of groups in a program
 _THREADS = 640
 _STAGES = {32: 4, 64: 2}
 
@@ -32,9 +33,9 @@ class _Argument(ctypes.Structure):
     ]
 
 
-def fits(hidden: int, heads: int) -> bool:
-    """Whether the kernel takes a model of so many heads."""
-    return heads % _HEADS_OF_ITEM == 0 and hidden // heads in HEAD_SIZES
+def fits(hidden: int, heads: int, device: torch.device) -> bool:
+    """Whether the kernel takes a model of so many heads on the device."""
+    return is_hopper(device) and heads % _HEADS_OF_TICKET == 0 and hidden // heads in HEAD_SIZES
 
 
 def attention(
@@ -54,7 +55,7 @@ def attention(
         TensorMap.of(qkv, _BOX, size), *(None if each is None else each.data_ptr() for each in tensors),
         math.log2(math.e) / math.sqrt(size), heads, is_upward,
     )  # fmt: skip
-    most = len(tiles) // 3 * heads // (_HEADS_OF_ITEM * _PAIRS)
+    most = len(tiles) // 3 * heads // (_HEADS_OF_TICKET * _PAIRS)
     _load(qkv.device, size, out_factor is not None).launch(argument, min(num_programs, most), starts_early(qkv))
 
 

@@ -79,8 +79,6 @@ DEVICE void store_there(u32 target, u32 a, u32 b, u32 c, u32 d, u32 bar) {
 DEVICE void arrive_there(u32 bar, u32 rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(on_rank(bar, rank)) : "memory");
 }
-// The ticket, which goes up by one, and from `last` to 0.
-DEVICE u32 draw(u32* ticket, u32 last) { return atomicInc(ticket, last); }
 // Makes what this thread wrote visible to copies that are started behind the next barrier.
 DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -118,7 +118,7 @@ struct Group {
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
           multiply_64_64<true>(acc, describe<PIECE>(operand + (half * 3 + i) * BLOCK_BYTES) + 2 * part,
-                         describe_blocks(i) + 2 * part, half | i | part);
+                               describe_blocks(i) + 2 * part, half | i | part);
       close_products();
       advance();
     }

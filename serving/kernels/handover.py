@@ -2,8 +2,8 @@
 
 Such a kernel says at its beginning that the next may start, and waits for the one before it before it reads or writes
 what a kernel has written. So where a processor has done its part, its next program is there already. None ends without
-having waited, because the next waits for it alone. Runs of 4,096 tokens take a tenth less; those of 131,072 took up to
-3 % more.
+having waited, because the next waits for it alone. Runs of 4,096 tokens take a tenth less, those of 25,600 3 to 5 %;
+those of 131,072 took up to 3 % more.
 """
 
 import triton

@@ -17,6 +17,9 @@ DEVICE void wait_for_reads() {
 }
 DEVICE void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// The ticket, which goes up by one, and from `last` to 0.
+DEVICE u32 draw(u32* ticket, u32 last) { return atomicInc(ticket, last); }
+
 DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

@@ -18,7 +18,7 @@ GEMM_FORMS = [
     for adds, gelu in ((False, False), (False, True), (True, False))
     for takes in (False, True)
     for gives in (False, True)
-    for is_deep in (False, adds and gives)[: 1 + (adds and gives)]
+    for is_deep in ((False, True) if adds and gives else (False,))
     if adds or gelu or not gives  # queries, keys and values are never in E4M3
 ]
 

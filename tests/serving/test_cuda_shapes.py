@@ -25,12 +25,13 @@ def test_round_tokens_adds_less_than_a_step(tokens: int) -> None:
 
 @pytest.mark.parametrize("max_tokens", [16, 100, 5000, 131_072])
 def test_list_shapes_holds_the_shape_of_every_run(max_tokens: int) -> None:
-    shapes = list_shapes(max_tokens, 4096)
+    shapes = list_shapes(max_tokens, 4096, has_long=True)
     assert shapes[0].tokens == max_tokens
     assert len(set(shapes)) == len(shapes) < 300
     for tokens in {1, 2, 17, 99, 4095, 4097, max_tokens - 1, max_tokens} & set(range(1, max_tokens + 1)):
         for is_long in (False, True):
             assert make_shape(min(round_tokens(tokens), max_tokens), 4096, is_long) in shapes
+    assert list_shapes(max_tokens, 4096, has_long=False) == [shape for shape in shapes if not shape.long]
 
 
 @pytest.fixture
@@ -51,7 +52,9 @@ def test_runs_of_few_tokens_hold_a_text_of_as_many(max_tokens: int, fit: Callabl
     encoder = fit(max_tokens, max_tokens)
     assert encoder.max_tokens == max_tokens
     assert encoder.max_rows >= max(1, max_tokens // 16)
-    assert {shape.rows for shape in list_shapes(max_tokens, encoder.max_rows)} <= {*range(1, encoder.max_rows + 1)}
+    assert {shape.rows for shape in list_shapes(max_tokens, encoder.max_rows, True)} <= {
+        *range(1, encoder.max_rows + 1)
+    }
 
 
 def test_a_run_that_does_not_hold_the_longest_text_is_refused(fit: Callable[[int, int], Any]) -> None:
@@ -69,7 +72,7 @@ def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(fit: C
     assert runs == [slice(0, 32), slice(32, 40)]
     shapes = [engine._choose_shape(lengths[run]) for run in runs]
     assert [(shape.tokens, shape.rows) for shape in shapes] == [(32, 32), (16, 16)]
-    assert set(shapes) <= set(list_shapes(*limits))
+    assert set(shapes) <= set(list_shapes(*limits, has_long=True))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,8 @@ def test_long_texts_are_those_that_the_encoder_says_whatever_rows_a_graph_has(
     engine = CudaEngine.__new__(CudaEngine)
     engine._encoder = fit(131_072, 512)
     assert engine._choose_shape(np.array(lengths)).long == is_long
+    engine._encoder.long_length = None
+    assert not engine._choose_shape(np.array(lengths)).long
 
 
 @pytest.mark.parametrize("chosen", [None, ":16:8"])

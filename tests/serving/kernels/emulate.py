@@ -3,7 +3,8 @@
 What the hardware does is emulated (`emulated/`): barriers that count, copies that land late and in any order, swizzled
 boxes, the tensor cores' operands. So addresses are checked, and that nobody waits in vain. For a kernel that is ordered
 clocks tell too (`emulated/order.h`) whether barriers, fences and waits keep every access of memory behind those that it
-must follow, and every phase of a barrier behind all who wait for the one before: then they do in any schedule.
+must follow, and every phase of a barrier behind all who wait for the one before: then they do in any schedule. What a
+kernel reads and writes through pointers is not followed.
 """
 
 import ctypes

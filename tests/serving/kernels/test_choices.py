@@ -49,8 +49,24 @@ def test_the_feed_forward_block_fits_minilm_in_e4m3(
     ("hidden", "heads", "fits"),
     [(384, 12, True), (768, 12, True), (128, 2, True), (320, 5, False), (192, 12, False), (1024, 8, False)],
 )
-def test_attention_for_hopper_fits_pairs_of_heads_of_32_and_64(hidden: int, heads: int, fits: bool) -> None:
-    assert attention_hopper.fits(hidden, heads) == fits
+def test_attention_for_hopper_fits_pairs_of_heads_of_32_and_64(
+    hidden: int, heads: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert not attention_hopper.fits(hidden, heads, cpu)  # this is no Hopper GPU
+    monkeypatch.setattr(attention_hopper, "is_hopper", lambda device: True)
+    assert attention_hopper.fits(hidden, heads, cpu) == fits
+
+
+@pytest.mark.parametrize(
+    ("depth", "adds", "gives", "is_deep"),
+    [(768, True, True, False), (1536, True, True, True), (3072, True, False, False), (3072, False, True, False)],
+)
+def test_the_wide_gemm_writes_copies_by_threads_for_deep_products(
+    depth: int, adds: bool, gives: bool, is_deep: bool
+) -> None:
+    weight = torch.empty(192, depth, dtype=E4M3)
+    assert gemm_wide.Form.of(weight, adds, False, gives) == (adds, False, True, gives, is_deep)
 
 
 def test_rows_are_enough_for_the_wide_gemm_once_the_other_ones_tiles_are_more_than_the_processors() -> None:

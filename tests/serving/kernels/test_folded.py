@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from serving.engines import cuda_folded
+from serving.engines import cuda_attention
 from serving.engines.bert import AMAX_NAME, STATES_NAME, BertConfig, Packed, Weights, encode, list_linears
+from serving.engines.cuda_attention import Attention
 from serving.engines.cuda_folded import FoldedLayers, States
 from serving.engines.cuda_linears import Linear, load_linears
 from serving.engines.e4m3 import calibrate
@@ -83,7 +84,7 @@ def watch_directions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     watch(gemm_wide, "add")
     watch(feed_forward, "run")
     watch(attention_hopper, "attention")
-    watch(cuda_folded, "attention")
+    watch(cuda_attention, "attention")
     watch(sys.modules[__name__], "pool")
     return directions
 
@@ -101,7 +102,9 @@ def run_folded(
     embedded = reference.embed_norm(batch.ids, batch.starts, *tables, config.eps)
     narrow, scales = reference.quantize_rows(embedded)
     states = States(embedded.half(), narrow, scales[:, 0].contiguous())
-    folded = FoldedLayers(weights, config, linears, batch.ids.device, tokens, is_steady)
+    device, contexts = batch.ids.device, {output.dtype for _, output, *_ in linears}
+    attention = Attention(config, device, contexts, is_steady)
+    folded = FoldedLayers(weights, config, linears, attention, device, tokens, is_steady)
     area = torch.zeros(tokens * 16 * config.hidden, dtype=torch.uint8)
 
     def carve(first: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -226,10 +229,10 @@ def test_layers_with_the_block_in_one_kernel_equal_the_oracle(
     config, weights = block_model
     compiled, ran = use_block(monkeypatch)
 
-    def is_deep(weight: Tensor) -> bool:
+    def is_long(weight: Tensor) -> bool:
         return weight.dtype == torch.float16 and weight.shape[1] == 768
 
-    compiled_wide, ran_wide = use_wide(monkeypatch, is_deep if wide == "MiniLM's" else lambda weight: True)
+    compiled_wide, ran_wide = use_wide(monkeypatch, is_long if wide == "MiniLM's" else lambda weight: True)
     directions = watch_directions(monkeypatch)
     batch = make_packed([5, 1, 40], torch.device("cpu"))
     vectors = run_folded(config, weights, batch, load(weights, float16))
@@ -337,8 +340,8 @@ def test_float16_takes_tritons_attention_where_texts_are_short(
 def test_texts_count_as_long_by_the_attention_that_is_to_be_had(
     model: tuple[BertConfig, Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, weights = model
-    linears, rest = load(weights, list_linears(3)), (torch.device("cpu"), 256, False)
-    assert FoldedLayers(weights, config, linears, *rest).long_length == attention_hopper.LONG_LENGTH
-    monkeypatch.setattr(attention_hopper, "fits", lambda hidden, heads: False)
-    assert FoldedLayers(weights, config, linears, *rest).long_length == LONG_LENGTH
+    own = model[0], torch.device("cpu"), {torch.float16}
+    assert Attention(*own, is_steady=False).long_length == attention_hopper.LONG_LENGTH
+    assert Attention(*own, is_steady=True).long_length is None
+    monkeypatch.setattr(attention_hopper, "is_hopper", lambda device: False)
+    assert Attention(*own, is_steady=False).long_length == LONG_LENGTH

@@ -133,11 +133,12 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
 
 @pytest.mark.parametrize("is_upward", [False, True])
 @pytest.mark.parametrize("rows", HALVED_ROWS)
-def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool) -> None:
+@pytest.mark.parametrize("depth", [768, 1536])  # whose copies are written in two ways
+def test_halves_have_the_bits_of_whole_tiles(rows: int, is_upward: bool, depth: int) -> None:
     """Whole tiles: with rows that fill them, in full rounds of one row of tiles."""
     filled = -(-rows // 128) * 128
-    (x, values, up, scales), bias = make_product(filled, 3072, 768), draw(3072)
-    (down, down_scale), total, scale = quantize(draw(768, 768)), draw(filled, 768), draw(768)
+    (x, values, up, scales), bias = make_product(filled, 3072, depth), draw(3072)
+    (down, down_scale), total, scale = quantize(draw(768, depth)), draw(filled, 768), draw(768)
     factor, results = torch.tensor([40.0], device=x.device), []
     sums, before = sum_rows(x), sum_rows(total)
     for size, programs in ((filled, (16, 4)), (rows, (PROGRAMS, PROGRAMS))):

@@ -77,7 +77,7 @@ def model() -> tuple[BertConfig, Weights]:
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel that such a GPU takes, and none compiled."""
-    for module in (cuda_encoder, gemm_wide, feed_forward):
+    for module in (cuda_encoder, gemm_wide, feed_forward, attention_hopper):
         monkeypatch.setattr(module, "is_hopper", lambda device: True)
     for module in (gemm_wide, feed_forward):
         monkeypatch.setattr(module, "prepare", lambda device, forms: None)

@@ -119,6 +119,7 @@ def use_wide(
     twins = ("fits", lambda weight, device: fits(weight)), ("linear", multiply), ("add", add), ("prepare", prepare)
     for name, twin in twins:
         monkeypatch.setattr(gemm_wide, name, twin)
+    monkeypatch.setattr(gemm_wide, "_LEAST_DEEP", 512)  # some of the models' projections down
     return compiled, ran
 
 
@@ -149,6 +150,7 @@ def use_attention(monkeypatch: pytest.MonkeyPatch) -> tuple[set[bool], list[bool
         ran.append(signature(attend_tiles).bind(*arguments).arguments["out_factor"] is not None)
         attend_tiles(*arguments)
 
+    monkeypatch.setattr(attention_hopper, "is_hopper", lambda device: True)
     monkeypatch.setattr(attention_hopper, "attention", attend)
     monkeypatch.setattr(attention_hopper, "prepare", prepare)
     return compiled, ran

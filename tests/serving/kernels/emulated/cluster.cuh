@@ -37,7 +37,6 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
-using std::max;
 using std::min;
 
 struct Block {
@@ -282,11 +281,6 @@ inline void store_there(u32 target, u32 a, u32 b, u32 c, u32 d, u32 bar) {
   require(rank < PROGRAMS && bar / APART - 1 == rank && at % 16 == 0, "a store to none of the programs");
   std::vector<u32> values = {a, b, c, d};
   begin_copy(rank, at, 16, bar % APART, true, [=](u8* memory) { memcpy(memory + at, values.data(), 16); });
-}
-inline u32 draw(u32* ticket, u32 last) {
-  u32 own = *ticket;
-  *ticket = own >= last ? 0 : own + 1;
-  return own;
 }
 inline void arrive_there(u32 bar, u32 rank) { arrive_at(find_barrier(rank, bar), 0); }
 

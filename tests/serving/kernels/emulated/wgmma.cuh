@@ -49,6 +49,11 @@ inline void wait_for_any(u32 clocks) {
 inline void wait_for_reads() { wait_for_any(OF_READS); }
 inline void wait_for_stores() { wait_for_any(OF_WRITES); }
 
+inline u32 draw(u32* ticket, u32 last) {
+  u32 own = *ticket;
+  *ticket = own >= last ? 0 : own + 1;
+  return own;
+}
 inline void let_next_kernel_start() {}
 inline void wait_for_kernel_before() {}
 template <int REGISTERS>
