@@ -139,10 +139,12 @@ def test_fp8_encoder_gives_a_text_the_same_vector_in_any_batch(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="few tokens take other kernels")
-@pytest.mark.parametrize("sizes", [(384, 12, 1536), (768, 12, 3072)], ids=["MiniLM", "BERT-base"])
+@pytest.mark.parametrize(
+    "sizes", [(384, 12, 1536), (768, 12, 3072), (1024, 16, 4096)], ids=["MiniLM", "BERT-base", "BERT-large"]
+)
 def test_encoders_of_common_sizes_equal_the_oracle_on_many_tokens(sizes: tuple[int, int, int], tmp_path: Path) -> None:
-    """Which take Hopper's wide GEMM: in FP8 all, one or the other of two layers, or all but the output projections,
-    whose kernels then differ."""
+    """Which take Hopper's wide GEMM, or not: in FP8 all, one or the other of two layers, or all but the output
+    projections, whose kernels then differ."""
     config, weights = read_model(make_encoder(tmp_path, *sizes))
     device = torch.device("cuda")
     batch = make_packed([128, 20, 77] * 30, device)
