@@ -117,7 +117,7 @@ class Encoder:
         if self.max_tokens < self._least_folded or not is_hopper(device):
             return None
         linears = [[Linear(matrix) for matrix in matrices] for matrices in self._matrices]
-        return FoldedLayers(weights, self.config, linears, self._attention, device, self.max_tokens, is_steady=False)
+        return FoldedLayers(weights, self.config, linears, self._attention, device, self.max_tokens)
 
     def _states(self, x: Tensor) -> States:
         return States(x)
@@ -179,8 +179,7 @@ class Fp8Encoder(Encoder):
         if self.config.hidden % 128 or not is_calibrated or not is_hopper(device):
             self._linears = [[move(each, device) for each in linears] for linears in self._linears]
             return None
-        own = weights, self.config, self._linears, self._attention, device
-        folded = FoldedLayers(*own, self.max_tokens, is_steady=True)
+        folded = FoldedLayers(weights, self.config, self._linears, self._attention, device, self.max_tokens)
         self._linears = [self._linears[0][:1]]  # of which the embeddings ask what it reads
         return folded
 

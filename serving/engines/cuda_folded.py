@@ -107,12 +107,11 @@ class FoldedLayers:
         attention: Attention,
         device: torch.device,
         max_tokens: int,
-        is_steady: bool,
     ) -> None:
         """`linears`: the layers' own, on the CPU or `device`, of which output and down are used as they are, their
         columns perhaps in another order, and all say which is E4M3. Layers are folded on the CPU: the device gets
-        what it keeps. `is_steady`: see `attention`."""
-        self._config, self._is_steady, self._attention = config, is_steady, attention
+        what it keeps."""
+        self._config, self._attention = config, attention
         kernels = _prepare(linears, device)
         before: tuple[Layer, _Folded] | None = None
         self._layers: list[_Folded] = []
@@ -156,7 +155,7 @@ class FoldedLayers:
 
     def _goes_wide(self, added: _Sum, tokens: int) -> bool:
         """A steady result may not depend on the number of rows."""
-        least = 0 if self._is_steady else gemm_wide.least_rows(self._config.hidden, self._programs)
+        least = 0 if self._attention.is_steady else gemm_wide.least_rows(self._config.hidden, self._programs)
         return added.is_wide and tokens >= least
 
     def _attend(

@@ -31,6 +31,8 @@ struct Item {
   int top, first, end, head, is_pair;
 
   DEVICE int blocks() const { return (end - first + KEYS - 1) / KEYS; }
+  DEVICE int top_of(int group) const { return top + (is_pair ? 0 : group * ROWS); }
+  DEVICE int head_of(int group) const { return head + (is_pair ? group : 0); }
 };
 
 // By address: items and stages that are full and free.
@@ -73,7 +75,7 @@ DEVICE void load_keys(const Argument& work, const Item& item, u32 ring, const Ba
     barrier_expect(bar, boxes * 2 * BOX_BYTES);
     for (int box = 0; box < boxes; box++) {
       int row = item.first + (block + (item.is_pair ? 0 : box)) * KEYS;
-      int column = hidden + (item.head + (item.is_pair ? box : 0)) * HEAD;
+      int column = hidden + item.head_of(box) * HEAD;
       load_tile(at + box * BOX_BYTES, &work.qkv, column, row, bar);
       load_tile(at + (2 + box) * BOX_BYTES, &work.qkv, column + hidden, row, bar);
     }
@@ -87,10 +89,9 @@ DEVICE void give(const Argument& work, Shared& shared, const Item& item, u32 que
   shared.items[side] = item;
   if (item.top < 0) return barrier_arrive(bar);
   barrier_expect(bar, QUERIES_BYTES);
-  for (int group = 0; group < 2; group++) {
-    int row = item.top + (item.is_pair ? 0 : group * ROWS), head = item.head + (item.is_pair ? group : 0);
-    load_tile(queries + side * QUERIES_BYTES + group * BOX_BYTES, &work.qkv, head * HEAD, row, bar);
-  }
+  for (int group = 0; group < 2; group++)
+    load_tile(queries + side * QUERIES_BYTES + group * BOX_BYTES, &work.qkv, item.head_of(group) * HEAD,
+              item.top_of(group), bar);
 }
 
 DEVICE void produce(const Argument& work, Shared& shared, u32 queries, u32 ring, const Barriers& bars) {
@@ -245,7 +246,7 @@ struct Group {
   // promise, but a whole product with values lies between.
   DEVICE void finish(const Item& item, Rows& rows, char* area) const {
     constexpr int PIECE = NARROW ? 16 : 8, PIECES = HEAD / PIECE;  // values of 16 bytes
-    int top = item.top + (item.is_pair ? 0 : number * ROWS) + warp * 16, head = item.head + (item.is_pair ? number : 0);
+    int top = item.top_of(number) + warp * 16, head = item.head_of(number);
     char* own = area + warp * 16 * ROW_BYTES;
     __syncwarp();  // all lanes have read the queries
 #pragma unroll
@@ -290,7 +291,7 @@ struct Group {
 #pragma unroll
       for (int i = 0; HEAD == 32 && i < STEPS; i++)
         load_matrices(address_of(queries) + row * ROW_BYTES + ((i * 2 + lane / 16 ^ spread(row)) << 4), rows.query[i]);
-      bool is_live = item.top + (item.is_pair ? 0 : number * ROWS) + warp * 16 < item.end;
+      bool is_live = item.top_of(number) + warp * 16 < item.end;
       walk(item, rows, is_live);
       if (is_live) finish(item, rows, queries);
       fence_copies();  // the next queries come there

@@ -3,13 +3,12 @@
 import ctypes
 import math
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from serving.kernels.compiled import CudaKernel, TensorMap
+from serving.kernels.compiled import CudaKernel, TensorMap, load_beside
 from serving.kernels.gemm import is_hopper
 from serving.kernels.handover import starts_early
 
@@ -61,8 +60,7 @@ def attention(
 
 def prepare(device: torch.device, size: int, forms: Collection[bool]) -> None:
     """Compile for results in E4M3, or in float16, or both. Raises CompileFailed."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(partial(_load, device, size), forms))
+    load_beside(partial(_load, device, size), forms)
 
 
 def make_macros(size: int, is_narrow: bool) -> dict[str, int]:

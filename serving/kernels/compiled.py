@@ -4,13 +4,16 @@ torch itself depends on both libraries that this takes, NVRTC and cuda-bindings.
 """
 
 import ctypes
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
+_Form = TypeVar("_Form")
 
 
 class CompileFailed(Exception):
@@ -100,6 +103,12 @@ class CudaKernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
         config.sharedMemBytes, config.attrs, config.numAttrs = self._shared, attributes, len(attributes)
         return config
+
+
+def load_beside(load: Callable[[_Form], object], forms: Collection[_Form]) -> None:
+    """Load all forms of a kernel, each in a thread. Raises what `load` raises."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(load, forms))
 
 
 def compile_kernel(name: str, architecture: str, macros: dict[str, int]) -> bytes:

@@ -5,7 +5,6 @@ Two GEMMs write the intermediate to memory and read it back: nearly half of a la
 
 import ctypes
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serving.kernels.compiled import CudaKernel, TensorMap
+from serving.kernels.compiled import CudaKernel, TensorMap, load_beside
 from serving.kernels.gemm import is_hopper
 from serving.kernels.handover import starts_early
 
@@ -123,8 +122,7 @@ def run(
 
 def prepare(device: torch.device, forms: Collection[bool]) -> None:
     """Compile the kernel with a copy of the result, or without. Raises CompileFailed."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(partial(_load, device), forms))
+    load_beside(partial(_load, device), forms)
 
 
 def make_macros(copies: bool) -> dict[str, int]:

@@ -9,14 +9,13 @@ the tensor cores leave to a thread: a weight that multiplies it is brought into 
 
 import ctypes
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from serving.kernels.compiled import CudaKernel, TensorMap
+from serving.kernels.compiled import CudaKernel, TensorMap, load_beside
 from serving.kernels.gemm import is_hopper
 from serving.kernels.handover import starts_early
 
@@ -130,8 +129,7 @@ def add(
 
 def prepare(device: torch.device, forms: Collection[Form]) -> None:
     """Compile the forms, beside each other. Raises CompileFailed."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(partial(_load, device), forms))
+    load_beside(partial(_load, device), forms)
 
 
 def make_macros(form: Form) -> dict[str, int]:

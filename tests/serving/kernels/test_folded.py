@@ -104,7 +104,7 @@ def run_folded(
     states = States(embedded.half(), narrow, scales[:, 0].contiguous())
     device, contexts = batch.ids.device, {output.dtype for _, output, *_ in linears}
     attention = Attention(config, device, contexts, is_steady)
-    folded = FoldedLayers(weights, config, linears, attention, device, tokens, is_steady)
+    folded = FoldedLayers(weights, config, linears, attention, device, tokens)
     area = torch.zeros(tokens * 16 * config.hidden, dtype=torch.uint8)
 
     def carve(first: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
