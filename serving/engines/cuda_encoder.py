@@ -71,7 +71,7 @@ class Encoder:
         else:
             for number in range(config.layers):
                 self._run_layer(number, batch, x, is_long)
-        pool(x, batch.offsets, config.pooling, config.normalize, out, norm, up)
+        pool(x, batch.offsets, config.pooling, config.normalize, out, self._pooled, norm, up)
         return out
 
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
@@ -87,6 +87,7 @@ class Encoder:
         )
         self._hidden, self._wide = workspace[:states].view(_HALF), workspace[states:]
         self._out = self._wide[:out].view(torch.float32).view(self.max_rows, hidden)
+        self._pooled = torch.zeros(self.max_rows, dtype=torch.int32, device=device)
 
     def _make_few(self) -> FewTokens | FewTokensCluster | None:
         """The kernel for few tokens, where there is one that can take the model; it shares the matrices."""

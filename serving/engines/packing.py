@@ -56,19 +56,26 @@ def split_rows(lengths: Lengths, max_tokens: int, max_rows: int) -> Iterator[sli
 
 def packed_size(tokens: int, rows: int) -> int:
     """Integers that `pack` writes for a run of so many tokens and rows."""
-    return 3 * tokens + rows + 1 + 1 + 3 * (tokens // FILLER + rows + 1)
+    return 3 * tokens + rows + 1 + 2 + 3 * (tokens // FILLER + rows + 1)
 
 
 def list_tiles(bounds: Lengths, into: Int32) -> None:
-    """Cut sequences at `bounds` [S + 1] into tiles of TILE rows, the last of each with what is left: how many tiles
-    there are, then of each its first row and where its sequence begins and ends, into the beginning of `into`."""
+    """Cut sequences at `bounds` [S + 1] into tiles of TILE rows, the last of each with what is left.
+
+    Into the beginning of `into`: how many tiles there are, how many of them, the first, are of sequences that have
+    several, and of each its first row and where its sequence begins and ends. Those are the ones that take longest:
+    begun first, they are not what all wait for in the end.
+    """
     first, end = bounds[:-1], bounds[1:]
     counts = (end - first + (TILE - 1)) // TILE
     total = into[0] = int(counts.sum())
-    tiles = into[1 : 3 * total + 1].reshape(total, 3)
+    tiles = into[2 : 3 * total + 2].reshape(total, 3)
     if total == len(counts):  # a tile each, as a lone text has, which is not to wait
-        tiles[:, 0], tiles[:, 1], tiles[:, 2] = first, first, end
+        into[1], tiles[:, 0], tiles[:, 1], tiles[:, 2] = 0, first, first, end
         return
+    is_one = counts == 1
+    into[1], order = total - int(is_one.sum()), is_one.argsort(kind="stable")
+    first, end, counts = first[order], end[order], counts[order]
     tiles[:, 1], tiles[:, 2] = first.repeat(counts), end.repeat(counts)
     tiles[:, 0] = tiles[:, 1] + TILE * (np.arange(total) - (counts.cumsum() - counts).repeat(counts))
 

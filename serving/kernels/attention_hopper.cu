@@ -18,7 +18,7 @@ constexpr float FAR = -1.0e30f;               // below every score
 
 struct Argument {
   TensorMap qkv;
-  const int* tiles;  // how many, and of each its first row and where its sequence begins and ends
+  const int* tiles;  // how many, how many of the first part, and of each its first row and its sequence's begin and end
   u32* ticket;       // 0, as the kernel leaves it
   u8* out;
   const float* out_factor;
@@ -98,12 +98,13 @@ DEVICE void produce(const Argument& work, Shared& shared, u32 queries, u32 ring,
   fetch_map(&work.qkv);
   wait_for_kernel_before();
   // A ticket is a tile and two heads of it.
-  int count = work.tiles[0], pairs = work.heads / 2, total = count * pairs, fill = 0, round = 0;
+  int count = work.tiles[0], part = work.tiles[1], pairs = work.heads / 2, total = count * pairs, fill = 0, round = 0;
   u32 last = total + 2 * gridDim.x - 1;  // every pair of groups draws one in vain: then the ticket is 0 again
   int next = draw(work.ticket, last);
   while (next < total) {
     int number = next / pairs, head = next % pairs * 2;
-    const int* tile = work.tiles + 1 + 3 * (work.is_upward ? count - 1 - number : number);
+    if (work.is_upward) number = (number < part ? part : count + part) - 1 - number;
+    const int* tile = work.tiles + 2 + 3 * number;
     next = draw(work.ticket, last);
     Item item = {tile[0], tile[1], tile[2], head, tile[2] - tile[0] <= ROWS};
     for (int i = 0; i < (item.is_pair ? 1 : 2); i++, item.head++, round++) {

@@ -45,8 +45,8 @@ def attention(
 
     `tiles`: int32, of `packing.list_tiles`; rows in none of them are left as they are. A sequence's result has the same
     bits in any batch. With `out_factor` (float32 [1]) out is E4M3 and takes the result times it. `ticket`: int32 [1],
-    0 before and after, for no other run meanwhile. `num_programs`: multiprocessors. `is_upward` begins with the last
-    tiles. Raises CompileFailed.
+    0 before and after, for no other run meanwhile. `num_programs`: multiprocessors. `is_upward` goes
+    through either part of the tiles from its end. Raises CompileFailed.
     """
     size = out.shape[1] // heads
     tensors = tiles, ticket, out, out_factor

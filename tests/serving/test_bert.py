@@ -49,7 +49,7 @@ def test_packed_rows_say_where_texts_lie_and_how_attention_cuts_them() -> None:
     assert batch.starts.tolist() == [0] * 130 + [130] * 2
     assert batch.ends.tolist() == [130] * 130 + [132] * 2
     assert batch.offsets.tolist() == [0, 130, 132]
-    assert batch.tiles[:10].tolist() == [3, *(0, 0, 130), *(128, 0, 130), *(130, 130, 132)]
+    assert batch.tiles[:11].tolist() == [3, 2, *(0, 0, 130), *(128, 0, 130), *(130, 130, 132)]
 
 
 def test_encode_equals_sentence_transformers(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -35,22 +35,23 @@ def test_pack_keeps_every_sequence_and_fills_the_rest(lengths: list[int], spare:
     assert (ends[real:] - starts[real:] <= FILLER).all()
     assert ((starts[real:] <= np.arange(real, tokens)) & (np.arange(real, tokens) < ends[real:])).all()
     assert (np.diff(starts) >= 0).all()
-    top, first, end = tiles[1 : 3 * tiles[0] + 1].reshape(-1, 3).T
+    top, first, end = tiles[2 : 3 * tiles[0] + 2].reshape(-1, 3).T
+    assert ((end - first > TILE) == (np.arange(tiles[0]) < tiles[1])).all()
     assert np.array_equal(first, starts[top])
     assert np.array_equal(end, ends[top])
     assert ((top - first) % TILE == 0).all()
     covered = [row for begin, until in zip(top, end, strict=True) for row in range(begin, min(begin + TILE, until))]
-    assert covered == list(range(tokens))
+    assert sorted(covered) == list(range(tokens))
 
 
-def test_list_tiles_cuts_each_sequence_from_its_beginning() -> None:
-    tiles = np.full(20, -1, dtype=np.int32)
-    list_tiles(np.array([0, 2 * TILE + 1, 2 * TILE + 2, 3 * TILE + 2]), tiles)
-    assert tiles[0] == 5
-    assert tiles[1:16].reshape(5, 3).tolist() == [
-        [0, 0, 257], [128, 0, 257], [256, 0, 257], [257, 257, 258], [258, 258, 386],
+def test_list_tiles_cuts_each_sequence_from_its_beginning_and_has_those_of_several_first() -> None:
+    tiles = np.full(25, -1, dtype=np.int32)
+    list_tiles(np.array([0, 1, 258, 386, 515]), tiles)
+    assert tiles[:2].tolist() == [7, 5]
+    assert tiles[2:23].reshape(7, 3).tolist() == [
+        [1, 1, 258], [129, 1, 258], [257, 1, 258], [386, 386, 515], [514, 386, 515], [0, 0, 1], [258, 258, 386],
     ]  # fmt: skip
-    assert (tiles[16:] == -1).all()
+    assert (tiles[23:] == -1).all()
 
 
 @given(LENGTHS, st.integers(32, 80), st.integers(1, 6))

@@ -34,7 +34,7 @@ def make_packed(lengths: Sequence[int], device: torch.device) -> Packed:
 
 def cut(bounds: Tensor) -> Tensor:
     """What `list_tiles` says of sequences."""
-    tiles = torch.zeros(1 + 3 * (len(bounds) + int(bounds[-1]) // TILE), dtype=torch.int32)
+    tiles = torch.zeros(2 + 3 * (len(bounds) + int(bounds[-1]) // TILE), dtype=torch.int32)
     list_tiles(bounds.numpy().astype(np.int64), tiles.numpy())
     return tiles
 

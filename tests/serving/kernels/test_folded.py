@@ -112,7 +112,8 @@ def run_folded(
 
     norm, up = folded.run(batch, states, carve, is_long)
     out = poisoned(len(batch.offsets) - 1, config.hidden, device=states.x.device, dtype=torch.float32)
-    pool(states.x, batch.offsets, config.pooling, config.normalize, out, norm, up)
+    done = torch.zeros(len(out), dtype=torch.int32, device=device)
+    pool(states.x, batch.offsets, config.pooling, config.normalize, out, done, norm, up)
     return out
 
 

@@ -150,7 +150,9 @@ def test_pool_equals_reference(
     batch = make_packed(lengths, device)
     x = draw(len(batch.ids), hidden, device=device)
     out = poisoned(len(lengths), hidden, device=device, dtype=torch.float32)
-    pool(x, batch.offsets, pooling, normalize, out)
+    done = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+    pool(x, batch.offsets, pooling, normalize, out, done)
+    assert not done.any()
     torch.testing.assert_close(out, reference.pool(x, batch.offsets, pooling, normalize), rtol=1e-5, atol=1e-6)
 
 
@@ -161,7 +163,15 @@ def test_pool_applies_the_layer_norm_that_is_still_to_come(hidden: int, pooling:
     x, scale, shift = draw(61, hidden, device=device), draw(hidden, device=device), draw(hidden, device=device)
     out, parts = poisoned(4, hidden, device=device, dtype=torch.float32), x.float().view(61, -1, 128)
     sums = torch.stack([parts.sum(2), parts.square().sum(2)], dim=2)
-    pool(x, batch.offsets, pooling, False, out, (sums, scale, shift, EPS))
+    pool(
+        x,
+        batch.offsets,
+        pooling,
+        False,
+        out,
+        torch.zeros(4, dtype=torch.int32, device=device),
+        (sums, scale, shift, EPS),
+    )
     wide = as_float(x, torch.zeros_like(scale), scale, shift)
     normed = reference.add_norm(wide[0], None, *wide[1:], EPS)
     torch.testing.assert_close(out, reference.pool(normed, batch.offsets, pooling, False), rtol=1e-5, atol=1e-5)
@@ -170,5 +180,5 @@ def test_pool_applies_the_layer_norm_that_is_still_to_come(hidden: int, pooling:
 def test_pool_leaves_the_vector_of_an_empty_sequence_alone(device: torch.device) -> None:
     offsets = torch.tensor([0, 2, 2], dtype=torch.int32, device=device)
     out = torch.full((2, 64), 7.0, device=device)
-    pool(draw(2, 64, device=device), offsets, "cls", True, out)
+    pool(draw(2, 64, device=device), offsets, "cls", True, out, torch.zeros(2, dtype=torch.int32, device=device))
     assert out[1].tolist() == [7.0] * 64

@@ -129,7 +129,7 @@ def attend_tiles(
 ) -> None:  # fmt: skip
     """What `attention_hopper.attention` says of itself: rows in no tile are left as they are."""
     assert ticket.tolist() == [0]
-    for top, first, end in tiles[1 : 3 * int(tiles[0]) + 1].view(-1, 3).tolist():
+    for top, first, end in tiles[2 : 3 * int(tiles[0]) + 2].view(-1, 3).tolist():
         starts, until = torch.zeros(end - first, dtype=torch.int32), min(top + TILE, end)
         own = reference.attention(qkv[first:end].float(), starts, starts + end - first, heads)
         result = own[top - first : until - first]
