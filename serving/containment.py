@@ -138,12 +138,8 @@ class GuardedEngine:
             spare = self._spare
         if spare is None:
             return
-        for row in sorted(failures):
-            answer, failed = run_isolated(spare, [rows[row]], *pad_batch([rows[row]]), self._dimension)
-            if not failed:
-                vectors[row] = answer[0]
-                del failures[row]
-                self._on_event("retried")
+        for _ in range(_ask_alone(spare, rows, vectors, failures)):
+            self._on_event("retried")
 
 
 def run_isolated(
@@ -151,6 +147,7 @@ def run_isolated(
 ) -> tuple[Embeddings, dict[int, EngineFailed]]:
     """Run a batch; when it raises, run its halves, so that the text at fault fails alone.
 
+    In a packed batch what overflows in one text may reach its neighbour, so each of them is asked once more by itself.
     Returns vectors [B, D] and the failures by row; a failed row's vector is undefined.
     """
     try:
@@ -166,7 +163,21 @@ def run_isolated(
     if vectors.shape != (len(rows), dimension):
         failed = EngineFailed(f"the engine answered {vectors.shape}, expected {(len(rows), dimension)}")
         return np.zeros((len(rows), dimension), dtype=np.float32), dict.fromkeys(range(len(rows)), failed)
-    return vectors, _find_non_finite(vectors)
+    failures = _find_non_finite(vectors)
+    if engine.is_packed and len(rows) > 1:
+        _ask_alone(engine, rows, vectors, failures)
+    return vectors, failures
+
+
+def _ask_alone(engine: Engine, rows: Sequence[Ids], vectors: Embeddings, failures: dict[int, EngineFailed]) -> int:
+    """Ask for each failed row by itself. What is answered takes its place and is no failure any more; how many were."""
+    before = len(failures)
+    for row in sorted(failures):
+        answer, failed = run_isolated(engine, [rows[row]], *pad_batch([rows[row]]), vectors.shape[1])
+        if not failed:
+            vectors[row] = answer[0]
+            del failures[row]
+    return before - len(failures)
 
 
 def _find_non_finite(vectors: Embeddings) -> dict[int, EngineFailed]:

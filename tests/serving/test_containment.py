@@ -42,6 +42,29 @@ def test_non_finite_vector_fails_its_text_alone(model: LoadedModel) -> None:
     assert "non-finite" in str(failures[1])
 
 
+class PackedEngine(FaultyEngine):
+    """Overflows on one text, and spoils the one before it in the same batch."""
+
+    is_packed = True
+
+    def __init__(self, inner: Engine) -> None:
+        super().__init__(inner, spread)
+
+
+def spread(input_ids: Ids, embeddings: Embeddings) -> Embeddings:
+    at_fault = (input_ids == CAT).any(axis=1)
+    embeddings[at_fault | np.append(at_fault[1:], False)] = np.nan
+    return embeddings
+
+
+def test_neighbour_of_a_text_that_overflows_in_a_packed_batch_is_answered(model: LoadedModel) -> None:
+    rows = rows_of(RED, DOG, CAT, RED, CAT)
+    vectors, failures = run_isolated(PackedEngine(model.engine), rows, *pad_batch(rows), 8)
+    assert sorted(failures) == [2, 4]
+    expected = model.engine.embed(*pad_batch(rows_of(RED, DOG, RED)))
+    np.testing.assert_allclose(vectors[[0, 1, 3]], expected, rtol=1e-5)
+
+
 def test_wrong_shape_fails_every_text(model: LoadedModel) -> None:
     def cut(_: Ids, embeddings: Embeddings) -> Embeddings:
         return embeddings[:, :5]
