@@ -33,7 +33,6 @@ from benchmarks.torch_baseline import TorchEncoder, compile_ahead, pad, pad_sort
 from serving.engines.bert import Packed, load_weights, read_config
 from serving.engines.cuda import CudaEngine
 from serving.engines.e4m3 import calibrate
-from serving.engines.packing import list_tiles, pack, packed_size
 
 _VOCABULARY = 30_522
 _MODELS = {
@@ -202,35 +201,24 @@ def _case_rows(
 def _quality_rows(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Cosine to sentence-transformers in float32 on real weights and text."""
     from serving.engines.cuda_encoder import Encoder, Fp8Encoder  # noqa: PLC0415  they need a GPU to be of use
+    from serving.engines.cuda_folded import move  # noqa: PLC0415
 
     texts = np.load(folder / "texts.npz", allow_pickle=False)
     config = read_config(folder / "config.json")
     weights = load_weights(folder / "model.safetensors", config)
-    lengths, device = texts["lengths"].astype(np.int64), torch.device("cuda")
-    tokens, count = int(lengths.sum()), len(lengths)
-    numbers = np.zeros(packed_size(tokens, count), dtype=np.int32)
-    pack(texts["ids"].astype(np.int64)[None], np.array([tokens]), tokens, count, numbers)
-    pack_bounds(numbers, lengths, tokens)
-    batch = Packed.of(torch.from_numpy(numbers).to(device), tokens, count)
+    rows, device = np.split(texts["ids"].astype(np.int64), texts["lengths"].cumsum()[:-1]), torch.device("cuda")
+    batch: Packed = move(Packed.of_rows(rows), device)
+    tokens, count = len(batch.ids), len(rows)
     encoders = {
         "minilm-quality": Encoder(weights, config, device, tokens, count),
         "minilm-quality-fp8": Fp8Encoder(weights, config, device, tokens, count),
     }
-    rows = []
+    found = []
     for case, encoder in encoders.items():
         cosines = (encoder.run(batch, is_long=True).cpu().numpy() * texts["vectors"]).sum(axis=1)
         for metric, value in (("cosine_mean", cosines.mean()), ("cosine_min", cosines.min())):
-            rows.append(make_row("cuda", case, metric, "share", float(value), config={"texts": count}, **about))
-    return rows
-
-
-def pack_bounds(numbers: Any, lengths: Any, tokens: int) -> None:
-    """Starts, ends, offsets and tiles of texts whose ids are packed already."""
-    bounds = np.concatenate(([0], np.cumsum(lengths)))
-    numbers[tokens : 2 * tokens] = np.repeat(bounds[:-1], lengths)
-    numbers[2 * tokens : 3 * tokens] = np.repeat(bounds[1:], lengths)
-    numbers[3 * tokens : 3 * tokens + len(bounds)] = bounds
-    list_tiles(bounds, numbers[3 * tokens + len(bounds) :])
+            found.append(make_row("cuda", case, metric, "share", float(value), config={"texts": count}, **about))
+    return found
 
 
 def _write_model(name: str, scratch: Path) -> Path:
@@ -247,10 +235,7 @@ def _write_model(name: str, scratch: Path) -> Path:
     tensors = {key: value.half() for key, value in BertModel(sizes, add_pooling_layer=False).state_dict().items()}
     save_file(tensors, path)
     config = read_config(folder / "config.json")
-    lengths = np.array([64, 64])
-    numbers = np.zeros(packed_size(128, 2), dtype=np.int32)
-    pack(np.random.default_rng(0).integers(0, _VOCABULARY, (2, 64)), lengths, 128, 2, numbers)
-    batch = Packed.of(torch.from_numpy(numbers), 128, 2)
+    batch = Packed.of_rows(list(np.random.default_rng(0).integers(0, _VOCABULARY, (2, 64))))
     save_file(tensors | calibrate(load_weights(path, config), config, [batch]), path)
     return path
 

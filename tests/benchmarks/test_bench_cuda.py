@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.bench_cuda import _CASES, _MODELS, _list_jobs, _read_case, _write_model, pack_bounds
+from benchmarks.bench_cuda import _CASES, _MODELS, _list_jobs, _read_case, _write_model
 from benchmarks.torch_baseline import sort_and_cut
 from serving.engines.bert import keep_by_default, read_config
-from serving.engines.packing import pack, packed_size
 
 
 def test_sort_and_cut_puts_texts_of_like_length_together() -> None:
@@ -28,11 +26,3 @@ def test_models_keep_the_layers_in_float16_that_any_file_does(tmp_path: Path, mo
     monkeypatch.setitem(_MODELS, "minilm", _MODELS["minilm"] | {"num_hidden_layers": 1, "intermediate_size": 384})
     config = read_config(_write_model("minilm", tmp_path).with_name("config.json"))
     assert config.float16 == keep_by_default(384, 1) != frozenset()
-
-
-def test_bounds_of_texts_packed_already_are_those_that_pack_writes() -> None:
-    lengths = np.array([5, 1, 300])
-    padded, packed = np.zeros((2, packed_size(306, 3)), dtype=np.int32)
-    pack(np.zeros((3, 300), dtype=np.int64), lengths, 306, 3, padded)
-    pack_bounds(packed, lengths, 306)
-    assert packed.tolist() == padded.tolist()
