@@ -49,7 +49,7 @@ _CASES: dict[str, list[int] | str] = {
     "bert-base-mixed": _MIXED,
 }
 _ROUNDS, _RUNS = 5, 6
-_WARM_SECONDS = 0.2  # under full load a card lowers its clocks for a tenth of a second, then keeps them
+_WARM_SECONDS = 0.2  # under full load a card takes half of it to come down to the clocks that it keeps
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from serving.errors import EngineFailed, ServingError
 from serving.tokenizer import Ids, pad_batch
 
 OpenEngine = Callable[[], Engine]
-# Hears of `rebuilt`, `rebuild_failed`, `retried` (a text the spare engine answered) and `abandoned` (a stuck engine).
+# Hears of `rebuilt`, `rebuild_failed`, `retried` (a text the spare engine answered), `abandoned` (a stuck engine) and
+# `divided` (a batch run again in parts, because vectors of it were not finite).
 OnEvent = Callable[[str], None]
 
 _log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class GuardedEngine:
         if engine is None:
             failed = EngineFailed("the engine died and could not be opened anew")
             return np.zeros((len(rows), self._dimension), dtype=np.float32), dict.fromkeys(range(len(rows)), failed)
-        return run_isolated(engine, rows, input_ids, attention_mask, self._dimension)
+        return run_isolated(engine, rows, input_ids, attention_mask, self._dimension, self._on_event)
 
     def _answers_probe(self, engine: Engine | None) -> bool:
         return not self._run(engine, [self._probe], *pad_batch([self._probe]))[1]
@@ -138,17 +139,27 @@ class GuardedEngine:
             spare = self._spare
         if spare is None:
             return
-        for _ in range(_ask_alone(spare, rows, vectors, failures)):
-            self._on_event("retried")
+        for row in sorted(failures):
+            answer, failed = run_isolated(spare, [rows[row]], *pad_batch([rows[row]]), self._dimension)
+            if not failed:
+                vectors[row] = answer[0]
+                del failures[row]
+                self._on_event("retried")
 
 
 def run_isolated(
-    engine: Engine, rows: Sequence[Ids], input_ids: Ids, attention_mask: Ids, dimension: int
+    engine: Engine,
+    rows: Sequence[Ids],
+    input_ids: Ids,
+    attention_mask: Ids,
+    dimension: int,
+    on_event: OnEvent = lambda _: None,
 ) -> tuple[Embeddings, dict[int, EngineFailed]]:
     """Run a batch; when it raises, run its halves, so that the text at fault fails alone.
 
-    In a packed batch what overflows in one text may reach its neighbour, so each of them is asked once more by itself.
-    Returns vectors [B, D] and the failures by row; a failed row's vector is undefined.
+    In a packed batch what is not finite in one text reaches its neighbours, more of them with every layer: those whose
+    vectors are not finite are run again, all together if others were, else in halves. Returns vectors [B, D] and the
+    failures by row; a failed row's vector is undefined.
     """
     try:
         vectors = engine.embed(input_ids, attention_mask)
@@ -156,28 +167,30 @@ def run_isolated(
         if len(rows) == 1:
             failed = EngineFailed(f"the engine raised {type(error).__name__} on this text")
             return np.zeros((1, dimension), dtype=np.float32), {0: failed}
-        middle = len(rows) // 2
-        first, failures = run_isolated(engine, rows[:middle], *pad_batch(rows[:middle]), dimension)
-        second, more = run_isolated(engine, rows[middle:], *pad_batch(rows[middle:]), dimension)
-        return np.concatenate((first, second)), failures | {middle + row: error for row, error in more.items()}
+        return _run_halves(engine, rows, dimension)
     if vectors.shape != (len(rows), dimension):
         failed = EngineFailed(f"the engine answered {vectors.shape}, expected {(len(rows), dimension)}")
         return np.zeros((len(rows), dimension), dtype=np.float32), dict.fromkeys(range(len(rows)), failed)
     failures = _find_non_finite(vectors)
-    if engine.is_packed and len(rows) > 1:
-        _ask_alone(engine, rows, vectors, failures)
-    return vectors, failures
+    if not failures or len(rows) == 1 or not engine.is_packed:
+        return vectors, failures
+    on_event("divided")
+    spoilt = sorted(failures)
+    again = [rows[row] for row in spoilt]
+    run = _run_halves if len(again) == len(rows) else _run_together
+    vectors[spoilt], still = run(engine, again, dimension)
+    return vectors, {spoilt[row]: error for row, error in still.items()}
 
 
-def _ask_alone(engine: Engine, rows: Sequence[Ids], vectors: Embeddings, failures: dict[int, EngineFailed]) -> int:
-    """Ask for each failed row by itself. What is answered takes its place and is no failure any more; how many were."""
-    before = len(failures)
-    for row in sorted(failures):
-        answer, failed = run_isolated(engine, [rows[row]], *pad_batch([rows[row]]), vectors.shape[1])
-        if not failed:
-            vectors[row] = answer[0]
-            del failures[row]
-    return before - len(failures)
+def _run_together(engine: Engine, rows: Sequence[Ids], dimension: int) -> tuple[Embeddings, dict[int, EngineFailed]]:
+    return run_isolated(engine, rows, *pad_batch(rows), dimension)
+
+
+def _run_halves(engine: Engine, rows: Sequence[Ids], dimension: int) -> tuple[Embeddings, dict[int, EngineFailed]]:
+    middle = len(rows) // 2
+    first, failures = _run_together(engine, rows[:middle], dimension)
+    second, more = _run_together(engine, rows[middle:], dimension)
+    return np.concatenate((first, second)), failures | {middle + row: error for row, error in more.items()}
 
 
 def _find_non_finite(vectors: Embeddings) -> dict[int, EngineFailed]:

@@ -87,7 +87,8 @@ class Metrics:
         )
         self._engine_events = Counter(
             "akidb_engine_events_total",
-            "Engines rebuilt, rebuild_failed or abandoned (it hung), and texts retried on another one with success.",
+            "Engines rebuilt, rebuild_failed or abandoned (it hung), texts retried on another one with success, and "
+            "batches divided, because vectors were not finite.",
             (*_MODEL_LABELS, "event"),
             registry=self.registry,
         )

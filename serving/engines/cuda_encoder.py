@@ -32,7 +32,7 @@ class Encoder:
 
     The workspace holds the hidden states and one wide area, where queries, keys, values and their context lie until
     the intermediate takes their place, and the vectors that of everything: bytes a token are 2H + 8H or 2H + 2I,
-    whichever is more.
+    whichever is more. A counter a row, of `pool`, lies behind it.
     """
 
     _least_folded = MANY_ROWS  # tokens of a run that takes the folded layers
@@ -82,12 +82,11 @@ class Encoder:
         """In one piece: what is taken from the GPU's memory is rounded up, by as much as a megabyte."""
         hidden = self.config.hidden
         states, out = 2 * hidden * self.max_tokens, 4 * hidden * self.max_rows
-        workspace = torch.zeros(
-            states + max(out, self.max_tokens * self._wide_bytes()), dtype=torch.uint8, device=device
-        )
-        self._hidden, self._wide = workspace[:states].view(_HALF), workspace[states:]
+        end = states + max(out, self.max_tokens * self._wide_bytes())
+        workspace = torch.zeros(end + 4 * self.max_rows, dtype=torch.uint8, device=device)
+        self._hidden, self._wide = workspace[:states].view(_HALF), workspace[states:end]
         self._out = self._wide[:out].view(torch.float32).view(self.max_rows, hidden)
-        self._pooled = torch.zeros(self.max_rows, dtype=torch.int32, device=device)
+        self._pooled = workspace[end:].view(torch.int32)
 
     def _make_few(self) -> FewTokens | FewTokensCluster | None:
         """The kernel for few tokens, where there is one that can take the model; it shares the matrices."""

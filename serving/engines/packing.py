@@ -70,10 +70,10 @@ def list_tiles(bounds: Lengths, into: Int32) -> None:
     counts = (end - first + (TILE - 1)) // TILE
     total = into[0] = int(counts.sum())
     tiles = into[2 : 3 * total + 2].reshape(total, 3)
-    if total == len(counts):  # a tile each, as a lone text has, which is not to wait
+    is_one = counts == 1
+    if is_one.all():  # as of a lone text, which is not to wait
         into[1], tiles[:, 0], tiles[:, 1], tiles[:, 2] = 0, first, first, end
         return
-    is_one = counts == 1
     into[1], order = total - int(is_one.sum()), is_one.argsort(kind="stable")
     first, end, counts = first[order], end[order], counts[order]
     tiles[:, 1], tiles[:, 2] = first.repeat(counts), end.repeat(counts)

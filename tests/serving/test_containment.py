@@ -43,7 +43,7 @@ def test_non_finite_vector_fails_its_text_alone(model: LoadedModel) -> None:
 
 
 class PackedEngine(FaultyEngine):
-    """Overflows on one text, and spoils the one before it in the same batch."""
+    """Overflows on one text, and spoils those near it in the same batch."""
 
     is_packed = True
 
@@ -53,16 +53,35 @@ class PackedEngine(FaultyEngine):
 
 def spread(input_ids: Ids, embeddings: Embeddings) -> Embeddings:
     at_fault = (input_ids == CAT).any(axis=1)
-    embeddings[at_fault | np.append(at_fault[1:], False)] = np.nan
+    near = [at_fault[max(place - 3, 0) : place + 4].any() for place in range(len(at_fault))]
+    embeddings[near] = np.nan
     return embeddings
 
 
-def test_neighbour_of_a_text_that_overflows_in_a_packed_batch_is_answered(model: LoadedModel) -> None:
-    rows = rows_of(RED, DOG, CAT, RED, CAT)
+@pytest.mark.parametrize("places", [[0], [7], [19], [7, 9], [2, 18]])
+def test_neighbours_of_a_text_that_overflows_in_a_packed_batch_are_answered(
+    model: LoadedModel, places: list[int]
+) -> None:
+    rows = rows_of(*(CAT if place in places else RED + place % 5 for place in range(20)))
     vectors, failures = run_isolated(PackedEngine(model.engine), rows, *pad_batch(rows), 8)
-    assert sorted(failures) == [2, 4]
-    expected = model.engine.embed(*pad_batch(rows_of(RED, DOG, RED)))
-    np.testing.assert_allclose(vectors[[0, 1, 3]], expected, rtol=1e-5)
+    assert sorted(failures) == places
+    sound = [place for place in range(20) if place not in places]
+    expected = model.engine.embed(*pad_batch([rows[place] for place in sound]))
+    np.testing.assert_allclose(vectors[sound], expected, rtol=1e-5)
+
+
+def test_packed_engine_that_answers_nothing_is_asked_for_each_half_once(model: LoadedModel) -> None:
+    engine, events, rows = PackedEngine(model.engine), list[str](), rows_of(*[CAT] * 8)
+    _, failures = run_isolated(engine, rows, *pad_batch(rows), 8, events.append)
+    assert sorted(failures) == list(range(8))
+    assert sorted(size for size, _ in engine.shapes) == [1] * 8 + [2] * 4 + [4] * 2 + [8]
+    assert events == ["divided"]
+
+
+def test_engine_that_is_not_packed_is_asked_once(model: LoadedModel) -> None:
+    engine, rows = FaultyEngine(model.engine, nan_on(CAT)), rows_of(RED, CAT, DOG)
+    run_isolated(engine, rows, *pad_batch(rows), 8)
+    assert engine.shapes == [(3, 3)]
 
 
 def test_wrong_shape_fails_every_text(model: LoadedModel) -> None:

@@ -11,7 +11,7 @@ from serving.kernels.attention import attention
 from serving.kernels.embed_norm import embed_norm
 from serving.kernels.gemm import add_product, linear
 from serving.kernels.pool import pool
-from tests.serving.kernels.packs import TOKENS, assert_as_exact_as, make_packed, poisoned, relative_error
+from tests.serving.kernels.packs import TOKENS, assert_as_exact_as, make_packed, poisoned, relative_error, sum_rows
 
 LENGTHS = ([1], [511], [512], [1, 1, 1], [3, 70, 1, 64, 13], [33, 31, 64])
 EPS = 1e-12
@@ -177,8 +177,35 @@ def test_pool_applies_the_layer_norm_that_is_still_to_come(hidden: int, pooling:
     torch.testing.assert_close(out, reference.pool(normed, batch.offsets, pooling, False), rtol=1e-5, atol=1e-5)
 
 
-def test_pool_leaves_the_vector_of_an_empty_sequence_alone(device: torch.device) -> None:
-    offsets = torch.tensor([0, 2, 2], dtype=torch.int32, device=device)
-    out = torch.full((2, 64), 7.0, device=device)
-    pool(draw(2, 64, device=device), offsets, "cls", True, out, torch.zeros(2, dtype=torch.int32, device=device))
-    assert out[1].tolist() == [7.0] * 64
+@pytest.mark.parametrize("is_upward", [False, True])
+def test_pool_leaves_the_vector_of_an_empty_sequence_alone(is_upward: bool, device: torch.device) -> None:
+    """With whatever else there is to do; counters serve one run after the other."""
+    offsets = torch.tensor([0, 2, 2, 70], dtype=torch.int32, device=device)
+    x, scale, shift = draw(70, 1024, device=device), draw(1024, device=device), draw(1024, device=device)
+    norm, done = (sum_rows(x, 256), scale, shift, EPS), torch.zeros(3, dtype=torch.int32, device=device)
+    normed = reference.add_norm(x.float(), None, torch.zeros_like(scale), scale.float(), shift.float(), EPS)
+    expected = reference.pool(normed, offsets[[0, 1, 3]], "mean", True)
+    for _ in range(2):
+        out = torch.full((3, 1024), 7.0, device=device)
+        pool(x, offsets, "mean", True, out, done, norm, is_upward)
+        torch.testing.assert_close(out[[0, 2]], expected, rtol=1e-5, atol=1e-6)
+        assert out[1].tolist() == [7.0] * 1024
+        assert not done.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="programs run one after the other without a GPU")
+@pytest.mark.parametrize("length", [2, 20])  # the former starts early
+def test_pool_has_the_bits_of_the_first_run_however_programs_meet(length: int, device: torch.device) -> None:
+    offsets = torch.arange(0, 4097 * length, length, dtype=torch.int32, device=device)
+    x, done = draw(4096 * length, 1024, device=device), torch.zeros(4096, dtype=torch.int32, device=device)
+    expected, out = (poisoned(4096, 1024, device=device, dtype=torch.float32) for _ in range(2))
+    pool(x, offsets, "mean", True, expected, done)
+    torch.testing.assert_close(expected, reference.pool(x, offsets, "mean", True), rtol=1e-5, atol=1e-6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pool(x, offsets, "mean", True, out, done)
+    for _ in range(50):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
