@@ -135,6 +135,9 @@ class Metrics:
             ("gpu",),
             registry=self.registry,
         )
+        self._engine_memory = self._gauge(
+            "akidb_engine_memory_bytes", "GPU memory that a model's engine took at its start, where the engine says."
+        )
         self._weight = self._gauge("akidb_model_traffic_weight", "Weight of a version, relative to the model's others.")
         self._swaps = Counter(
             "akidb_model_swaps_total", "Versions that took a model over.", _MODEL_LABELS, registry=self.registry
@@ -236,10 +239,12 @@ class ModelMetrics:
         self._metrics._queue_depth.labels(*self._labels).set_function(depth)
         self._metrics._queue_tokens.labels(*self._labels).set_function(tokens)
 
-    def describe_model(self, digest: str, engine: str, precision: str) -> None:
-        """Say what is served."""
+    def describe_model(self, digest: str, engine: str, precision: str, memory_bytes: int | None) -> None:
+        """Say what is served, and the memory that its engine took if that is known."""
         self._described = (digest, engine, precision)
         self._metrics._info.labels(*self._labels, *self._described).set(1)
+        if memory_bytes is not None:
+            self._metrics._engine_memory.labels(*self._labels).set(memory_bytes)
 
     def set_weight(self, weight: float) -> None:
         """Say how much of the model's traffic this version gets, relative to the others."""
@@ -248,6 +253,7 @@ class ModelMetrics:
     def forget_model(self) -> None:
         """Say no longer that this bundle is served, in the words in which it was said."""
         self._metrics._info.remove(*self._labels, *self._described)
+        self._metrics._engine_memory.remove(*self._labels)
 
     def forget_version(self) -> None:
         """Show no more gauges of a version that is not served; what was counted stays."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from registry.manifest import Manifest, RegistryError, digest_of, hold_bundle, verify_bundle
 from serving.autotune import Choice
 from serving.containment import OpenEngine
-from serving.engines import Embeddings, Engine
+from serving.engines import Embeddings, Engine, memory_of
 from serving.errors import BundleRejected
 from serving.latency_model import LatencyModel, Run
 from serving.opening import BY_DEFAULT, Opened, Opener
@@ -79,6 +79,11 @@ class LoadedModel:
     def runtime(self) -> str:
         """The engine's runtime and its version."""
         return self.engine.runtime
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """GPU memory that its engine took when it was opened; None where the engine does not say."""
+        return memory_of(self.engine)
 
     @property
     def has_custom_kernels(self) -> bool:

@@ -26,7 +26,7 @@ from serving.autotune import (
     record_path,
     write_choice,
 )
-from serving.engines import Embeddings, Engine, close_engine, has_nvidia_driver, num_cores, open_engine
+from serving.engines import Embeddings, Engine, close_engine, has_nvidia_driver, memory_of, num_cores, open_engine
 from serving.errors import BundleRejected, EngineUnavailable, ServingError
 from serving.settings import CustomKernelsSettings, ModelSource
 from serving.tokenizer import Ids
@@ -65,6 +65,7 @@ class SwitchedEngine:
         self.runtime = " + ".join(dict.fromkeys((small.runtime, large.runtime)))
         self.compiles_shapes = small.compiles_shapes or large.compiles_shapes
         self.is_packed = small.is_packed and large.is_packed
+        self.memory_bytes = memory_of(small, large)
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`."""

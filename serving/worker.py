@@ -275,7 +275,7 @@ class Worker(Served[EmbeddingService]):
         else:
             replaced = versions.add(service)
             self._retire(versions, [replaced] if replaced else [])
-        metrics.describe_model(model.digest, model.engine.runtime, model.manifest.precision)
+        metrics.describe_model(model.digest, model.engine.runtime, model.manifest.precision, model.memory_bytes)
         self._show_weights(versions)
         return service
 
@@ -318,12 +318,13 @@ class Worker(Served[EmbeddingService]):
             self.settings.multi_gpu.devices,
         )
         _log.info(
-            "loaded model=%s version=%s engine=%r tokens_per_second=%.0f overhead_tokens=%.1f",
+            "loaded model=%s version=%s engine=%r tokens_per_second=%.0f overhead_tokens=%.1f memory_bytes=%s",
             model.name,
             model.manifest.version,
             model.engine.runtime,
             model.cost.tokens_per_second,
             model.cost.overhead_tokens,
+            model.memory_bytes,
         )
         return model
 

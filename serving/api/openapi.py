@@ -39,6 +39,7 @@ def _list(items: Json) -> Json:
 _NULL = {"type": "null"}
 _USAGE = _object({"prompt_tokens": _INTEGER, "total_tokens": _INTEGER})
 _NULLABLE = {"type": ["string", "null"]}
+_NULLABLE_INTEGER = {"type": ["integer", "null"]}
 
 SCHEMAS: dict[str, Json] = {
     "EmbedRequest": {
@@ -108,6 +109,7 @@ SCHEMAS: dict[str, Json] = {
                         "cosine_similarity_vs_fp32": _NUMBER,
                         "engine": _STRING,
                         "engine_setup": _STRING,
+                        "engine_memory_bytes": _NULLABLE_INTEGER,
                         "weight": _NUMBER,
                         "state": _STRING,
                         "default": _BOOLEAN,
@@ -183,7 +185,7 @@ def _examples(model: str) -> dict[str, Json | list[Any]]:
         "digest": "3f9c2a71d0b4", "dimension": 384, "max_seq_length": 256, "pooling": "mean", "normalize": True,
         "precision": "int8", "prompts": [], "compatibility": "drop-in", "weight": 1.0, "state": "serving",
         "cosine_similarity_vs_fp32": 0.9978, "engine_setup": "openvino, 1 run of 2 threads",
-        "engine": "openvino 2026.4.1", "default": True, "ready": True,
+        "engine": "openvino 2026.4.1", "engine_memory_bytes": None, "default": True, "ready": True,
     }  # fmt: skip
     return {
         "EmbedResponse": {

@@ -146,6 +146,7 @@ def describe_version(
         "cosine_similarity_vs_fp32": manifest.validation.cosine_similarity_vs_fp32.mean,
         "engine": model.engine.runtime,
         "engine_setup": str(model.choice),
+        "engine_memory_bytes": model.memory_bytes,
         "weight": weight,
         "state": state,
         "default": is_default,

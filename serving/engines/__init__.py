@@ -63,6 +63,13 @@ def close_engine(engine: Engine) -> None:
         _log.warning("engine does not close engine=%s error=%s", engine.runtime, type(error).__name__)
 
 
+def memory_of(*engines: Engine) -> int | None:
+    """Bytes of GPU memory that they took together when they were opened; None where no engine says."""
+    told = [getattr(engine, "memory_bytes", None) for engine in engines]
+    known = [size for size in told if size is not None]
+    return sum(known) if known else None
+
+
 def num_cores() -> int:
     """Cores this process may keep busy: fewer than the machine has where `taskset` or a container's limit says so.
 

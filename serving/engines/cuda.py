@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engines import Embeddings, has_nvidia_driver
+from serving.engines.cuda_memory import fit_runs, is_out_of_memory
 from serving.engines.cuda_node import LEAST_CAPABILITY, examine_node, find_problem
 from serving.engines.packing import FILLER, Lengths, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
@@ -39,7 +41,8 @@ _log = logging.getLogger(__name__)
 class CudaEngine:
     """Runs `model.safetensors` with the `config.json` beside it; `compute` is `f16` or `f8` (E4M3 linear layers).
 
-    Everything the GPU needs is allocated and captured before the first batch; `memory_bytes` is what that took.
+    Everything the GPU needs is allocated and captured before the first batch; `memory_bytes` is what that took of the
+    GPU's memory: by how much torch's part of it grew, so that what else happens to it meanwhile counts, too.
     """
 
     compiles_shapes, is_packed = False, True
@@ -49,7 +52,7 @@ class CudaEngine:
     ) -> None:
         """Load, warm up and capture, for texts of up to `max_length` tokens if the model takes as many.
 
-        `max_tokens`, of a run, is halved until the workspace fits. Raises EngineUnavailable.
+        `max_tokens`, of a run, is halved until workspace, staging and graphs fit. Raises EngineUnavailable.
         """
         torch = _require_gpu(compute)
         from serving.engines.bert import load_weights, read_config  # noqa: PLC0415  they need torch
@@ -59,17 +62,13 @@ class CudaEngine:
         _check_model(path, self._config, weights, compute)
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._max_length = min(max_length, self._config.positions)
-        self._encoder = _fit_encoder(weights, self._config, self._device, compute, max_tokens, self._max_length)
         self._streams = _Streams.make()
         self.memory_limit_tokens: int | None = None
-        self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
-        self._last = self._slots[-1]
-        self._vectors = torch.zeros_like(self._slots[0].results, device=self._device)
-        self._static = torch.zeros_like(self._slots[0].integers)
-        with _small_workspace():
-            self._graphs = self._capture()
+        torch.cuda.empty_cache()  # what others left there would be used and not be counted
+        before = torch.cuda.memory_reserved(self._device)
+        fit_runs(partial(self._allocate, weights, compute), self._free, max_tokens, self._max_length)
         self.runtime = f"cuda {torch.version.cuda} {torch.cuda.get_device_name(self._device)} {compute}"
-        self.memory_bytes: int = torch.cuda.memory_reserved(self._device)
+        self.memory_bytes = max(0, torch.cuda.memory_reserved(self._device) - before)
 
     @property
     def max_tokens(self) -> int:
@@ -83,15 +82,15 @@ class CudaEngine:
         lengths = self._check(input_ids, attention_mask)
         try:
             return self._embed(input_ids, lengths)
-        except torch.OutOfMemoryError:  # someone else took the memory: half as much at a time
-            if len(lengths) == 1:
+        except RuntimeError as error:  # someone else took the memory: half as much at a time
+            if len(lengths) == 1 or not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
-            middle = len(lengths) // 2
-            halves = slice(None, middle), slice(middle, None)
-            vectors = np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
-            self._learn_limit(max(int(lengths[half].sum()) for half in halves))
-            return vectors
+        torch.cuda.empty_cache()
+        middle = len(lengths) // 2
+        halves = slice(None, middle), slice(middle, None)
+        vectors = np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
+        self._learn_limit(max(int(lengths[half].sum()) for half in halves))
+        return vectors
 
     def _learn_limit(self, tokens: int) -> None:
         """Halves of halves come first, so the smallest stays."""
@@ -121,10 +120,27 @@ class CudaEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        self._free()
+
+    def _allocate(self, weights: "Weights", compute: str, max_tokens: int) -> None:
+        """Take all that runs of `max_tokens` need. Raises what `is_out_of_memory` knows; `_free` cleans up then."""
+        import torch  # noqa: PLC0415  loaded with the engine
+
+        self._encoder = _make_encoder(weights, self._config, self._device, compute, max_tokens)
+        self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
+        self._last = self._slots[-1]
+        self._vectors = torch.zeros_like(self._slots[0].results, device=self._device)
+        self._static = torch.zeros_like(self._slots[0].integers)
+        with _small_workspace():
+            self._graphs = self._capture()
+
+    def _free(self) -> None:
+        """Give back what `_allocate` took, however far it came."""
         import torch  # noqa: PLC0415  loaded with the engine
 
         torch.cuda.synchronize(self._device)
-        del self._graphs, self._encoder, self._slots, self._last, self._vectors, self._static
+        for name in ("_graphs", "_static", "_vectors", "_last", "_slots", "_encoder"):
+            self.__dict__.pop(name, None)
         torch.cuda.empty_cache()
 
     def _check(self, input_ids: Ids, attention_mask: Ids) -> Lengths:
@@ -137,6 +153,14 @@ class CudaEngine:
 
     def _embed(self, input_ids: Ids, lengths: Lengths) -> Embeddings:
         vectors = np.empty((len(lengths), self._config.hidden), dtype=np.float32)
+        try:
+            self._run_all(input_ids, lengths, vectors)
+        except BaseException:
+            self._streams.synchronize()  # a run may still read staging that the next batch writes
+            raise
+        return vectors
+
+    def _run_all(self, input_ids: Ids, lengths: Lengths, vectors: Embeddings) -> None:
         waiting: deque[tuple[slice, _Slot]] = deque()
         for rows in split_rows(lengths, self._encoder.max_tokens, self._encoder.max_rows):
             if len(waiting) == _NUM_SLOTS:
@@ -147,7 +171,6 @@ class CudaEngine:
             waiting.append((rows, slot))
         while waiting:
             _collect(waiting, vectors)
-        return vectors
 
     def _submit(self, slot: "_Slot", input_ids: Ids, lengths: Lengths) -> None:
         """Queue copy in, computation and copy out, each on its stream, each behind the one before."""
@@ -275,6 +298,11 @@ class _Streams:
 
         return cls(torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Stream())
 
+    def synchronize(self) -> None:
+        """Wait for all runs, also for one that was queued in part and has no event of its own yet."""
+        for stream in (self.copy_in, self.compute, self.copy_out):
+            stream.synchronize()
+
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
@@ -341,19 +369,10 @@ def _check_model(path: Path, config: "BertConfig", weights: "Weights", compute: 
         raise EngineUnavailable(f"{path} holds no activation_amax: f8 needs a calibrated model")
 
 
-def _fit_encoder(
-    weights: "Weights", config: "BertConfig", device: "torch.device", compute: str, max_tokens: int, max_length: int
+def _make_encoder(
+    weights: "Weights", config: "BertConfig", device: "torch.device", compute: str, max_tokens: int
 ) -> "Encoder":
-    """An encoder with the largest workspace that fits, from `max_tokens` down to one text. Raises EngineUnavailable."""
-    import torch  # noqa: PLC0415  loaded with the engine
-
     from serving.engines.cuda_encoder import Encoder, Fp8Encoder  # noqa: PLC0415  they need triton
 
     kind = Fp8Encoder if compute == "f8" else Encoder
-    while max_tokens >= max_length:
-        try:
-            return kind(weights, config, device, max_tokens, min(MAX_ROWS, -(-max_tokens // _LEAST_LENGTH)))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            max_tokens //= 2
-    raise EngineUnavailable(f"the GPU has no memory for the weights and {max_length} tokens")
+    return kind(weights, config, device, max_tokens, min(MAX_ROWS, -(-max_tokens // _LEAST_LENGTH)))

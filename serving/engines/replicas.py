@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from serving.engines import Embeddings, Engine, close_engine
+from serving.engines import Embeddings, Engine, close_engine, memory_of
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
@@ -37,6 +37,11 @@ class ReplicatedEngine:
         """Tokens of the largest batch that each GPU's memory holds, where one has learned it."""
         limits = [getattr(engine, "memory_limit_tokens", None) for engine in self._engines]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """See `memory_of`; what a lost GPU holds included."""
+        return memory_of(*self._engines)
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`. Raises what two engines raise on this batch, or the only one left."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 
 from serving.engines import has_nvidia_driver, open_engine
 from serving.engines.bert import list_linears
-from serving.engines.cuda import CudaEngine
+from serving.engines.cuda import CudaEngine, _Streams
 from serving.engines.packing import Limits, packed_size
 from serving.errors import EngineUnavailable
 from serving.tokenizer import pad_batch
@@ -92,13 +93,16 @@ class Recorded:
     def wait(self) -> None:
         self.log[-1] += f", wait {self.name}"
 
+    def synchronize(self) -> None:
+        self.log.append(f"host waits for {self.name}")
+
 
 def make_recorded_engine(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> CudaEngine:
     """An engine of 16 tokens on stand-ins, each line of whose log is what one stream gets."""
 
     @contextmanager
-    def enter(stream: str) -> Iterator[None]:
-        log.append(stream)
+    def enter(stream: Recorded) -> Iterator[None]:
+        log.append(stream.name)
         yield
 
     def compute(integers: Recorded, shape: Any) -> Recorded:
@@ -114,8 +118,8 @@ def make_recorded_engine(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> Cud
     engine = CudaEngine.__new__(CudaEngine)
     parts: dict[str, Any] = {
         "_encoder": SimpleNamespace(max_tokens=16, max_rows=16, long_length=32),
-        "_streams": SimpleNamespace(copy_in="in", compute="compute", copy_out="out"),
-        "_slots": [make_slot(0), make_slot(1)],
+        "_streams": _Streams(*(Recorded(name, log) for name in ("in", "compute", "out"))),
+        "_slots": deque((make_slot(0), make_slot(1))),
         "_vectors": Recorded("vectors", log),
         "_compute": compute,
     }

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engines.cuda import CudaEngine, _fit_encoder, _small_workspace, list_shapes, make_shape, round_tokens
+from serving.engines.cuda import CudaEngine, _make_encoder, _small_workspace, list_shapes, make_shape, round_tokens
 from serving.engines.packing import split_rows
-from serving.errors import EngineUnavailable
 
 
 @given(st.integers(1, 200_000))
@@ -35,8 +34,8 @@ def test_list_shapes_holds_the_shape_of_every_run(max_tokens: int) -> None:
 
 
 @pytest.fixture
-def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Any]:
-    """`_fit_encoder` for runs and texts of so many tokens, of an encoder that has its limits alone."""
+def encoder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """`_make_encoder` for runs of so many tokens, of an encoder that has its limits alone."""
 
     def make(weights: Any, config: Any, device: Any, max_tokens: int, max_rows: int) -> SimpleNamespace:
         return SimpleNamespace(max_tokens=max_tokens, max_rows=max_rows, long_length=32)
@@ -44,12 +43,12 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Any]:
     encoders = SimpleNamespace(Encoder=make, Fp8Encoder=make)
     monkeypatch.setitem(sys.modules, "serving.engines.cuda_encoder", encoders)
     nothing: Any = None
-    return lambda max_tokens, max_length: _fit_encoder(nothing, nothing, nothing, "f16", max_tokens, max_length)
+    return lambda max_tokens: _make_encoder(nothing, nothing, nothing, "f16", max_tokens)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 5, 16, 32, 33, 512])
-def test_runs_of_few_tokens_hold_a_text_of_as_many(max_tokens: int, fit: Callable[[int, int], Any]) -> None:
-    encoder = fit(max_tokens, max_tokens)
+def test_runs_of_few_tokens_hold_a_text_of_as_many(max_tokens: int, encoder_of: Callable[[int], Any]) -> None:
+    encoder = encoder_of(max_tokens)
     assert encoder.max_tokens == max_tokens
     assert encoder.max_rows >= max(1, max_tokens // 16)
     assert {shape.rows for shape in list_shapes(max_tokens, encoder.max_rows, True)} <= {
@@ -57,15 +56,10 @@ def test_runs_of_few_tokens_hold_a_text_of_as_many(max_tokens: int, fit: Callabl
     }
 
 
-def test_a_run_that_does_not_hold_the_longest_text_is_refused(fit: Callable[[int, int], Any]) -> None:
-    with pytest.raises(EngineUnavailable, match="no memory for the weights and 33 tokens"):
-        fit(32, 33)
-
-
-def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(fit: Callable[[int, int], Any]) -> None:
+def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(encoder_of: Callable[[int], Any]) -> None:
     """A run has a row for every 16 tokens of its limit: 40 tokens are far from 512, and still two runs."""
     engine, lengths = CudaEngine.__new__(CudaEngine), np.ones(40, dtype=np.int64)
-    engine._encoder = fit(512, 128)
+    engine._encoder = encoder_of(512)
     limits = engine._encoder.max_tokens, engine._encoder.max_rows
     assert limits == (512, 32)
     runs = list(split_rows(lengths, *limits))
@@ -85,10 +79,10 @@ def test_texts_of_one_token_are_split_by_rows_into_runs_of_a_listed_shape(fit: C
     ],
 )
 def test_long_texts_are_those_that_the_encoder_says_whatever_rows_a_graph_has(
-    lengths: list[int], is_long: bool, fit: Callable[[int, int], Any]
+    lengths: list[int], is_long: bool, encoder_of: Callable[[int], Any]
 ) -> None:
     engine = CudaEngine.__new__(CudaEngine)
-    engine._encoder = fit(131_072, 512)
+    engine._encoder = encoder_of(131_072)
     assert engine._choose_shape(np.array(lengths)).long == is_long
     engine._encoder.long_length = None
     assert not engine._choose_shape(np.array(lengths)).long

@@ -150,6 +150,7 @@ def test_models_are_described(url: str) -> None:
     assert (model["name"], model["dimension"], model["max_seq_length"], model["pooling"]) == ("tiny", 8, 16, "mean")
     assert (model["ready"], model["default"], model["compatibility"]) == (True, True, "drop-in")
     assert model["engine"].startswith("onnxruntime ")
+    assert model["engine_memory_bytes"] is None
     assert len(model["digest"]) == 64
 
 
