@@ -7,13 +7,12 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from flows.node import list_runnable
 from registry.approval import ApprovalPolicy
 from registry.gate import GateSettings
 from registry.manifest import SafeName, describe_validation
 from registry.settings import CONFIG_NAME, RegistrySettings
 from registry.store import Store, open_store
-from serving.engines import has_nvidia_driver
-from serving.engines.avx512 import find_problem
 from tasks.errors import TaskError
 from tasks.production.delivery import WorkerConfig
 from tasks.production.notify import WebhookConfig
@@ -23,15 +22,6 @@ from tasks.variants import KERNEL_VARIANTS, VARIANTS, Recipe, Variant, list_vari
 
 class ConfigRejected(TaskError):
     """A settings file with an unknown key or a value out of range."""
-
-
-def _has_cuda_engine() -> bool:
-    """Whether the cuda engine runs here; torch is asked only where the kernel has an NVIDIA driver."""
-    if not has_nvidia_driver():
-        return False
-    from serving.engines import cuda_node  # noqa: PLC0415  it starts CUDA
-
-    return cuda_node.find_problem(cuda_node.examine_node(), "f8") is None
 
 
 class OptimizeConfig(BaseModel):
@@ -55,12 +45,12 @@ class OptimizeConfig(BaseModel):
         default=(), description="STS files (score, sentence1, sentence2, tab-separated) to judge candidates on as well"
     )
     variants: tuple[str, ...] = Field(
-        default_factory=lambda: list_variants(_has_cuda_engine(), find_problem() is None),
+        default_factory=lambda: list_variants(list_runnable()),
         min_length=1,
         description="which variants to build: "
         + ", ".join((*VARIANTS, *KERNEL_VARIANTS))
-        + ", or a recipe's name; by default also those of cuda where there is a GPU, and int8-avx512 where the "
-        + "processor has AVX-512 VNNI and the model is one that its kernels know",
+        + ", or a recipe's name; by default also those of cuda that the GPU can run, and int8-avx512 where "
+        + "the processor has AVX-512 VNNI, if their kernels know the model",
     )
     recipe: tuple[Recipe, ...] = Field(
         default=(), description="variants of your own: [[optimize.recipe]] with name, build and steps"

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from serving.engines import num_cores
+from serving.engines import has_nvidia_driver, num_cores
 from serving.engines.avx512 import find_problem
 from tasks.measurement.hardware import cpu_flags, cpu_model, memory_gib
 from tasks.state import state_dir
@@ -30,6 +30,7 @@ _LIBRARIES = (
     ("mlflow", "forge", "tracking and comparing runs"),
     ("uvloop", "serve", "a faster event loop for the worker"),
 )
+_NO_DRIVER, _INSTALL_DRIVER = "no driver found", "install the NVIDIA driver, if there is a GPU"
 _DRIVER_SECONDS, _TORCH_SECONDS = 30.0, 120.0
 _ROOT = Path(__file__).parent.parent
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -58,8 +59,8 @@ def examine_node() -> list[Finding]:
         _instructions("fast int8", flags & _INT8_FLAGS, "int8 variants faster than fp32"),
         _instructions("fast bf16", flags & _BF16_FLAGS, "bf16-openvino; without it OpenVINO computes in fp32"),
         _avx512_engine(),
-        gpu := _gpu(),
-        _cuda_engine(gpu),
+        _gpu(),
+        _cuda_engine(),
         _disk(),
         *(_package(*entry) for entry in (*_ENGINES, *_LIBRARIES)),
     ]
@@ -89,7 +90,10 @@ def _avx512_engine() -> Finding:
 def _gpu() -> Finding:
     brings = "the TensorRT and CUDA engines"
     if shutil.which("nvidia-smi") is None:
-        return Finding("NVIDIA GPU", False, "no driver found", brings, "install the NVIDIA driver, if there is a GPU")
+        if has_nvidia_driver():  # a Jetson or a slim container
+            detail, remedy = "a driver, but no nvidia-smi that names the GPU", "the engines do without nvidia-smi"
+            return Finding("NVIDIA GPU", False, detail, brings, remedy)
+        return Finding("NVIDIA GPU", False, _NO_DRIVER, brings, _INSTALL_DRIVER)
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
     check = "check the driver: run nvidia-smi"
     try:
@@ -102,11 +106,11 @@ def _gpu() -> Finding:
     return Finding("NVIDIA GPU", True, "; ".join(lines), brings)
 
 
-def _cuda_engine(gpu: Finding) -> Finding:
-    """Asked in a process of its own, and only where there is a GPU: torch takes seconds and the GPU's memory."""
+def _cuda_engine() -> Finding:
+    """Asked in a process of its own, and only where there is a driver: torch takes seconds and the GPU's memory."""
     brings = "packed inference on kernels of our own: the cuda-fp16 and cuda-fp8 variants"
-    if not gpu.is_present:
-        return Finding("CUDA engine", False, gpu.detail, brings, gpu.remedy)
+    if not has_nvidia_driver():
+        return Finding("CUDA engine", False, _NO_DRIVER, brings, _INSTALL_DRIVER)
     command = [sys.executable, "-m", "serving.engines.cuda_node"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TORCH_SECONDS, cwd=_ROOT)

@@ -1,12 +1,13 @@
 """Engines: candidates whose engine is compiled on the node, through a sweep of recipes; what cannot be is set aside.
 
-So is a default variant of an engine of our own that does not know the model.
+So is a default variant of an engine of our own that does not know the model, or that a GPU's node cannot run.
 """
 
 from collections.abc import Iterable
 
 from flows.config import OptimizeConfig
-from serving.engines import avx512, cuda_node
+from flows.node import find_problem
+from serving.engines import has_nvidia_driver
 from serving.errors import EngineUnavailable
 from tasks.build import NotBuilt, build_engine, choose_build, describe_tensorrt, list_recipes, with_engine
 from tasks.errors import NothingBuilt
@@ -19,11 +20,14 @@ from tasks.variants import KERNEL_VARIANTS, Variant
 def without_misfits(config: OptimizeConfig, teacher: Teacher) -> tuple[OptimizeConfig, list[NotBuilt]]:
     """`config` without variants of our own engines that nobody asked for by name and that do not fit, with reasons.
 
-    Where `variants` names one, `check_engine` refuses it.
+    Those of cuda that cannot run here although there is a driver have one too. Where `variants` names what does not
+    fit or cannot run, `check_engine` refuses it.
     """
-    ours = [] if "variants" in config.model_fields_set else [n for n in config.variants if n in KERNEL_VARIANTS]
-    if not ours:
+    if "variants" in config.model_fields_set:
         return config, []
+    idle, ours = _list_idle(config), [name for name in config.variants if name in KERNEL_VARIANTS]
+    if not ours:
+        return config, idle
     from tasks.encoder import check_fits  # noqa: PLC0415  torch: seconds that no other variant pays
 
     misfits = []
@@ -34,7 +38,16 @@ def without_misfits(config: OptimizeConfig, teacher: Teacher) -> tuple[OptimizeC
             misfits.append(NotBuilt(variant=name, reason=str(error)))
     gone = {misfit.variant for misfit in misfits}
     kept = tuple(name for name in config.variants if name not in gone)
-    return (config.model_copy(update={"variants": kept}) if gone else config), misfits
+    return (config.model_copy(update={"variants": kept}) if gone else config), [*idle, *misfits]
+
+
+def _list_idle(config: OptimizeConfig) -> list[NotBuilt]:
+    """The variants of cuda that are not among the default ones although there is a driver, with what is missing."""
+    if not has_nvidia_driver():
+        return []
+    absent = [each for name, each in KERNEL_VARIANTS.items() if each.runtime == "cuda" and name not in config.variants]
+    problems = [(variant.name, find_problem(variant)) for variant in absent]
+    return [NotBuilt(variant=name, reason=f"cannot run here: {problem}") for name, problem in problems if problem]
 
 
 def check_engine(variant: Variant, teacher: Teacher) -> None:
@@ -42,8 +55,7 @@ def check_engine(variant: Variant, teacher: Teacher) -> None:
     from tasks.encoder import check_fits  # noqa: PLC0415  torch: seconds that no other variant pays
 
     check_fits(variant, teacher)
-    is_avx512 = variant.runtime == "avx512"
-    problem = avx512.find_problem() if is_avx512 else cuda_node.find_problem(cuda_node.examine_node(), variant.compute)
+    problem = find_problem(variant)
     if problem:
         raise EngineUnavailable(f"{variant.name} cannot run here: {problem}")
 

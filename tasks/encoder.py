@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from registry.manifest import EngineEntry, Runtime, hash_file
-from serving.engines.avx512 import SMOOTHED, check_sizes
+from serving.engines import avx512, cuda
 from serving.engines.bert import (
     CONFIG_NAME,
     E4M3_NAME,
@@ -129,7 +129,9 @@ def _read(teacher: Teacher, runtime: Runtime) -> tuple[Weights, BertConfig]:
     fields = json.loads(path.read_text(encoding="utf-8")) | {"pooling": teacher.pooling, "normalize": teacher.normalize}
     config = parse_config(fields, path)
     if runtime == "avx512":
-        check_sizes(path, config.hidden, config.intermediate, config.heads)
+        avx512.check_sizes(path, config.hidden, config.intermediate, config.heads)
+    if runtime == "cuda":
+        cuda.check_sizes(path, config)
     return load_weights(path.with_name(ENCODER_NAME), config), config
 
 
@@ -142,7 +144,7 @@ def save_integers(weights: Weights, config: BertConfig, calibration: Sequence[Id
         name = f"layers.{number}."
         for linear, part in enumerate(("qkv", "out", "up", "down")):
             weight = getattr(layer, f"{part}_weight")
-            if part in SMOOTHED:
+            if part in avx512.SMOOTHED:
                 factor = choose_factor(weight, reach[number, linear])
                 weight, tensors[f"{name}{part}.factor"] = weight / factor, factor
             tensors |= _round(f"{name}{part}", weight)

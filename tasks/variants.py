@@ -1,5 +1,6 @@
 """Variants: the recipes that `optimize` knows by name."""
 
+from collections.abc import Collection
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -155,7 +156,6 @@ VARIANTS: dict[str, Variant] = {
 _DEFAULT: tuple[Build, ...] = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")
 
 
-def list_variants(has_gpu: bool = False, has_avx512: bool = False) -> tuple[str, ...]:
-    """What is built unless something else is asked for; of the engines of our own, the variants that can run here."""
-    runs_here = {"cuda": has_gpu, "avx512": has_avx512}
-    return (*_DEFAULT, *(name for name, each in KERNEL_VARIANTS.items() if runs_here[each.runtime]))
+def list_variants(runnable: Collection[str] = ()) -> tuple[str, ...]:
+    """What is built unless something else is asked for, with the `runnable` ones of the engines of our own."""
+    return (*_DEFAULT, *(name for name in KERNEL_VARIANTS if name in runnable))

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engines import Embeddings, has_nvidia_driver
+from serving.engines import Embeddings
 from serving.engines.cuda_memory import fit_runs, is_out_of_memory
-from serving.engines.cuda_node import LEAST_CAPABILITY, examine_node, find_problem
+from serving.engines.cuda_node import find_problem_here
 from serving.engines.packing import FILLER, Lengths, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
+from serving.kernels import HEAD_SIZES
 from serving.tokenizer import Ids
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
 _STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
 _LONG_TOKENS = 4096  # of a run, from which long texts have graphs
 _NUM_SLOTS = 2
+_WIDTH = 128  # what the kernels take of a row of states or of the intermediate at a time
 
 
 _log = logging.getLogger(__name__)
@@ -57,9 +59,11 @@ class CudaEngine:
         torch = _require_gpu(compute)
         from serving.engines.bert import load_weights, read_config  # noqa: PLC0415  they need torch
 
-        self._config = read_config(path.with_name("config.json"))
+        config_path = path.with_name("config.json")
+        self._config = read_config(config_path)
+        check_sizes(config_path, self._config)
         weights = load_weights(path, self._config)
-        _check_model(path, self._config, weights, compute)
+        _check_calibration(path, weights, compute)
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._max_length = min(max_length, self._config.positions)
         self._streams = _Streams.make()
@@ -341,11 +345,7 @@ def _collect(waiting: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None
 
 def _require_gpu(compute: str) -> Any:
     """The torch module, once nothing keeps this machine from computing in `compute`. Raises EngineUnavailable."""
-    if compute in LEAST_CAPABILITY and not has_nvidia_driver():  # torch is not loaded to find that out
-        raise EngineUnavailable(
-            "no NVIDIA GPU that this machine has a driver for: install it if there is one, and give it to the container"
-        )
-    problem = find_problem(examine_node(), compute)
+    problem = find_problem_here(compute)
     if problem is not None:
         raise EngineUnavailable(str(problem))
     import torch  # noqa: PLC0415  only this engine needs it
@@ -353,18 +353,27 @@ def _require_gpu(compute: str) -> Any:
     return torch
 
 
-def _check_model(path: Path, config: "BertConfig", weights: "Weights", compute: str) -> None:
-    """Raise EngineUnavailable for sizes the kernels do not have, and for E4M3 without calibration."""
-    from serving.kernels.attention import HEAD_SIZES  # noqa: PLC0415  it needs triton
+def check_sizes(path: Path, config: "BertConfig") -> None:
+    """Raises EngineUnavailable for a model, described by `path`, whose sizes the kernels do not know; asks no GPU."""
+    problem = next(_list_misfits(config), None)
+    if problem is not None:
+        raise EngineUnavailable(f"{path}: {problem}: build it for onnxruntime, openvino or tensorrt")
 
+
+def _list_misfits(config: "BertConfig") -> Iterator[str]:
     size = config.hidden // config.heads
     if size not in HEAD_SIZES:
-        raise EngineUnavailable(f"{path}: num_attention_heads makes heads of {size}, the kernels know {HEAD_SIZES}")
+        known = " and ".join(map(str, HEAD_SIZES))
+        yield f"num_attention_heads {config.heads} makes heads of {size}, the kernels know {known}"
     for name, value in (("hidden_size", config.hidden), ("intermediate_size", config.intermediate)):
-        if value % 128:
-            raise EngineUnavailable(f"{path}: {name} {value} is no multiple of 128")
+        if value % _WIDTH:
+            yield f"{name} {value} is no multiple of {_WIDTH}"
     if config.positions < FILLER:
-        raise EngineUnavailable(f"{path}: max_position_embeddings {config.positions} is less than {FILLER}")
+        yield f"max_position_embeddings {config.positions} is less than {FILLER}"
+
+
+def _check_calibration(path: Path, weights: "Weights", compute: str) -> None:
+    """Raise EngineUnavailable for E4M3 without calibration."""
     if compute == "f8" and any(layer.amax is None for layer in weights.layers):
         raise EngineUnavailable(f"{path} holds no activation_amax: f8 needs a calibrated model")
 

@@ -7,6 +7,8 @@ import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from serving.engines import has_nvidia_driver
+
 LEAST_CAPABILITY = {"f16": (8, 0), "f8": (8, 9)}
 _INSTALL = "pip install '.[gpu]'"
 
@@ -24,7 +26,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What was found. `start_error`: what CUDA said when it was started; `architectures`: those torch was built for."""
+    """What was found. `start_error`: what CUDA said when it was started; `architectures`: those torch was built for.
+
+    `cc` is what the environment's CC says, `compiler` the program that triton would start.
+    """
 
     torch_version: str | None = None
     is_cuda_build: bool = False
@@ -35,6 +40,7 @@ class Node:
     architectures: tuple[str, ...] = ()
     compiler: str | None = None
     has_headers: bool = False
+    cc: str | None = None
 
 
 def examine_node() -> Node:
@@ -51,12 +57,18 @@ def examine_node() -> Node:
         torch.__version__,
         torch.backends.cuda.is_built(),
         triton.__version__,
-        compiler=os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        compiler=_find_compiler(os.environ.get("CC")),
         has_headers=(Path(sysconfig.get_path("include")) / "Python.h").exists(),
+        cc=os.environ.get("CC"),
     )
     if not found.is_cuda_build:
         return found
     return _ask_gpu(found)
+
+
+def _find_compiler(cc: str | None) -> str | None:
+    """As triton does: CC, where it is set, is the name of one program, so that arguments in it are part of the name."""
+    return shutil.which("gcc") or shutil.which("clang") if cc is None else shutil.which(cc)
 
 
 def _ask_gpu(found: Node) -> Node:
@@ -82,6 +94,16 @@ def find_problem(node: Node, compute: str) -> Problem | None:
     if node.start_error is not None:
         return _explain_start(node.start_error)
     return _check_capability(node, compute) or _check_compiler(node)
+
+
+def find_problem_here(compute: str) -> Problem | None:
+    """`find_problem` of this machine; torch is not loaded to find that there is no driver."""
+    if compute in LEAST_CAPABILITY and not has_nvidia_driver():
+        return Problem(
+            "no NVIDIA GPU that this machine has a driver for",
+            "install it if there is one, and give it to the container",
+        )
+    return find_problem(examine_node(), compute)
 
 
 def _explain_start(error: str) -> Problem:
@@ -113,6 +135,11 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def _check_compiler(node: Node) -> Problem | None:
+    if node.compiler is None and node.cc is not None:
+        return Problem(
+            f"CC is {node.cc!r}, which is no program that triton can start",
+            "set it to a C compiler's name or path without arguments, or unset it to use gcc or clang",
+        )
     if node.compiler is None:
         return Problem("triton needs a C compiler and finds none", "install gcc or set CC")
     if not node.has_headers:

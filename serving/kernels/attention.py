@@ -16,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from serving.kernels.handover import starts_early, take_over
 
-HEAD_SIZES = (32, 64)
 LONG_LENGTH = 128  # tokens that one attends to, on average, from which the larger tile measured faster
 # By head size and steadiness: stages of the ring of keys and values, and registers a thread where fewer than the
 # compiler takes measured faster, because more programs share a processor.
@@ -110,7 +109,7 @@ def attention(
     With `out_factor` (float32 [1]) out is E4M3 and takes the result times it. `is_long` chooses the tile
     that measured faster from LONG_LENGTH on; a sequence's result has the same bits wherever it lies
     if it `is_steady`. `is_upward` begins with the last rows, which whoever wrote qkv downward left in the second cache.
-    Head sizes: HEAD_SIZES.
+    Head sizes: those of `serving.kernels`.
     """
     num_tokens, hidden = out.shape
     size, is_early = hidden // heads, starts_early(qkv)

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app, main
-from flows.doctor import examine_node
+from flows.doctor import Finding, examine_node
 from flows.optimize import Outcome
 from flows.run import print_outcome
 from registry.gate import Measurement
@@ -85,9 +85,32 @@ def test_cli_doctor_prints_one_json_document(runner: CliRunner) -> None:
 
 def test_cli_doctor_without_a_driver_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    gpu = next(finding for finding in examine_node() if finding.subject == "NVIDIA GPU")
-    assert (gpu.is_present, gpu.detail) == (False, "no driver found")
-    assert "install the NVIDIA driver" in gpu.remedy
+    monkeypatch.setattr("serving.engines._DRIVER_PATHS", ())
+    for finding in find_gpu():
+        assert (finding.is_present, finding.detail) == (False, "no driver found")
+        assert "install the NVIDIA driver" in finding.remedy
+
+
+@pytest.mark.parametrize("is_present", [True, False])
+def test_cli_doctor_asks_the_cuda_engine_wherever_there_is_a_driver(
+    is_present: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A Jetson or a slim container has a driver and no nvidia-smi, and the engine runs."""
+    answer = {"is_present": is_present, "detail": "NVIDIA Thor, f16", "remedy": "" if is_present else "install gcc"}
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n[ \"$2\" = serving.engines.cuda_node ] && echo '{json.dumps(answer)}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("serving.engines._DRIVER_PATHS", (str(python),))
+    gpu, engine = find_gpu()
+    assert (engine.is_present, engine.detail, engine.remedy) == tuple(answer.values())
+    assert (gpu.is_present, gpu.detail) == (False, "a driver, but no nvidia-smi that names the GPU")
+
+
+def find_gpu() -> list[Finding]:
+    """What doctor says about the GPU and about its engine."""
+    return [finding for finding in examine_node() if finding.subject in {"NVIDIA GPU", "CUDA engine"}]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +130,7 @@ def test_cli_doctor_asks_the_driver(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("flows.doctor._DRIVER_SECONDS", 0.3)
-    gpu = next(finding for finding in examine_node() if finding.subject == "NVIDIA GPU")
+    gpu, _ = find_gpu()
     assert gpu.is_present is present
     assert detail in gpu.detail
 

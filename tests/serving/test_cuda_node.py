@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from serving.engines.cuda_node import Node, describe, examine_node, find_problem
+from serving.engines.cuda_node import Node, describe, examine_node, find_problem, find_problem_here
 
 GOOD = Node(
     "2.11.0", True, "3.6.0", None, "NVIDIA H200", (9, 0), ("sm_80", "sm_90", "compute_90"), "/usr/bin/gcc", True
@@ -37,6 +38,11 @@ def test_a_complete_node_has_no_problem(compute: str) -> None:
         ({"architectures": ("sm_80", "sm_86")}, "f16", "built for sm_80, sm_86, NVIDIA H200 is sm_90: install a build"),
         ({"architectures": ("sm_80", "sm_120", "compute_120")}, "f16", "is sm_90"),
         ({"compiler": None}, "f16", "C compiler and finds none: install gcc"),
+        (
+            {"compiler": None, "cc": "ccache gcc"},
+            "f16",
+            "CC is 'ccache gcc', which is no program .*: set it to a C comp",
+        ),
         ({"has_headers": False}, "f16", "headers and finds none: install python3-dev"),
     ],
 )
@@ -57,6 +63,41 @@ def test_examine_node_sees_the_libraries_that_are_here() -> None:
     node = examine_node()
     assert node.torch_version is not None
     assert node.gpu == "" or node.capability > (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cc", "found"),
+    [
+        (None, "gcc"),
+        ("my-cc", "my-cc"),
+        ("my-cc -m64", None),
+        ("", None),
+        ("/nonexistent/cc", None),
+    ],
+)
+def test_cc_is_a_compiler_where_it_is_a_program(
+    cc: str | None, found: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    for name in ("gcc", "my-cc"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if cc is not None:
+        monkeypatch.setenv("CC", cc)
+    node = examine_node()
+    assert (node.cc, node.compiler) == (cc, found and str(tmp_path / found))
+    problem = find_problem(replace(GOOD, cc=node.cc, compiler=node.compiler), "f16")
+    assert str(problem).startswith("None" if found else f"CC is {cc!r}, ")
+
+
+def test_find_problem_here_looks_at_the_node_only_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.engines._DRIVER_PATHS", ())
+    monkeypatch.setattr("serving.engines.cuda_node.examine_node", lambda: GOOD)
+    assert str(find_problem_here("f16")).startswith("no NVIDIA GPU that this machine has a driver for: install it")
+    assert str(find_problem_here("f32")).startswith("the cuda engine has no f32")
+    monkeypatch.setattr("serving.engines._DRIVER_PATHS", ("/",))
+    assert find_problem_here("f16") is None
 
 
 def test_describe_tells_what_the_gpu_computes_in_or_what_to_do() -> None:

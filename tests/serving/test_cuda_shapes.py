@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engines.cuda import CudaEngine, _make_encoder, _small_workspace, list_shapes, make_shape, round_tokens
+from serving.engines.bert import BertConfig
+from serving.engines.cuda import (
+    CudaEngine,
+    _make_encoder,
+    _small_workspace,
+    check_sizes,
+    list_shapes,
+    make_shape,
+    round_tokens,
+)
 from serving.engines.packing import split_rows
+from serving.errors import EngineUnavailable
 
 
 @given(st.integers(1, 200_000))
@@ -31,6 +42,31 @@ def test_list_shapes_holds_the_shape_of_every_run(max_tokens: int) -> None:
         for is_long in (False, True):
             assert make_shape(min(round_tokens(tokens), max_tokens), 4096, is_long) in shapes
     assert list_shapes(max_tokens, 4096, has_long=False) == [shape for shape in shapes if not shape.long]
+
+
+def make_config(**changes: int) -> BertConfig:
+    sizes = {"vocabulary": 10, "positions": 512, "hidden": 384, "layers": 1, "heads": 12, "intermediate": 1536}
+    return BertConfig(**{**sizes, **changes}, eps=1e-12, pooling="mean", normalize=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"heads": 6}, {"positions": 16}, {"hidden": 128, "heads": 2}])
+def test_sizes_that_the_kernels_know_pass(changes: dict[str, int]) -> None:
+    check_sizes(Path("config.json"), make_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 48}, "num_attention_heads 48 makes heads of 8, the kernels know 32 and 64"),
+        ({"heads": 3}, "num_attention_heads 3 makes heads of 128, the kernels know 32 and 64"),
+        ({"hidden": 320, "heads": 10}, "hidden_size 320 is no multiple of 128"),
+        ({"intermediate": 1600}, "intermediate_size 1600 is no multiple of 128"),
+        ({"positions": 15}, "max_position_embeddings 15 is less than 16"),
+    ],
+)
+def test_sizes_that_the_kernels_do_not_know_are_named_with_the_way_out(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(EngineUnavailable, match=rf"^config\.json: {message}: build it for onnxruntime"):
+        check_sizes(Path("config.json"), make_config(**changes))
 
 
 @pytest.fixture

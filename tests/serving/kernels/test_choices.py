@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from serving.kernels import attention_hopper, feed_forward, gemm_wide, handover
+from serving.kernels import HEAD_SIZES, attention, attention_hopper, feed_forward, gemm_wide, handover
 
 HALF, E4M3 = torch.float16, torch.float8_e4m3fn
+
+
+def test_attention_takes_the_head_sizes_that_models_are_held_to() -> None:
+    assert attention._LIMITS.keys() == {(size, is_steady) for size in HEAD_SIZES for is_steady in (False, True)}
+    assert set(attention_hopper.HEAD_SIZES) <= set(HEAD_SIZES)
 
 
 @pytest.mark.parametrize(
