@@ -67,7 +67,8 @@ def open_on(monkeypatch: pytest.MonkeyPatch) -> Open:
 
         for name, value in {
             "_require_gpu": lambda _: torch,
-            "_check_model": lambda *_: None,
+            "check_sizes": lambda *_: None,
+            "_check_calibration": lambda *_: None,
             "_Streams": SimpleNamespace(make=lambda: None),
             "_Slot": SimpleNamespace(make=lambda encoder, _: gpu.take("slot", encoder.max_tokens)),
         }.items():
