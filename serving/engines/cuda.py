@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serving.engines import Embeddings, has_nvidia_driver
 from serving.engines.cuda_node import LEAST_CAPABILITY, examine_node, find_problem
-from serving.engines.packing import FILLER, Lengths, check_batch, pack, packed_size, split_rows
+from serving.engines.packing import FILLER, Lengths, Limits, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
@@ -70,6 +70,11 @@ class CudaEngine:
             self._graphs = self._capture()
         self.runtime = f"cuda {torch.version.cuda} {torch.cuda.get_device_name(self._device)} {compute}"
         self.memory_bytes: int = torch.cuda.memory_reserved(self._device)
+
+    @property
+    def limits(self) -> Limits:
+        """What the model takes."""
+        return self._config.limits
 
     @property
     def max_tokens(self) -> int:
@@ -129,7 +134,7 @@ class CudaEngine:
 
     def _check(self, input_ids: Ids, attention_mask: Ids) -> Lengths:
         """The number of tokens of each text. Raises ValueError, also for one longer than the engine was opened for."""
-        lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        lengths = check_batch(input_ids, attention_mask, self.limits)
         longest = int(lengths.max())
         if longest > self._max_length:
             raise ValueError(f"a text of {longest} tokens, the engine was opened for texts of up to {self._max_length}")

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from serving.engines import Embeddings, Engine, close_engine
+from serving.engines.packing import Limits
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
@@ -37,6 +38,11 @@ class ReplicatedEngine:
         """Tokens of the largest batch that each GPU's memory holds, where one has learned it."""
         limits = [getattr(engine, "memory_limit_tokens", None) for engine in self._engines]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def limits(self) -> Limits | None:
+        """What the model takes, where its engines say it."""
+        return getattr(self._engines[0], "limits", None)
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`. Raises what two engines raise on this batch, or the only one left."""
