@@ -27,6 +27,7 @@ from serving.autotune import (
     write_choice,
 )
 from serving.engines import Embeddings, Engine, close_engine, has_nvidia_driver, memory_of, num_cores, open_engine
+from serving.engines.packing import Limits
 from serving.errors import BundleRejected, EngineUnavailable, ServingError
 from serving.settings import CustomKernelsSettings, ModelSource
 from serving.tokenizer import Ids
@@ -177,6 +178,21 @@ class Opener:
         )
 
     def _open(self, setup: Setup, cache: Path | None = None) -> Engine:
+        """Raises EngineUnavailable, and BundleRejected where the manifest promises longer texts than the model takes.
+
+        Engines of our own say how long those are; others fail on the longest text, at warm-up.
+        """
+        engine = self._load(setup, cache)
+        limits: Limits | None = getattr(engine, "limits", None)
+        if limits is not None and limits.positions < self._manifest.max_seq_length:
+            close_engine(engine)
+            raise BundleRejected(
+                f"{self._source.path}: max_seq_length of the manifest is {self._manifest.max_seq_length}, "
+                f"the model of its {setup.runtime} engine has {limits.positions} positions: build the bundle anew"
+            )
+        return engine
+
+    def _load(self, setup: Setup, cache: Path | None) -> Engine:
         """Raises EngineUnavailable, whatever the vendor's library raises."""
         entry = self._entries[setup.runtime]
         try:
@@ -198,7 +214,7 @@ class Opener:
         raise EngineUnavailable(reason)  # here: the error above would keep what the engine has of the GPU's memory
 
     def open_choice(self, choice: Choice, opened: Mapping[Setup, Engine] = MappingProxyType({})) -> Engine:
-        """The engine, or the pair of engines, of a choice. Raises EngineUnavailable.
+        """The engine, or the pair of engines, of a choice. Raises what `_open` raises.
 
         Engines of `opened` are taken where they fit and closed where they do not.
         """

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,25 @@ STATES_NAME = "state_amax"  # [layers, 2]: largest state before the norm behind 
 LINEARS = ("attention/self", "attention/output/dense", "intermediate/dense", "output/dense")
 E4M3_NAME, E4M3_VERSION = "e4m3", 1  # of config.json: which linear layers E4M3 leaves in float16
 _OUTPUT, _NARROW = 1, 512  # of LINEARS the output projection, and the hidden size up to which E4M3 does not speed it up
-# What the forward pass is: a config that says otherwise is another architecture.
+# What the forward pass is: a config that says otherwise is another architecture. None also stands for nothing said.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("bert",),
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False, None),
     "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "auto_map": (None,),  # code of its own
     "pooling": ("mean", "cls", "lasttoken"),
     "normalize": (True, False),
 }
+# The largest size: kernels count in 32 bits. Of every layer the linear layers are named before a tensor is looked for.
+_MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 1024
+_MAX_FLOAT = torch.finfo(torch.float32).max
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names the types of weights
+_SHORT = Repr()  # what a file holds may be as long and as deeply nested as it likes, a message may not
+_SHORT.maxstring = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,25 +150,24 @@ def read_config(path: Path) -> BertConfig:
     """Read config.json. Raises EngineUnavailable naming the field that our kernels cannot honour."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineUnavailable(f"{path} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise EngineUnavailable(f"{path} holds {_SHORT.repr(fields)}, it must hold a JSON object")
     return parse_config(fields, path)
 
 
 def parse_config(fields: dict[str, Any], path: Path) -> BertConfig:
     """What `path` says. Raises EngineUnavailable naming the field that our kernels cannot honour."""
-    for name, allowed in _FIXED.items():
-        if fields.get(name) not in allowed:
-            known = ", ".join(repr(value) for value in allowed if value is not None)
-            raise EngineUnavailable(f"{path}: {name} is {fields.get(name)!r}, our kernels know {known}")
+    _check_architecture(path, fields)
     config = BertConfig(
         vocabulary=_size(path, fields, "vocab_size"),
         positions=_size(path, fields, "max_position_embeddings"),
         hidden=_size(path, fields, "hidden_size"),
-        layers=_size(path, fields, "num_hidden_layers"),
+        layers=_size(path, fields, "num_hidden_layers", _MAX_LAYERS),
         heads=_size(path, fields, "num_attention_heads"),
         intermediate=_size(path, fields, "intermediate_size"),
-        eps=float(fields.get("layer_norm_eps", 1e-12)),
+        eps=_read_eps(path, fields),
         pooling=fields["pooling"],
         normalize=fields["normalize"],
         float16=_read_float16(path, fields),
@@ -168,16 +177,33 @@ def parse_config(fields: dict[str, Any], path: Path) -> BertConfig:
     return config
 
 
-def _size(path: Path, fields: dict[str, Any], name: str) -> int:
+def _check_architecture(path: Path, fields: dict[str, Any]) -> None:
+    """Raise EngineUnavailable for a field that changes what is computed. Those of training, and caches, do not."""
+    width = {"embedding_size": (fields.get("hidden_size"), None)}  # without a projection words are as wide as the rest
+    for name, allowed in (_FIXED | width).items():
+        value = fields.get(name)
+        if not any(type(value) is type(each) and value == each for each in allowed):  # 1 is not True
+            known = ", ".join(_SHORT.repr(each) for each in allowed if each is not None) or "none"
+            raise EngineUnavailable(f"{path}: {name} is {_SHORT.repr(value)}, our kernels know {known}")
+
+
+def _size(path: Path, fields: dict[str, Any], name: str, limit: int = _MAX_SIZE) -> int:
     value = fields.get(name)
-    if not isinstance(value, int) or value < 1:
-        raise EngineUnavailable(f"{path}: {name} is {value!r}, it must be a positive integer")
+    if type(value) is not int or not 1 <= value <= limit:  # a bool is an int, too
+        raise EngineUnavailable(f"{path}: {name} is {_SHORT.repr(value)}, it must be an integer from 1 to {limit}")
     return value
+
+
+def _read_eps(path: Path, fields: dict[str, Any]) -> float:
+    value = fields.get("layer_norm_eps", 1e-12)
+    if type(value) not in (int, float) or not 0 < value <= _MAX_FLOAT:
+        raise EngineUnavailable(f"{path}: layer_norm_eps is {_SHORT.repr(value)}, it must be a finite number above 0")
+    return float(value)
 
 
 def _read_float16(path: Path, fields: dict[str, Any]) -> frozenset[str]:
     """The layers that the file keeps in float16: those it names, where it says nothing those of `keep_by_default`."""
-    hidden, layers = (_size(path, fields, name) for name in ("hidden_size", "num_hidden_layers"))
+    hidden, layers = _size(path, fields, "hidden_size"), _size(path, fields, "num_hidden_layers", _MAX_LAYERS)
     if E4M3_NAME not in fields:
         return keep_by_default(hidden, layers)
     section = fields[E4M3_NAME]
@@ -185,17 +211,19 @@ def _read_float16(path: Path, fields: dict[str, Any]) -> frozenset[str]:
         raise EngineUnavailable(f"{path}: {E4M3_NAME} is {type(section).__name__}, it must be an object")
     if section.get("schema_version") != E4M3_VERSION:
         version = section.get("schema_version")
-        raise EngineUnavailable(f"{path}: {E4M3_NAME} has schema_version {version!r}, this engine reads {E4M3_VERSION}")
+        raise EngineUnavailable(
+            f"{path}: {E4M3_NAME} has schema_version {_SHORT.repr(version)}, this engine reads {E4M3_VERSION}"
+        )
     if section.keys() != {"schema_version", "float16"}:
         raise EngineUnavailable(f"{path}: {E4M3_NAME} holds {sorted(section)}, it must hold float16, schema_version")
     names, known = section["float16"], list_linears(layers)
     if not isinstance(names, list):
-        raise EngineUnavailable(f"{path}: {E4M3_NAME}.float16 is {names!r}, it must be a list of names")
+        raise EngineUnavailable(f"{path}: {E4M3_NAME}.float16 is {_SHORT.repr(names)}, it must be a list of names")
     for name in names:
         if name not in known:
             raise EngineUnavailable(
-                f"{path}: {E4M3_NAME}.float16 names {name!r}, which is no linear layer of this model: they go from "
-                f"{known[0]} to {known[-1]}"
+                f"{path}: {E4M3_NAME}.float16 names {_SHORT.repr(name)}, which is no linear layer of this model: "
+                f"they go from {known[0]} to {known[-1]}"
             )
     return frozenset(names)
 
@@ -203,7 +231,8 @@ def _read_float16(path: Path, fields: dict[str, Any]) -> frozenset[str]:
 def load_weights(path: Path, config: BertConfig, dtype: torch.dtype = torch.float32) -> Weights:
     """Read the tensors of a safetensors file into host memory, every shape checked against `config`.
 
-    Raises EngineUnavailable for a file that is short or damaged, and for a tensor that is missing or of another shape.
+    Raises EngineUnavailable for a file that is short or damaged, for a tensor that is missing, of another shape, not of
+    floats or not finite, and for a calibrated value that E4M3 cannot scale by.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -222,8 +251,12 @@ class _Reader:
         hidden = config.hidden
         types = self._tensor("embeddings.token_type_embeddings.weight", None, hidden)
         positions = self._tensor("embeddings.position_embeddings.weight", config.positions, hidden)
-        amax = self._calibrated(AMAX_NAME, (config.layers, len(LINEARS)))
-        states = self._calibrated(STATES_NAME, (config.layers, 2))
+        linears = torch.tensor([name not in config.float16 for name in list_linears(config.layers)])
+        linears = linears.view(config.layers, len(LINEARS))
+        # The first state of a layer is for its own intermediate layer, the second for the next one's queries.
+        queries, intermediate = torch.cat((linears[1:, 0], torch.tensor([False]))), linears[:, 2]
+        amax = self._calibrated(AMAX_NAME, linears)
+        states = self._calibrated(STATES_NAME, torch.stack((intermediate, queries), dim=1))
         return Weights(
             words=self._tensor("embeddings.word_embeddings.weight", config.vocabulary, hidden).to(self._dtype),
             positions=(positions + types[0]).to(self._dtype),
@@ -235,12 +268,18 @@ class _Reader:
             ),
         )
 
-    def _calibrated(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """What calibration wrote, if it did."""
+    def _calibrated(self, name: str, needed: Tensor) -> Tensor | None:
+        """What calibration wrote, if it did: of the shape of `needed`, above 0 where that is true."""
         if name not in self._names:
             return None
-        tensor: Tensor = self._file.get_tensor(name).float()
-        self._check(name, tensor, shape)
+        tensor = self._read(name, tuple(needed.shape))
+        bad = (needed & (tensor <= 0)).nonzero().tolist()
+        if bad:
+            layer, column = bad[0]
+            raise EngineUnavailable(
+                f"{self._path}: {name}[{layer}, {column}] is {tensor[layer, column]}, E4M3 needs a number above 0: "
+                "calibrate the model anew"
+            )
         return tensor
 
     def _layer(self, number: int, config: BertConfig, amax: Tensor | None, state_amax: Tensor | None) -> Layer:
@@ -267,14 +306,24 @@ class _Reader:
         full = self._prefix + name
         if full not in self._names:
             raise EngineUnavailable(f"{self._path} holds no tensor {full}")
-        tensor: Tensor = self._file.get_tensor(full).float()
-        self._check(full, tensor, shape)
-        return tensor
+        return self._read(full, shape)
 
-    def _check(self, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-        fits = len(shape) == tensor.ndim and all(b in (a, None) for a, b in zip(tensor.shape, shape, strict=True))
+    def _read(self, name: str, shape: tuple[int | None, ...]) -> Tensor:
+        part = self._file.get_slice(name)
+        found, kind = tuple(part.get_shape()), part.get_dtype()
+        fits = len(found) == len(shape) and all(a == b if b else a > 0 for a, b in zip(found, shape, strict=True))
         if not fits:
-            raise EngineUnavailable(f"{self._path}: {name} is {tuple(tensor.shape)}, config.json says {shape}")
+            wanted = str(shape).replace("None", "1 or more")
+            raise EngineUnavailable(f"{self._path}: {name} is {found}, config.json says {wanted}")
+        if kind not in _FLOATS:
+            raise EngineUnavailable(f"{self._path}: {name} is of {kind}, weights must be of {', '.join(_FLOATS)}")
+        tensor: Tensor = self._file.get_tensor(name)
+        low, high = (each.item() for each in tensor.aminmax())  # one pass; both are NaN where any value is
+        if not -_MAX_FLOAT <= low <= high <= _MAX_FLOAT:
+            raise EngineUnavailable(
+                f"{self._path}: {name} holds values from {low} to {high}, they must be finite in float32"
+            )
+        return tensor.float()
 
 
 # Of a layer, one of its linear layers and that one's input [T, K]: what the linear layer computes with instead.

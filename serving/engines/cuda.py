@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from serving.engines import Embeddings
 from serving.engines.cuda_memory import fit_runs, is_out_of_memory
 from serving.engines.cuda_node import find_problem_here
-from serving.engines.packing import FILLER, Lengths, check_batch, pack, packed_size, split_rows
+from serving.engines.packing import FILLER, Lengths, Limits, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
 from serving.kernels import HEAD_SIZES
 from serving.tokenizer import Ids
@@ -73,6 +73,11 @@ class CudaEngine:
         fit_runs(partial(self._allocate, weights, compute), self._free, max_tokens, self._max_length)
         self.runtime = f"cuda {torch.version.cuda} {torch.cuda.get_device_name(self._device)} {compute}"
         self.memory_bytes = max(0, torch.cuda.memory_reserved(self._device) - before)
+
+    @property
+    def limits(self) -> Limits:
+        """What the model takes."""
+        return self._config.limits
 
     @property
     def max_tokens(self) -> int:
@@ -149,7 +154,7 @@ class CudaEngine:
 
     def _check(self, input_ids: Ids, attention_mask: Ids) -> Lengths:
         """The number of tokens of each text. Raises ValueError, also for one longer than the engine was opened for."""
-        lengths = check_batch(input_ids, attention_mask, self._config.limits)
+        lengths = check_batch(input_ids, attention_mask, self.limits)
         longest = int(lengths.max())
         if longest > self._max_length:
             raise ValueError(f"a text of {longest} tokens, the engine was opened for texts of up to {self._max_length}")

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from serving.engines import Embeddings, Engine, close_engine, memory_of
+from serving.engines.packing import Limits
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
 
@@ -42,6 +43,11 @@ class ReplicatedEngine:
     def memory_bytes(self) -> int | None:
         """See `memory_of`; what a lost GPU holds included."""
         return memory_of(*self._engines)
+
+    @property
+    def limits(self) -> Limits | None:
+        """What the model takes, where its engines say it."""
+        return getattr(self._engines[0], "limits", None)
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`. Raises what two engines raise on this batch, or the only one left."""

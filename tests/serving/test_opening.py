@@ -11,10 +11,13 @@ from registry.manifest import EngineEntry, digest_of, read_manifest
 from serving.autotune import Choice, Setup, record_path
 from serving.engines import Engine, num_cores, open_engine
 from serving.engines.onnxruntime import OnnxRuntimeEngine
+from serving.engines.packing import Limits
+from serving.engines.replicas import ReplicatedEngine
 from serving.errors import BundleRejected, EngineUnavailable
 from serving.models import LoadedModel, load_model
 from serving.opening import Opened, Opener, SwitchedEngine
 from serving.settings import CustomKernelsSettings, ModelSource
+from tests.serving.conftest import MAX_LENGTH
 from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, die
 from tests.serving.test_models import engine_entries, rewrite
 
@@ -97,6 +100,38 @@ def test_without_our_own_kernels_the_portable_engine_serves(bundle: Path, tmp_pa
     assert fallen == ["avx512"]
     with pytest.raises(EngineUnavailable, match=r"cannot be read|no AVX-512|not compiled"):
         open_best(folder, engine="avx512")
+
+
+class OfOurOwn(WrappedEngine):
+    """It says what its model takes."""
+
+    def __init__(self, inner: Engine, positions: int) -> None:
+        super().__init__(inner)
+        self.limits = Limits(vocabulary=100, positions=positions)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_manifest_that_promises_longer_texts_than_the_model_takes_is_refused_with_both_lengths(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_gpus: int
+) -> None:
+    folder = copy_with(bundle, tmp_path, "avx512")
+    opened: list[OfOurOwn] = []
+
+    def open_short(path: Path, *_: object, **__: object) -> Engine:
+        graph = path / read_manifest(path).engines[0].file
+        opened.extend(OfOurOwn(OnnxRuntimeEngine(graph, 1), MAX_LENGTH) for _ in range(num_gpus))
+        return opened[-1] if num_gpus == 1 else ReplicatedEngine(opened[-num_gpus:])
+
+    monkeypatch.setattr("serving.opening.open_engine", open_short)
+    open_best(folder)
+    opened.clear()
+    rewrite(folder, engines=engine_entries(folder, "avx512"), max_seq_length=MAX_LENGTH + 1)
+    message = (
+        rf"copy: max_seq_length of the manifest is {MAX_LENGTH + 1}, the model of its avx512 engine has {MAX_LENGTH}"
+    )
+    with pytest.raises(BundleRejected, match=message):
+        load_model(ModelSource(path=folder))
+    assert [engine.is_closed for engine in opened] == [True] * num_gpus
 
 
 def test_settings_override_the_measurement(bundle: Path, tmp_path: Path) -> None:
