@@ -1,8 +1,11 @@
-"""Kernels in CUDA C++ compile for their GPUs on any machine: Hopper, and Jetson Thor where nothing is only Hopper's."""
+"""Kernels compile for their GPUs on any machine: those in CUDA C++ for Hopper, and for Jetson Thor where nothing is
+only Hopper's; those that any GPU runs for others.
+"""
 
 import ctypes
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,8 @@ from serving.kernels import attention_hopper, feed_forward, few_tokens_cluster, 
 from serving.kernels.compiled import CompileFailed, compile_kernel
 from serving.kernels.gemm_wide import Form
 from tests.e2e.prepare import COMPILER_FOLDER
+from tests.serving.kernels.compile_portable import GPUS, MODULES
+from tests.serving.kernels.launches import compile_alone
 
 pytestmark = pytest.mark.e2e
 HOPPER, THOR = "sm_90a", "sm_110a"
@@ -60,3 +65,13 @@ def test_few_tokens_as_a_cluster_compiles(rows: int, pooling: str, architecture:
 def test_what_does_not_compile_says_why() -> None:
     with pytest.raises(CompileFailed, match="GELU"):
         compile_kernel("gemm_wide", HOPPER, {"RESIDUAL": 0, "DEEP": 0})
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_what_any_gpu_runs_compiles(capability: int, tmp_path: Path) -> None:
+    gpu, compiled = GPUS[capability], compile_alone("compile_portable", tmp_path, str(capability))
+    assert len({each.kernel for kernels in compiled.values() for each in kernels}) == len(MODULES)
+    for form, kernels in compiled.items():
+        assert len(kernels) == 1, (form, kernels)
+        assert gpu.can_run(kernels[0]), (form, kernels)
+        assert not kernels[0].is_early, form

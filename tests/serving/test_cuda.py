@@ -194,8 +194,10 @@ def test_cuda_engine_equals_the_oracle_in_runs_of_any_size(compute: str, float16
     is_rounded = compute == "f8" and float16 != EVERYTHING
     assert (vectors * oracle).sum(axis=1).min() > (0.97 if is_rounded else 0.9999)
     before = torch.cuda.memory_reserved()
+    # E4M3 magnifies the last bit, and other GPUs than Hopper may compute it otherwise in another batch.
+    limit = 1e-3 if compute == "f16" else 0.05
     for count in range(1, len(rows)):
-        np.testing.assert_allclose(engine.embed(*pad_batch(rows[:count])), vectors[:count], atol=0.05)
+        np.testing.assert_allclose(engine.embed(*pad_batch(rows[:count])), vectors[:count], atol=limit)
     assert torch.cuda.memory_reserved() == before
     with pytest.raises(ValueError, match="positions"):
         engine.embed(*pad_batch([np.zeros(129, dtype=np.int64)]))

@@ -1,5 +1,7 @@
 """Every kernel against its plain-PyTorch twin: odd shapes, fresh inputs, poisoned outputs."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,7 +70,7 @@ def test_attention_quantises_by_the_given_factor(device: torch.device) -> None:
     assert relative_error(out.float() / factor, oracle) < ONE_STEP
 
 
-@pytest.mark.parametrize("rows", [1, 64, 65, 130])
+@pytest.mark.parametrize("rows", [1, 64, 65, 130, 511, 512])
 @pytest.mark.parametrize("gelu", [False, True])
 def test_linear_equals_reference(rows: int, gelu: bool, device: torch.device) -> None:
     x, weight, bias = draw(rows, 64, device=device), draw(192, 64, device=device, scale=0.2), draw(192, device=device)
@@ -109,16 +111,18 @@ def test_linear_goes_from_one_type_to_the_other(is_narrow: bool, device: torch.d
         assert relative_error(narrow.float() / factor, oracle) < ONE_STEP
 
 
-def test_add_product_adds_in_place(device: torch.device) -> None:
-    x, weight, total = draw(33, 64, device=device), draw(48, 64, device=device), draw(33, 48, device=device)
+@pytest.mark.parametrize("rows", [33, 511, 512])
+def test_add_product_adds_in_place(rows: int, device: torch.device) -> None:
+    x, weight, total = draw(rows, 64, device=device), draw(48, 64, device=device), draw(rows, 48, device=device)
     plain, oracle = total + x @ weight.T, total.float() + x.float() @ weight.float().T
     add_product(x, weight, total)
     assert_as_exact_as(total, plain, oracle)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("hidden", [64, 384])
+@pytest.mark.parametrize(
+    ("rows", "with_residual", "hidden"),
+    [*product([1, 2, 7], [False, True], [64, 384]), (511, True, 64), (511, False, 384), (512, True, 384)],
+)
 def test_add_norm_equals_reference(rows: int, with_residual: bool, hidden: int, device: torch.device) -> None:
     x, residual = draw(rows, hidden, device=device), draw(rows, hidden, device=device)
     bias, weight, shift = (draw(hidden, device=device) for _ in range(3))
