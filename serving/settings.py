@@ -55,7 +55,9 @@ class _Section(BaseModel):
 class BatchingSettings(_Section):
     """`[embedding.batching]`: what one engine run may hold, and when the queue is full."""
 
-    max_batch_size: int = Field(default=64, ge=1, le=4096, description="texts in one engine run")
+    max_batch_size: int | None = Field(
+        default=None, ge=1, le=4096, description="texts in one engine run; by default 64, on the cuda engine 256"
+    )
     max_batch_tokens: int = Field(default=8192, ge=16, description="tokens in one engine run, padding included")
     max_queue_tokens: int = Field(
         default=65_536,
