@@ -13,7 +13,7 @@ from typing import Any
 
 from serving.engines import has_nvidia_driver, num_cores
 from serving.engines.avx512 import find_problem
-from tasks.measurement.hardware import cpu_flags, cpu_model, memory_gib
+from tasks.measurement.hardware import INT8_FLAGS, cpu_flags, cpu_model, memory_gib
 from tasks.state import state_dir
 
 _ENGINES = (
@@ -34,7 +34,6 @@ _NO_DRIVER, _INSTALL_DRIVER = "no driver found", "install the NVIDIA driver, if 
 _DRIVER_SECONDS, _TORCH_SECONDS = 30.0, 120.0
 _ROOT = Path(__file__).parent.parent
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-_INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ def examine_node() -> list[Finding]:
         Finding(
             "python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}", "everything"
         ),
-        _instructions("fast int8", flags & _INT8_FLAGS, "int8 variants faster than fp32"),
+        _instructions("fast int8", flags & INT8_FLAGS, "int8 variants faster than fp32"),
         _instructions("fast bf16", flags & _BF16_FLAGS, "bf16-openvino; without it OpenVINO computes in fp32"),
         _avx512_engine(),
         _gpu(),

@@ -26,7 +26,6 @@ from serving.vector_cache import VectorCache
 
 # Requests are looked at this often for a missed deadline or a client that hung up.
 _PATROL_SECONDS = 0.05
-_BATCH_SIZE, _GPU_BATCH_SIZE = 64, 256  # texts of one engine run, the latter where the cuda engine takes them
 _STOP_SECONDS = 1.0
 # Part of the latency objective that one engine run may take: a newcomer waits for a run it missed, then for its own.
 _RUN_SHARE = 0.125
@@ -68,7 +67,7 @@ class EmbeddingService:
             open_spare=model.open_spare,
             on_event=metrics.count_engine_event,
         )
-        num_runs, runs = model.choice.large.num_instances, batch_limits(limits, model.has_custom_kernels)
+        num_runs, runs = model.choice.large.num_instances, _batch_limits(limits, model.has_custom_kernels)
         self._runner = EngineRunner(
             self._engine,
             Batcher(self._queue, runs, LatencyModel(model.cost.runs), model.grid, num_runs),
@@ -333,10 +332,9 @@ class EmbeddingService:
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
 
 
-def batch_limits(settings: BatchingSettings, on_gpu: bool) -> Limits:
-    """What one engine run may hold; large requests want large runs where a GPU takes them."""
+def _batch_limits(settings: BatchingSettings, has_custom_kernels: bool) -> Limits:
     return Limits(
-        settings.max_batch_size or (_GPU_BATCH_SIZE if on_gpu else _BATCH_SIZE),
+        settings.batch_size(has_custom_kernels),
         settings.max_batch_tokens,
         settings.max_wait_time_ms / 1000,
         max_run_seconds=_RUN_SHARE * settings.latency_objective_ms / 1000 if settings.adaptive else math.inf,

@@ -48,6 +48,9 @@ Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_secrets), Afte
 Devices = Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...], AfterValidator(_check_devices)]
 
 
+_BATCH_SIZE, _GPU_BATCH_SIZE = 64, 256  # texts in one engine run where nothing is set
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -79,6 +82,10 @@ class BatchingSettings(_Section):
         description="95 of 100 accepted requests of one text are answered within this: others get 429 at once",
     )
     max_texts_per_request: int = Field(default=2048, ge=1, description="texts one request may hold")
+
+    def batch_size(self, has_custom_kernels: bool) -> int:
+        """Texts in one engine run; large requests want larger ones where the cuda engine takes them."""
+        return self.max_batch_size or (_GPU_BATCH_SIZE if has_custom_kernels else _BATCH_SIZE)
 
 
 class LimitsSettings(_Section):

@@ -53,7 +53,7 @@ def describe_info(model: LoadedModel, settings: Settings) -> dict[str, Any]:
         "max_concurrent_requests": batching.max_queue_size,
         "max_input_length": manifest.max_seq_length,
         "max_batch_tokens": batching.max_batch_tokens,
-        "max_batch_requests": batching.max_batch_size,
+        "max_batch_requests": batching.batch_size(model.has_custom_kernels),
         "max_client_batch_size": batching.max_texts_per_request,
         "auto_truncate": True,
         "tokenization_workers": 1,

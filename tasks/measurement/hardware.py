@@ -9,6 +9,8 @@ from pathlib import Path
 from serving.engines import has_nvidia_driver, num_cores
 
 _DRIVER_SECONDS = 30.0
+# Those that add up products of int8 in 32 bits: without one of them kernels do it in 16, slower, and saturate.
+INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 # Instruction sets that decide how fast int8 and bf16 run.
 _FLAGS = (
     "avx2",

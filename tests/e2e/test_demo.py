@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tasks.measurement.hardware import INT8_FLAGS, cpu_flags
 from tests.e2e.conftest import Project
 
 pytestmark = pytest.mark.e2e
@@ -30,8 +31,9 @@ def test_demo_publishes_and_serves_a_bundle_that_passes(project: Project) -> Non
     assert first["model"] == "all-MiniLM-L6-v2"
     assert 22.5e6 < first["teacher_params"] < 22.8e6
     assert {frozenset(candidate) for candidate in first["candidates"]} == {frozenset(CANDIDATE_KEYS)}
-    passing = [c for c in first["candidates"] if c["precision"] == "int8" and c["verdict"] == "pass"]
-    assert any(c["cosine_mean"] >= 0.99 for c in passing)
+    passing = [c["precision"] for c in first["candidates"] if c["verdict"] == "pass" and c["cosine_mean"] >= 0.99]
+    exact = bool(INT8_FLAGS & set(cpu_flags()))  # otherwise integers saturate, and the gate lets none of them pass
+    assert ("int8" in passing) == exact
     assert first["worker"]["cosine_vs_teacher"] >= 0.99
     assert first["peak_memory_mb"] <= 4096 * 1.048576
 

@@ -4,6 +4,7 @@ import pytest
 
 from serving.config import describe_settings, iterate_keys, load_settings
 from serving.errors import ConfigInvalid
+from serving.settings import BatchingSettings
 
 BUNDLE = ["--bundle", "/bundle"]
 
@@ -212,3 +213,10 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 0
     text = capsys.readouterr().out
     assert all(key.flag in text for key in iterate_keys() if key.path != ("models", "available"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_gpu", "size"), [(None, False, 64), (None, True, 256), (7, False, 7), (7, True, 7)]
+)
+def test_runs_are_larger_on_the_cuda_engine_unless_a_size_is_set(asked: int | None, on_gpu: bool, size: int) -> None:
+    assert BatchingSettings(max_batch_size=asked).batch_size(on_gpu) == size

@@ -20,8 +20,7 @@ from serving.errors import (
 from serving.latency_model import Run
 from serving.metrics import Metrics
 from serving.models import LoadedModel
-from serving.service import EmbeddingService, batch_limits
-from serving.settings import BatchingSettings
+from serving.service import EmbeddingService
 from serving.texts import EmbedRequest, shorten
 from tests.bundles import WORDS
 from tests.serving.conftest import keep_open, make_settings, with_engine
@@ -361,10 +360,3 @@ def test_failed_text_is_counted_and_not_kept(bundle: Path, model: LoadedModel) -
     metrics = Bench(bundle, with_engine(model, engine), cache_bytes=100_000).run(body)
     assert sample(metrics, "akidb_engine_failed_texts_total") == 2
     assert sample(metrics, "akidb_cache_lookups_total", result="hit") == 0
-
-
-@pytest.mark.parametrize(
-    ("asked", "on_gpu", "size"), [(None, False, 64), (None, True, 256), (7, False, 7), (7, True, 7)]
-)
-def test_runs_are_larger_on_a_gpu_unless_a_size_is_set(asked: int | None, on_gpu: bool, size: int) -> None:
-    assert batch_limits(BatchingSettings(max_batch_size=asked), on_gpu).max_batch_size == size

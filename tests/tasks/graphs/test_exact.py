@@ -9,9 +9,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from registry.gate import GateLimits
 from serving.engines import open_engine
 from tasks.evaluate import open_candidate
 from tasks.graphs.exact import write_exact_twin
+from tasks.measurement.hardware import INT8_FLAGS, cpu_flags
 from tests.forge import Forge
 from tests.texts import make_sentences
 
@@ -57,7 +59,10 @@ def test_exact_twin_adds_up_what_16_bits_cannot_hold(zero: int, tmp_path: Path) 
 def test_int8_is_judged_on_exact_arithmetic_and_serves_close_to_it(name: str, forge: Forge) -> None:
     judged = forge.study.find(name)
     served = judged.quality.metrics["engine_cosine_mean"]
-    assert 0.999 < served.low < served.high  # measured, not taken for granted
+    if INT8_FLAGS & set(cpu_flags()):
+        assert 0.999 < served.low < served.high  # measured, not taken for granted
+    else:  # saturated: close, and not close enough for the gate
+        assert 0.99 < served.low < served.high < GateLimits().min_engine_cosine
     encode, engine = open_candidate(judged.candidate, is_exact=True)
     exact = encode(make_sentences(20), lambda steps: None)
     engine.close()
