@@ -13,11 +13,11 @@ from serving.kernels import attention_hopper, feed_forward, few_tokens_cluster, 
 from serving.kernels.compiled import CompileFailed, compile_kernel
 from serving.kernels.gemm_wide import Form
 from tests.e2e.prepare import COMPILER_FOLDER
-from tests.serving.kernels.compile_portable import GPUS, MODULES
+from tests.serving.kernels.compile_portable import MODULES, THOR
 from tests.serving.kernels.launches import compile_alone
 
 pytestmark = pytest.mark.e2e
-HOPPER, THOR = "sm_90a", "sm_110a"
+HOPPER, JETSON = "sm_90a", "sm_110a"
 GEMM_FORMS = [
     Form(adds, gelu, takes, gives, is_deep)
     for adds, gelu in ((False, False), (False, True), (True, False))
@@ -54,7 +54,7 @@ def test_the_feed_forward_block_compiles(copies: bool) -> None:
     assert len(compile_kernel("feed_forward", HOPPER, feed_forward.make_macros(copies))) > 10_000
 
 
-@pytest.mark.parametrize("architecture", [HOPPER, THOR])
+@pytest.mark.parametrize("architecture", [HOPPER, JETSON])
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("rows", [16, 32])
 def test_few_tokens_as_a_cluster_compiles(rows: int, pooling: str, architecture: str) -> None:
@@ -67,11 +67,11 @@ def test_what_does_not_compile_says_why() -> None:
         compile_kernel("gemm_wide", HOPPER, {"RESIDUAL": 0, "DEEP": 0})
 
 
-@pytest.mark.parametrize("capability", GPUS)
-def test_what_any_gpu_runs_compiles(capability: int, tmp_path: Path) -> None:
-    gpu, compiled = GPUS[capability], compile_alone("compile_portable", tmp_path, str(capability))
+def test_all_that_any_gpu_runs_compiles_for_thor(tmp_path: Path) -> None:
+    """For others, and some forms alone: `make test`."""
+    compiled = compile_alone("compile_portable", tmp_path, str(THOR.capability))
     assert len({each.kernel for kernels in compiled.values() for each in kernels}) == len(MODULES)
     for form, kernels in compiled.items():
         assert len(kernels) == 1, (form, kernels)
-        assert gpu.can_run(kernels[0]), (form, kernels)
+        assert THOR.can_run(kernels[0]), (form, kernels)
         assert not kernels[0].is_early, form

@@ -1,4 +1,4 @@
-"""The kernels that any GPU runs compile for others than Hopper on any machine; `make e2e` has more of their forms."""
+"""The kernels that any GPU runs compile for others than Hopper on any machine; `make e2e` has all forms for Thor."""
 
 from pathlib import Path
 
