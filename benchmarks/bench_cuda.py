@@ -215,7 +215,7 @@ def _case_rows(
 def _quality_rows(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Cosine to sentence-transformers in float32 on real weights and text."""
     from serving.engines.cuda_encoder import Encoder, Fp8Encoder  # noqa: PLC0415  they need a GPU to be of use
-    from serving.engines.cuda_folded import move  # noqa: PLC0415
+    from serving.engines.cuda_folded import move  # noqa: PLC0415  likewise
 
     texts = np.load(folder / "texts.npz", allow_pickle=False)
     config = read_config(folder / "config.json")

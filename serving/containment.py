@@ -140,7 +140,7 @@ class GuardedEngine:
         if spare is None:
             return
         for row in sorted(failures):
-            answer, failed = run_isolated(spare, [rows[row]], *pad_batch([rows[row]]), self._dimension)
+            answer, failed = _run_together(spare, [rows[row]], self._dimension)
             if not failed:
                 vectors[row] = answer[0]
                 del failures[row]

@@ -36,7 +36,6 @@ _LONG_TOKENS = 4096  # of a run, from which long texts have graphs
 _NUM_SLOTS = 2
 _WIDTH = 128  # what the kernels take of a row of states or of the intermediate at a time
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +69,7 @@ class CudaEngine:
         self.memory_limit_tokens: int | None = None
         torch.cuda.empty_cache()  # what others left there would be used and not be counted
         before = torch.cuda.memory_reserved(self._device)
-        fit_runs(partial(self._allocate, weights, compute), self._free, max_tokens, self._max_length)
+        fit_runs(partial(self._allocate, weights, compute), self.close, max_tokens, self._max_length)
         self.runtime = f"cuda {torch.version.cuda} {torch.cuda.get_device_name(self._device)} {compute}"
         self.memory_bytes = max(0, torch.cuda.memory_reserved(self._device) - before)
 
@@ -127,12 +126,8 @@ class CudaEngine:
         integers = torch.from_numpy(numbers).to(self._device)
         return lambda: self._compute(integers, shape)[: len(lengths)]
 
-    def close(self) -> None:
-        """See `Engine.close`."""
-        self._free()
-
     def _allocate(self, weights: "Weights", compute: str, max_tokens: int) -> None:
-        """Take all that runs of `max_tokens` need. Raises what `is_out_of_memory` knows; `_free` cleans up then."""
+        """Take all that runs of `max_tokens` need. Raises what `is_out_of_memory` knows; `close` cleans up then."""
         import torch  # noqa: PLC0415  loaded with the engine
 
         self._encoder = _make_encoder(weights, self._config, self._device, compute, max_tokens)
@@ -143,8 +138,8 @@ class CudaEngine:
         with _small_workspace():
             self._graphs = self._capture()
 
-    def _free(self) -> None:
-        """Give back what `_allocate` took, however far it came."""
+    def close(self) -> None:
+        """See `Engine.close`: gives back what `_allocate` took, however far it came."""
         import torch  # noqa: PLC0415  loaded with the engine
 
         torch.cuda.synchronize(self._device)
