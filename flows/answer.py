@@ -1,6 +1,7 @@
 """Answering a promotion that waits, from the command line: what waits, what is asked, and a yes or a no."""
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,6 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFi
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import ObjectNotFound
 from prefect.states import Failed
 
 from flows.approval import too_late
@@ -27,7 +27,8 @@ from registry.store import Store
 from tasks.errors import NotWaiting
 from tasks.production.notify import notify_refused
 
-_FORM_TRIES, _FORM_SECONDS = 20, 0.25
+_log = logging.getLogger(__name__)
+_QUESTION_TRIES, _QUESTION_SECONDS = 20, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +150,13 @@ def _paused_runs(client: SyncPrefectClient) -> list[FlowRun]:
 
 
 def _read_waiting(client: SyncPrefectClient, run: FlowRun) -> Waiting | None:
-    """What a paused run asks; None for one that was paused by hand."""
+    """What a paused run asks; None for one that asks nothing: it was paused by hand, or its process was killed."""
     keys = run.state.state_details.run_input_keyset if run.state else None
-    if keys is None:
+    question = _read_question(client, run, keys) if keys else None
+    if question is None:
         return None
-    defaults = {name: field.get("default") for name, field in _read_form(client, run, keys)["properties"].items()}
+    form, page = question
+    defaults = {name: field.get("default") for name, field in form["properties"].items()}
     return Waiting(
         id=run.id,
         name=run.name,
@@ -161,17 +164,22 @@ def _read_waiting(client: SyncPrefectClient, run: FlowRun) -> Waiting | None:
         requested_by=run.parameters["requested_by"],
         bundle=defaults["bundle"],
         gate=defaults["gate"],
-        page=client.read_flow_run_input(run.id, keys["description"]),
+        page=page,
     )
 
 
-def _read_form(client: SyncPrefectClient, run: FlowRun, keys: dict[str, str]) -> dict[str, Any]:
-    """The form's schema, which Prefect stores a moment after it pauses the run."""
-    for _ in range(_FORM_TRIES):
-        try:
-            form: dict[str, Any] = json.loads(client.read_flow_run_input(run.id, keys["schema"]))
-        except ObjectNotFound:
-            time.sleep(_FORM_SECONDS)
-        else:
-            return form
-    raise NotWaiting(f"{run.name} is paused, but asks nothing")
+def _read_question(client: SyncPrefectClient, run: FlowRun, keys: dict[str, str]) -> tuple[dict[str, Any], str] | None:
+    """The form's schema and the page above it, which Prefect stores one after the other once it has paused the run.
+
+    None, with a warning, where they do not come: a process that ends in between leaves a run that asks nothing, and the
+    promotions beside it are to be answered all the same.
+    """
+    prefix = keys["schema"].removesuffix("schema")
+    for _ in range(_QUESTION_TRIES):
+        parts = client.filter_flow_run_input(run.id, key_prefix=prefix, limit=10, exclude_keys=set())
+        stored = {part.key: part.value for part in parts}
+        if keys["schema"] in stored and keys["description"] in stored:
+            return json.loads(stored[keys["schema"]]), stored[keys["description"]]
+        time.sleep(_QUESTION_SECONDS)
+    _log.warning("%s is paused, but asks nothing: cancel it, and promote anew", run.name)
+    return None

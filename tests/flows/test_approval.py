@@ -1,16 +1,22 @@
 """Waiting for people: forms of real Prefect runs, answered as the command line answers them."""
 
+import json
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow
+from prefect import flow, get_client
+from prefect.client.schemas.objects import State
+from prefect.states import Paused
+from pydantic import Field
 
 from flows.answer import Waiting, answer, find_waiting, list_waiting
-from flows.approval import collect_approvals, standing_approvals
+from flows.approval import ApprovalForm, collect_approvals, standing_approvals
 from flows.config import OptimizeConfig, PromoteConfig, Settings
 from registry.approval import Approval, ApprovalPolicy, decide
 from registry.errors import ApprovalExpired, ApprovalMismatch, ApprovalRejected, ApproverUnknown
@@ -80,6 +86,73 @@ def next_question(seen: set[str]) -> Waiting:
     raise AssertionError("nothing waits")
 
 
+@contextmanager
+def answered_by(people: Callable[[], None]) -> Iterator[None]:
+    """Questions of the block are answered by `people`, whose own failure comes before that of the run left waiting."""
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(people)
+        try:
+            yield
+        finally:
+            answering.result()
+
+
+@pytest.fixture
+def paused(prefect: None, case: Case) -> Iterator[Callable[[str], Callable[[str], None]]]:
+    """Pauses a run of that name as Prefect does; the parts of its question are stored by the caller, one by one."""
+    runs = []
+    form = ApprovalForm.with_initial_data(
+        description="What to decide", bundle=Field(default=case.digest), gate=Field(default=case.gate.digest)
+    )
+    parts = {"schema": json.dumps(form.model_json_schema()), "description": "What to decide"}
+
+    def pause(name: str) -> Callable[[str], None]:
+        state: State[Any] = Paused(timeout_seconds=60, pause_key="approval-1")
+        keys = {part: f"paused-approval-1-{part}" for part in ("schema", "description", "response")}
+        state.state_details.run_input_keyset = keys
+        parameters = {"model": "tiny", "requested_by": "linus"}
+        with get_client(sync_client=True) as client:
+            run = client.create_flow_run(wait_for_people, parameters=parameters, name=name, state=state)
+        runs.append(run.id)
+
+        def store(part: str) -> None:
+            with get_client(sync_client=True) as client:
+                client.create_flow_run_input(run.id, keys[part], parts[part])
+
+        return store
+
+    yield pause
+    with get_client(sync_client=True) as client:
+        for run in runs:
+            client.delete_flow_run(run)
+
+
+def test_question_is_read_whole_although_it_is_stored_in_parts(
+    paused: Callable[[str], Callable[[str], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, tried = paused("amber-falcon"), list[float]()
+
+    def store_one_more(seconds: float) -> None:
+        tried.append(seconds)
+        store(("schema", "description")[len(tried) - 1])
+
+    monkeypatch.setattr("flows.answer.time.sleep", store_one_more)
+    waiting = find_waiting("amber-falcon")
+    assert (waiting.page, len(tried)) == ("What to decide", 2)
+
+
+def test_run_that_was_killed_before_it_asked_holds_up_nobody(
+    paused: Callable[[str], Callable[[str], None]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    paused("amber-falcon")("schema")
+    store = paused("silver-wren")
+    store("schema")
+    store("description")
+    monkeypatch.setattr("flows.answer._QUESTION_SECONDS", 0)
+    assert "silver-wren" in [waiting.name for waiting in list_waiting()]
+    assert "amber-falcon is paused, but asks nothing: cancel it, and promote anew" in caplog.messages
+
+
 def test_policy_that_approves_by_itself_asks_nobody(case: Case) -> None:
     (approval,) = collect_approvals(case, ApprovalPolicy(automatic="nightly-lab"), None, pytest.fail)
     assert (approval.approver, approval.kind) == ("nightly-lab", "policy")
@@ -122,10 +195,8 @@ def test_people_answer_until_enough_of_them_did(prefect: None, case: Case) -> No
         pages.append(second.page)
         answer(settings, find_waiting(second.name), "grace", "approve", "checked", False)
 
-    with ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(people)
+    with answered_by(people):
         approvals = wait_in_a_run(case, policy, told)
-        answering.result()
     assert [approval.approver for approval in approvals] == ["ada", "grace"]
     assert told == ["waiting"]
     assert "0 of 2 (nobody yet)" in pages[0]
@@ -141,24 +212,19 @@ def test_answer_of_another_bundle_is_asked_again_and_a_no_ends_it(prefect: None,
     settings, pages, reasons = settings_of(case, policy), list[str](), list[str]()
 
     def people() -> None:
-        from prefect import get_client
-
         seen = set[str]()
         first = next_question(seen)
         other = {"approver": "ada", "decision": "approve", "reason": "", "override": False, "gate": first.gate}
         with get_client(sync_client=True) as client:
             unbound = client.resume_flow_run(first.id, run_input=other)
-            reasons.append(unbound.details.reason)
+            reasons.append(getattr(unbound.details, "reason", "none"))
             client.resume_flow_run(first.id, run_input={**other, "bundle": "f" * 64})
         second = next_question(seen)
         pages.append(second.page)
         answer(settings, second, "grace", "reject", "wrong corpus", False)
 
-    with ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(people)
-        with pytest.raises(ApprovalRejected, match=r"grace rejected .* wrong corpus"):
-            wait_in_a_run(case, policy, [])
-        answering.result()
+    with answered_by(people), pytest.raises(ApprovalRejected, match=r"grace rejected .* wrong corpus"):
+        wait_in_a_run(case, policy, [])
     assert f"ApprovalMismatch: ada's approval is of bundle {'f' * 12}…" in pages[0]
     assert "bundle" in reasons[0], "an answer that does not say what it is about"
     assert refusals(case) == [ApprovalMismatch.__name__]
