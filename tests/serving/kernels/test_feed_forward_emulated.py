@@ -11,7 +11,7 @@ from serving.kernels import feed_forward
 from serving.kernels.compiled import TensorMap
 from serving.kernels.feed_forward import Block
 from tests.serving.kernels.emulate import NEEDS_COMPILER, EmulatedKernel, Schedule, describe
-from tests.serving.kernels.packs import relative_error, sum_rows
+from tests.serving.kernels.packs import activate, relative_error, sum_rows
 
 HIDDEN, INNER, EPS = 384, 1536, 1e-12
 ROWS = 310  # three tiles, of which the last has none for its second group
@@ -58,20 +58,13 @@ def compute(case: Case) -> Result:
     mean = case.sums[..., 0].sum(1, keepdim=True) / HIDDEN
     spread = (case.sums[..., 1].sum(1, keepdim=True) / HIDDEN - mean.square() + EPS).rsqrt()
     half = case.narrow.float() @ case.up.float().T * (spread * block.x_scale * block.up_scale) + block.up_bias.float()
-    inner = _activate((half / 2).half()) * block.inner_factor.half()
+    inner = activate((half / 2).half()) * block.inner_factor.half()
     product = inner.float().clamp(-LARGEST, LARGEST).to(E4M3).float() @ case.down.float().T
     added = (x - mean) * spread * block.scale.float() + block.down_bias.float()
     out = product * (block.inner_scale * block.down_scale) + added
     copied = (out.half() * case.out_factor.half()).float().clamp(-LARGEST, LARGEST)
     copied = copied.unflatten(1, (-1, 2, 4, 2)).transpose(2, 3).flatten(1)  # the order of `reorder`
     return Result(out.half(), copied.to(E4M3), sum_rows(out))
-
-
-def _activate(half: Tensor) -> Tensor:
-    """The GELU of twice a value in float16."""
-    first, third = (torch.tensor(each).half().float() for each in (1.5972, 0.28417))
-    inner = (((half * half).float() * third + first).half() * half).float().tanh().half()
-    return (half.float() * inner.float() + half.float()).half()
 
 
 def run(case: Case, rows: slice, copies: bool, pairs: int = 1, is_upward: bool = False) -> Result:

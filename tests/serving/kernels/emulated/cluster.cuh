@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -46,6 +47,9 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
+inline float __uint_as_float(u32 x) { return std::bit_cast<float>(x); }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 constexpr u32 FIRST = 1024;  // where a program's shared memory begins: before it lies what CUDA keeps to itself
 
@@ -234,7 +238,7 @@ inline void barrier_arrive(u32 bar) { barrier_expect(bar, 0); }
 inline void barrier_wait(u32 bar, u32 parity) {
   Barrier& barrier = find_barrier(Thread::now->program, bar);
   Phases& phases = barrier.phases;
-  int phase = ORDERED ? phases.choose(Thread::number(), parity) : 0;
+  int phase = ORDERED ? phases.choose(Thread::known().all.at[phases.number], parity) : 0;
   wait_until([&] { return barrier.count && (barrier.phase & 1) != (parity & 1); });
   if (!ORDERED) return;
   require((int)barrier.phase == phase + 1, "a wait that has missed its phase");

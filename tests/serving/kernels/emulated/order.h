@@ -76,21 +76,17 @@ struct Cells {
   }
 };
 // Of a barrier: what those who arrive know, and in `before` those too whose copies it counts; what its last phase
-// tells; who has passed that; and which phase each thread has waited for.
+// tells; and who has passed that.
 struct Phases {
   Knowledge arrived, told;
   Access made, asked;  // the latter for bytes, the last time
   std::vector<Access> passed;
-  std::vector<int> last = std::vector<int>(ORDERED ? NUM_THREADS : 0, -2);
   u32 number = 0;
   long flying = 0;  // bytes
 
-  // Which phase a thread waits for: the one of its last wait or, of the other parity, the next. -1 has passed from the
-  // start.
-  int choose(u32 thread, u32 parity) {
-    int& own = last[thread];
-    return own = own < -1 ? -(int)parity : own + ((own & 1) != (int)parity);
-  }
+  // Which phase somebody waits for who knows that so many are over: the last of them or, of the other parity, the next.
+  // -1 was over from the start.
+  int choose(int over, u32 parity) const { return over - ((over - 1 & 1) == (int)parity); }
   // Whether one who arrives does so behind all phases so far in every schedule.
   bool follows(const Knowledge& known, u32 phase) const {
     return known.all.have(made) && known.before.have({number, phase});

@@ -63,6 +63,12 @@ void leave_registers() {}
 inline int __shfl_sync(u32, int value, int) { return value; }  // of what all have
 
 inline void store_matrices(u32 at, const u32 (&of)[4]) { store_any(at, of, false); }
+inline void store2(u32 at, u32 low, u32 high) {
+  require(at % 8 == 0, "a store of 8 bytes that begins elsewhere");
+  touch_plainly(at / 16 * 16, true);
+  u32 values[] = {low, high};
+  memcpy(Thread::own().memory + at, values, 8);
+}
 inline void load_matrices(u32 at, u32 (&to)[4]) { load_any(to, at, false); }
 
 template <int BYTES = 128>
