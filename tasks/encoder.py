@@ -23,13 +23,15 @@ from serving.engines.bert import (
     Packed,
     Weights,
     encode,
+    find_prefix,
     keep_by_default,
     list_linears,
     load_weights,
+    name_parts,
     parse_config,
     read_config,
 )
-from serving.engines.e4m3 import ExactE4M3, calibrate
+from serving.engines.e4m3 import BIASES, MATRICES, ExactE4M3, calibrate
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TOKENIZER_NAME, Ids, TextTokenizer, pad_batch
 from tasks.artifacts import CACHED, Artifact, draft
@@ -37,8 +39,9 @@ from tasks.corpus import read_calibration
 from tasks.models.teacher import Teacher
 from tasks.quantization.built import Ranking
 from tasks.quantization.calibrate import Batches
+from tasks.quantization.e4m3 import choose_weights, round_weights
 from tasks.quantization.sensitivity import Probe, rank_layers
-from tasks.quantize import Candidate
+from tasks.quantize import Candidate, fitting_texts
 from tasks.steps import PruneConfig
 from tasks.variants import Variant
 
@@ -51,7 +54,8 @@ _FLOAT_BITS = 16  # of the layers that are not rounded
 def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibration_size: int) -> Candidate:
     """A variant of the cuda or the avx512 engine from the weights. Raises CorpusRejected and EngineUnavailable."""
     texts = read_calibration(corpus, calibration_size, variant.name) if variant.is_calibrated else []
-    rows = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length).encode(texts) if texts else []
+    tokenizer = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length)
+    rows = tokenizer.encode(texts) if texts else []
     with draft(variant.name) as work:
         (work.folder / TOKENIZER_NAME).write_bytes(teacher.tokenizer.read_bytes())
         if variant.runtime == "avx512":
@@ -59,7 +63,9 @@ def build_encoder(variant: Variant, teacher: Teacher, corpus: Artifact, calibrat
         else:
             path = write_encoder(teacher, work.folder, rows)
         limit = variant.qdq.min_cosine if variant.qdq else None
-        found = Ranking({}, ()) if limit is None else keep_sensitive(path, rows, limit)
+        found = Ranking({}, ())
+        if variant.compute == "f8":
+            found = round_encoder(path, tokenizer.encode(fitting_texts(corpus)), rows, limit)
         entry = hash_file(path)
         disk_bytes = sum(file.stat().st_size for file in work.folder.iterdir())
     return Candidate(
@@ -185,37 +191,57 @@ def _round(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {name: (weight / scale[:, None]).round().to(torch.int8), f"{name}.scale": scale}
 
 
-def keep_sensitive(path: Path, calibration: Sequence[Ids], min_cosine: float) -> Ranking:
-    """Choose the linear layers that `f8` leaves in float16 for `min_cosine`, and write them into `config.json`.
+def round_encoder(path: Path, texts: Sequence[Ids], calibration: Sequence[Ids], min_cosine: float | None) -> Ranking:
+    """Choose the linear layers that `f8` leaves in float16 for `min_cosine`, and round the weights of the others.
 
-    `path` is what `write_encoder` wrote with the same `calibration`. What stays in float16 by default does so before
-    the others are ranked. Returns the damage and bits of each other, no layers where all of them can be E4M3, and the
-    cosine against how many of them are kept.
+    `path` is what `write_encoder` wrote with the same `calibration`; the choice goes into `config.json` beside it. What
+    weights are rounded for are `texts`, so that what is chosen by calibration was not made for it. What stays in
+    float16 by default does so before the others are ranked. Returns the damage and bits of each other, no layers where
+    all of them can be E4M3 or there is no limit, and the cosine against how many of them are kept.
     """
     config_path = path.with_name(CONFIG_NAME)
     config = read_config(config_path)
-    probe = EncoderProbe(load_weights(path, config), config, [pad_batch([row]) for row in calibration])
     default = keep_by_default(config.hidden, config.layers)  # whatever the teacher's own file names
-    labels = {name: name for name in list_linears(config.layers) if name not in default}
-    found = rank_layers(probe, labels, min_cosine, _FLOAT_BITS)
+    weights = load_weights(path, config)
+    rounded = round_weights(weights, config, texts)
+    found = Ranking({}, ())
+    if min_cosine is not None:
+        probe = EncoderProbe(weights, rounded, config, [pad_batch([row]) for row in calibration])
+        labels = {name: name for name in list_linears(config.layers) if name not in default}
+        found = rank_layers(probe, labels, min_cosine, _FLOAT_BITS)
     chosen = {name for name, layer in found.damages.items() if layer.is_float}
     kept = [name for name in list_linears(config.layers) if name in default | chosen]
     fields = json.loads(config_path.read_text(encoding="utf-8"))
     _write_fields(config_path, fields | {E4M3_NAME: {"schema_version": E4M3_VERSION, "float16": kept}})
+    _write_linears(path, choose_weights(weights, rounded, replace(config, float16=frozenset(kept))))
     return found
+
+
+def _write_linears(path: Path, weights: Weights) -> None:
+    """The linear layers of `weights` in the place of those of the file."""
+    tensors = load_file(path)
+    prefix = find_prefix(tensors)
+    for number, layer in enumerate(weights.layers):
+        for linear, names in enumerate(zip(MATRICES, BIASES, strict=True)):
+            parts = name_parts(number, linear)
+            for kind, name in zip(("weight", "bias"), names, strict=True):
+                pieces = getattr(layer, name).half().chunk(len(parts))
+                tensors |= {f"{prefix}{part}.{kind}": own.clone() for part, own in zip(parts, pieces, strict=True)}
+    save_file(tensors, path)
 
 
 class EncoderProbe(Probe[bool]):
     """Linear layers of the cuda engine in E4M3, on its arithmetic in plain PyTorch."""
 
-    def __init__(self, weights: Weights, config: BertConfig, batches: Batches) -> None:
-        """Embed `batches`, which hold no padding, with no layer rounded."""
-        self._weights, self._config = weights, config
+    def __init__(self, weights: Weights, rounded: Weights, config: BertConfig, batches: Batches) -> None:
+        """Embed `batches`, which hold no padding, with no layer rounded; the weights of one that is are `rounded`'s."""
+        self._weights, self._others, self._config = weights, rounded, config
         super().__init__(batches)
 
     def _run(self, rounded: Mapping[str, bool]) -> Callable[[dict[str, Any]], NDArray[np.float32]]:
         kept = frozenset(name for name in list_linears(self._config.layers) if not rounded.get(name))
-        encoder = ExactE4M3(self._weights, replace(self._config, float16=kept))
+        config = replace(self._config, float16=kept)
+        encoder = ExactE4M3(choose_weights(self._weights, self._others, config), config)
         return lambda feeds: np.asarray(encoder.encode(Packed.of_rows(feeds["input_ids"])).numpy())
 
 

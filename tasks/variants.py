@@ -92,7 +92,7 @@ KERNEL_VARIANTS: dict[str, Variant] = dict(
         _build("cuda-fp16", "cuda", "fp16", "f16", "float16, packed"),
         _build(
             "cuda-fp8", "cuda", "fp8", "f8",
-            "linear layers in E4M3, but output projections of narrow models; scales by row and max calibration; "
+            "linear layers in E4M3, but output projections of narrow models; GPTQ; scales by row and max calibration; "
             "the rest in float16, packed",
             is_calibrated=True, qdq=QdqConfig(min_cosine=_CUDA_COSINE),
         ),

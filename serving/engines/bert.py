@@ -1,7 +1,7 @@
 """BERT-family encoders from safetensors and config.json: configuration, weights and the plain-PyTorch forward pass."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import Repr
@@ -67,6 +67,12 @@ class BertConfig:
         """What a batch must stay within."""
         return Limits(self.vocabulary, self.positions)
 
+    @property
+    def rounded(self) -> list[list[bool]]:
+        """By layer and LINEARS: what E4M3 does not leave in float16."""
+        numbers = range(len(LINEARS))
+        return [[name_linear(layer, number) not in self.float16 for number in numbers] for layer in range(self.layers)]
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -131,6 +137,17 @@ class Packed:
 def name_linear(layer: int, linear: int) -> str:
     """How files and reports call a layer's linear layer, such as `layer.0/attention/self`."""
     return f"layer.{layer}/{LINEARS[linear]}"
+
+
+def name_parts(layer: int, linear: int) -> list[str]:
+    """How a file of weights calls it, or, one below the other, the three that make one, without `find_prefix`."""
+    parts = [f"attention.self.{part}" for part in ("query", "key", "value")] if linear == 0 else [LINEARS[linear]]
+    return [f"encoder.layer.{layer}.{part.replace('/', '.')}" for part in parts]
+
+
+def find_prefix(names: Collection[str]) -> str:
+    """What the names of a file's tensors begin with."""
+    return "bert." if any(name.startswith("bert.") for name in names) else ""
 
 
 def list_linears(layers: int) -> list[str]:
@@ -245,14 +262,13 @@ class _Reader:
     def __init__(self, path: Path, file: Any, dtype: torch.dtype) -> None:
         self._path, self._file, self._dtype = path, file, dtype
         self._names = set(file.keys())
-        self._prefix = "bert." if any(name.startswith("bert.") for name in self._names) else ""
+        self._prefix = find_prefix(self._names)
 
     def read(self, config: BertConfig) -> Weights:
         hidden = config.hidden
         types = self._tensor("embeddings.token_type_embeddings.weight", None, hidden)
         positions = self._tensor("embeddings.position_embeddings.weight", config.positions, hidden)
-        linears = torch.tensor([name not in config.float16 for name in list_linears(config.layers)])
-        linears = linears.view(config.layers, len(LINEARS))
+        linears = torch.tensor(config.rounded)
         # The first state of a layer is for its own intermediate layer, the second for the next one's queries.
         queries, intermediate = torch.cat((linears[1:, 0], torch.tensor([False]))), linears[:, 2]
         amax = self._calibrated(AMAX_NAME, linears)
@@ -284,18 +300,18 @@ class _Reader:
 
     def _layer(self, number: int, config: BertConfig, amax: Tensor | None, state_amax: Tensor | None) -> Layer:
         hidden, inner, layer = config.hidden, config.intermediate, f"encoder.layer.{number}."
-        names = [f"{layer}attention.self.{part}." for part in ("query", "key", "value")]
+        queries, (out,), (up,), (down,) = (name_parts(number, linear) for linear in range(len(LINEARS)))
         parts = {
-            "qkv_weight": torch.cat([self._tensor(f"{name}weight", hidden, hidden) for name in names]),
-            "qkv_bias": torch.cat([self._tensor(f"{name}bias", hidden) for name in names]),
-            "out_weight": self._tensor(f"{layer}attention.output.dense.weight", hidden, hidden),
-            "out_bias": self._tensor(f"{layer}attention.output.dense.bias", hidden),
+            "qkv_weight": torch.cat([self._tensor(f"{name}.weight", hidden, hidden) for name in queries]),
+            "qkv_bias": torch.cat([self._tensor(f"{name}.bias", hidden) for name in queries]),
+            "out_weight": self._tensor(f"{out}.weight", hidden, hidden),
+            "out_bias": self._tensor(f"{out}.bias", hidden),
             "out_norm_weight": self._tensor(f"{layer}attention.output.LayerNorm.weight", hidden),
             "out_norm_bias": self._tensor(f"{layer}attention.output.LayerNorm.bias", hidden),
-            "up_weight": self._tensor(f"{layer}intermediate.dense.weight", inner, hidden),
-            "up_bias": self._tensor(f"{layer}intermediate.dense.bias", inner),
-            "down_weight": self._tensor(f"{layer}output.dense.weight", hidden, inner),
-            "down_bias": self._tensor(f"{layer}output.dense.bias", hidden),
+            "up_weight": self._tensor(f"{up}.weight", inner, hidden),
+            "up_bias": self._tensor(f"{up}.bias", inner),
+            "down_weight": self._tensor(f"{down}.weight", hidden, inner),
+            "down_bias": self._tensor(f"{down}.bias", hidden),
             "down_norm_weight": self._tensor(f"{layer}output.LayerNorm.weight", hidden),
             "down_norm_bias": self._tensor(f"{layer}output.LayerNorm.bias", hidden),
         }

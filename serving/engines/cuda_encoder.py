@@ -153,7 +153,8 @@ class Fp8Encoder(Encoder):
     """The linear layers in E4M3 but those of `config.float16`; everything between them in float16 and float32.
 
     Whoever produces an input of an E4M3 layer quantises it in the same pass. The inputs of the query and up
-    projections take a scale a row; context and intermediate, whose rows no one program sees whole, a calibrated one.
+    projections, before scale and shift of their norm, which the layer has in it, take a scale a row; context and
+    intermediate, whose rows no one program sees whole, a calibrated one.
     On Hopper the layers are folded, for any number of tokens: E4M3 magnifies the last bit, so a text has the same
     vector alone and in a batch only if the same arithmetic runs.
     """
@@ -189,7 +190,7 @@ class Fp8Encoder(Encoder):
     def _load_matrices(self, weights: Weights, device: torch.device) -> None:
         """On the CPU: folded layers keep few as they are, and what both took would be the start's peak."""
         cpu, float16 = torch.device("cpu"), self.config.float16
-        self._linears = [load_linears(number, layer, float16, cpu) for number, layer in enumerate(weights.layers)]
+        self._linears = load_linears(weights.layers, float16, cpu)
 
     def _wide_bytes(self) -> int:
         attending = max((6 + output.dtype.itemsize) * self.config.hidden for _, output, _, _ in self._linears)
@@ -213,12 +214,14 @@ class Fp8Encoder(Encoder):
         context = self._carve(tokens * 6 * config.hidden, tokens, config.hidden, output.dtype)
         inner = self._carve(0, tokens, config.intermediate, down.dtype)
         narrow, scales = self._operand(query, x)
-        linear(narrow, query.weight, layer.qkv_bias, qkv, False, scales, query.weight_scale, is_steady=True)
+        bias = layer.qkv_bias if query.bias is None else query.bias
+        linear(narrow, query.weight, bias, qkv, False, scales, query.weight_scale, is_steady=True)
         self._attention.run(qkv, batch, context, output.x_factor, is_long)
         add_product(context, output.weight, x, output.x_scale, output.weight_scale, is_steady=True)
         narrow, scales = self._operand(up, x)
         add_norm(x, None, layer.out_bias, layer.out_norm_weight, layer.out_norm_bias, config.eps, x, narrow, scales)
-        linear(narrow, up.weight, layer.up_bias, inner, True, scales, up.weight_scale, down.x_factor, is_steady=True)
+        bias = layer.up_bias if up.bias is None else up.bias
+        linear(narrow, up.weight, bias, inner, True, scales, up.weight_scale, down.x_factor, is_steady=True)
         add_product(inner, down.weight, x, down.x_scale, down.weight_scale, is_steady=True)
         narrow, scales = self._operand(follower, x) if follower else (x, None)
         add_norm(x, None, layer.down_bias, layer.down_norm_weight, layer.down_norm_bias, config.eps, x, narrow, scales)

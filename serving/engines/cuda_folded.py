@@ -22,8 +22,8 @@ from torch import Tensor
 
 from serving.engines.bert import BertConfig, Layer, Packed, Weights
 from serving.engines.cuda_attention import Attention, is_prepared
-from serving.engines.cuda_linears import Linear, quantize
-from serving.engines.e4m3 import choose_input_scale
+from serving.engines.cuda_linears import Linear, scale_input
+from serving.engines.e4m3 import fold_norm
 from serving.kernels import feed_forward, gemm_wide
 from serving.kernels.pool import Norm
 
@@ -108,8 +108,8 @@ class FoldedLayers:
         device: torch.device,
         max_tokens: int,
     ) -> None:
-        """`linears`: the layers' own, on the CPU or `device`, of which output and down are used as they are, their
-        columns perhaps in another order, and all say which is E4M3. Layers are folded on the CPU: the device gets
+        """`linears`: the layers' own, on the CPU or `device`. Output, down and what is E4M3 are used as they are, their
+        columns perhaps in another order. Layers are folded on the CPU: the device gets
         what it keeps."""
         self._config, self._attention = config, attention
         kernels = _prepare(linears, device)
@@ -320,18 +320,17 @@ def _fold_product(
     """`layer`: weight and bias; `norm`: scale and shift; `state`: the calibrated states that this multiplies, of which
     a norm has one, and whose E4M3 has the order of `reorder`.
 
-    A matrix whose rows are centred takes the mean of a row of states away. The rounding of its values to E4M3 is not
-    centred: the mean, a part of the states like any other, times the sum of a row's rounding errors stays.
+    A matrix whose rows are centred takes the mean of a row of states away, as one in E4M3 does, which has the norm in
+    it already. The rounding of its values is not centred: the mean, a part of the states like any other, times the sum
+    of a row's rounding errors stays, but where the kernel knows the sums.
     """
-    (weight, bias), (scale, shift) = layer, norm
-    scaled, folded_bias = weight * scale, (bias + weight @ shift).half()
-    if is_centred:
-        scaled = scaled - scaled.mean(1, keepdim=True)
+    (weight, bias), (amax, number) = layer, state
+    centred, folded_bias = fold_norm(weight, bias, norm)
     if own.dtype == _HALF:
-        folded = Linear(scaled.half())
+        folded = Linear((centred if is_centred else weight * norm[0]).half())
     else:
-        amax, number = state
         assert amax is not None, "calibrated"
-        scaled = scaled if reorder is None else reorder(scaled)
-        folded = quantize(scaled, choose_input_scale(amax[number]), scaled.device)
-    return _Product(folded, folded_bias, None if is_centred else folded.weight.float().sum(1))
+        x_scale, x_factor = scale_input(amax[number])
+        values = own.weight if reorder is None else reorder(own.weight)
+        folded = replace(own, weight=values, x_scale=x_scale, x_factor=x_factor)
+    return _Product(folded, folded_bias.half(), None if is_centred else folded.weight.float().sum(1))

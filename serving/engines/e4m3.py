@@ -1,6 +1,6 @@
 """E4M3 linear layers: calibration, scales, and the engine's arithmetic in plain PyTorch, exact on any processor."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,12 +15,14 @@ from serving.engines.bert import (
     Packed,
     Weights,
     encode,
-    name_linear,
 )
 from serving.kernels import reference
 
+Norm = tuple[Tensor, Tensor]  # scale and shift [K]
+
 # Of a layer, in the order of LINEARS.
 MATRICES = ("qkv_weight", "out_weight", "up_weight", "down_weight")
+BIASES = ("qkv_bias", "out_bias", "up_bias", "down_bias")
 # Inputs with a scale for each row: a layer norm writes them, which sees whole rows. No one program sees those of the
 # other two, context and intermediate, whose scale is calibrated.
 BY_ROW = (0, 2)
@@ -56,21 +58,52 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return reference.quantize_tensor(weight, scale), scale
 
 
+def find_norms(layers: Sequence[Layer]) -> list[list[Norm | None]]:
+    """Of each layer, by LINEARS, scale and shift of the layer norm that the E4M3 form of a linear layer holds.
+
+    None for the first query: the embeddings' norm is not left to who reads them.
+    """
+    before: Norm | None = None
+    norms: list[list[Norm | None]] = []
+    for layer in layers:
+        norms.append([before, None, (layer.out_norm_weight, layer.out_norm_bias), None])
+        before = layer.down_norm_weight, layer.down_norm_bias
+    return norms
+
+
+def fold_norm(weight: Tensor, bias: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] and bias [N] for rows that `norm` has brought to mean 0 and spread 1, but not scaled and shifted.
+
+    The rows of the weight are centred: that takes away a mean that is still there. Without a norm both are as they are.
+    """
+    if norm is None:
+        return weight, bias
+    scale, shift = norm
+    scaled = weight * scale
+    return scaled - scaled.mean(1, keepdim=True), bias + weight @ shift
+
+
+def undo_norm(x: Tensor, norm: Norm | None) -> Tensor:
+    """Rows [T, K] before scale and shift of their norm; 0 where the scale is 0, which says nothing of them."""
+    if norm is None:
+        return x
+    scale, shift = norm
+    return torch.where(scale == 0, 0, (x - shift) / scale)
+
+
 class ExactE4M3:
     """What the engine computes in E4M3, every product and sum in float32: no kernel's own rounding, no GPU's.
 
-    Folded layers round the states of `BY_ROW` before their norm instead of behind it, as finely: see `cuda_folded`.
+    On Hopper the states of `BY_ROW` are rounded before their norm, as finely, by a calibrated scale: see `cuda_folded`.
     """
 
     def __init__(self, weights: Weights, config: BertConfig) -> None:
         """All linear layers but those of `config.float16` are rounded, and must have been calibrated."""
         self._config = config
-        self._rounded = [
-            [name_linear(layer, linear) not in config.float16 for linear in range(len(LINEARS))]
-            for layer in range(config.layers)
-        ]
-        layers = zip(weights.layers, self._rounded, strict=True)
-        self._weights = replace(weights, layers=tuple(_round_weights(layer, rounded) for layer, rounded in layers))
+        self._rounded = config.rounded
+        self._norms = find_norms(weights.layers)
+        layers = zip(weights.layers, self._norms, self._rounded, strict=True)
+        self._weights = replace(weights, layers=tuple(_round_weights(*each) for each in layers))
 
     def encode(self, batch: Packed) -> Tensor:
         """Float32 [B, H] of a packed batch."""
@@ -80,7 +113,7 @@ class ExactE4M3:
         if not self._rounded[layer][linear]:
             return x
         if linear in BY_ROW:
-            values, scale = reference.quantize_rows(x)
+            values, scale = reference.quantize_rows(undo_norm(x, self._norms[layer][linear]))
         else:
             amax = self._weights.layers[layer].amax
             assert amax is not None, "calibrated"
@@ -89,10 +122,11 @@ class ExactE4M3:
         return values.float() * scale
 
 
-def _round_weights(layer: Layer, rounded: list[bool]) -> Layer:
+def _round_weights(layer: Layer, norms: list[Norm | None], rounded: list[bool]) -> Layer:
     changed = {}
-    for name, is_rounded in zip(MATRICES, rounded, strict=True):
+    for name, bias_name, norm, is_rounded in zip(MATRICES, BIASES, norms, rounded, strict=True):
         if is_rounded:
-            values, scale = quantize_weight(getattr(layer, name))
+            weight, changed[bias_name] = fold_norm(getattr(layer, name), getattr(layer, bias_name), norm)
+            values, scale = quantize_weight(weight)
             changed[name] = values.float() * scale
     return replace(layer, **changed)

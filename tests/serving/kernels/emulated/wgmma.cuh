@@ -2,7 +2,13 @@
 // is what lies there then, and until then their results are NaN.
 #pragma once
 
+#include <bit>
+
 #include "cluster.cuh"
+
+inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
+inline float __uint_as_float(u32 x) { return std::bit_cast<float>(x); }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 // 0 to 448, then NaN.
 inline float widen_e4m3(u8 value) {
