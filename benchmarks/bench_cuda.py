@@ -4,9 +4,9 @@
 A case's rows are written as soon as it is measured. Engine figures
 start with packed ids on the GPU and end with vectors there, as the baseline's do; `host_tokens_per_s` starts and ends
 in host memory. An engine is opened for its case's tokens and longest text, as the baseline has memory for its batch
-alone. `--minilm` names a folder with the engine's files and `texts.npz` (ids, lengths, and the vectors of
-sentence-transformers in float32) and adds the quality rows; where one is below its limit the exit status is 1, once
-everything is written. Weights are random otherwise.
+alone. `--minilm` names a folder with the files of cuda-fp16, in `fp8/` those of cuda-fp8, and `texts.npz` (ids,
+lengths, and the vectors of sentence-transformers in float32) and adds the quality rows; where one is below its limit
+the exit status is 1, once everything is written. Weights are random otherwise.
 """
 
 import argparse
@@ -218,17 +218,13 @@ def _quality_rows(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     from serving.engines.cuda_folded import move  # noqa: PLC0415  likewise
 
     texts = np.load(folder / "texts.npz", allow_pickle=False)
-    config = read_config(folder / "config.json")
-    weights = load_weights(folder / "model.safetensors", config)
     rows, device = np.split(texts["ids"].astype(np.int64), texts["lengths"].cumsum()[:-1]), torch.device("cuda")
     batch: Packed = move(Packed.of_rows(rows), device)
     tokens, count = len(batch.ids), len(rows)
-    encoders = {  # cases of _LEAST_COSINE
-        "minilm-quality": Encoder(weights, config, device, tokens, count),
-        "minilm-quality-fp8": Fp8Encoder(weights, config, device, tokens, count),
-    }
     found = []
-    for case, encoder in encoders.items():
+    for case, kind, own in (("minilm-quality", Encoder, folder), ("minilm-quality-fp8", Fp8Encoder, folder / "fp8")):
+        config = read_config(own / "config.json")
+        encoder = kind(load_weights(own / "model.safetensors", config), config, device, tokens, count)
         cosines = (encoder.run(batch, is_long=True).cpu().numpy() * texts["vectors"]).sum(axis=1)
         for metric, value in (("cosine_mean", cosines.mean()), ("cosine_min", cosines.min())):
             found.append(make_row("cuda", case, metric, "share", float(value), config={"texts": count}, **about))

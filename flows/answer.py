@@ -12,7 +12,7 @@ from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterState
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Failed
 
@@ -28,7 +28,8 @@ from tasks.errors import NotWaiting
 from tasks.production.notify import notify_refused
 
 _log = logging.getLogger(__name__)
-_QUESTION_TRIES, _QUESTION_SECONDS = 20, 0.25
+# Within which a run that is paused has stored its question, and how often it is looked for.
+_QUESTION_COMES, _QUESTION_TRIES = timedelta(seconds=5), 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +152,7 @@ def _paused_runs(client: SyncPrefectClient) -> list[FlowRun]:
 
 def _read_waiting(client: SyncPrefectClient, run: FlowRun) -> Waiting | None:
     """What a paused run asks; None for one that asks nothing: it was paused by hand, or its process was killed."""
-    keys = run.state.state_details.run_input_keyset if run.state else None
-    question = _read_question(client, run, keys) if keys else None
+    question = _read_question(client, run, run.state) if run.state else None
     if question is None:
         return None
     form, page = question
@@ -168,18 +168,22 @@ def _read_waiting(client: SyncPrefectClient, run: FlowRun) -> Waiting | None:
     )
 
 
-def _read_question(client: SyncPrefectClient, run: FlowRun, keys: dict[str, str]) -> tuple[dict[str, Any], str] | None:
+def _read_question(client: SyncPrefectClient, run: FlowRun, state: State[Any]) -> tuple[dict[str, Any], str] | None:
     """The form's schema and the page above it, which Prefect stores one after the other once it has paused the run.
 
-    None, with a warning, where they do not come: a process that ends in between leaves a run that asks nothing, and the
-    promotions beside it are to be answered all the same.
+    None for a run that was paused by hand and, with a warning, where they do not come: a process that ends in between
+    leaves a run that asks nothing, and the promotions beside it are to be answered all the same.
     """
-    prefix = keys["schema"].removesuffix("schema")
-    for _ in range(_QUESTION_TRIES):
+    keys = state.state_details.run_input_keyset
+    if keys is None:
+        return None
+    prefix, age = keys["schema"].removesuffix("schema"), datetime.now(UTC) - state.timestamp
+    for tries_left in reversed(range(1 if age > _QUESTION_COMES else _QUESTION_TRIES)):
         parts = client.filter_flow_run_input(run.id, key_prefix=prefix, limit=10, exclude_keys=set())
         stored = {part.key: part.value for part in parts}
         if keys["schema"] in stored and keys["description"] in stored:
             return json.loads(stored[keys["schema"]]), stored[keys["description"]]
-        time.sleep(_QUESTION_SECONDS)
+        if tries_left:
+            time.sleep(_QUESTION_COMES.total_seconds() / _QUESTION_TRIES)
     _log.warning("%s is paused, but asks nothing: cancel it, and promote anew", run.name)
     return None

@@ -203,7 +203,7 @@ def round_encoder(path: Path, texts: Sequence[Ids], calibration: Sequence[Ids], 
     config = read_config(config_path)
     default = keep_by_default(config.hidden, config.layers)  # whatever the teacher's own file names
     weights = load_weights(path, config)
-    rounded = round_weights(weights, config, texts)
+    rounded = round_weights(weights, replace(config, float16=default), texts)
     found = Ranking({}, ())
     if min_cosine is not None:
         probe = EncoderProbe(weights, rounded, config, [pad_batch([row]) for row in calibration])
@@ -227,7 +227,9 @@ def _write_linears(path: Path, weights: Weights) -> None:
             for kind, name in zip(("weight", "bias"), names, strict=True):
                 pieces = getattr(layer, name).half().chunk(len(parts))
                 tensors |= {f"{prefix}{part}.{kind}": own.clone() for part, own in zip(parts, pieces, strict=True)}
-    save_file(tensors, path)
+    written = path.with_suffix(".written")  # what was loaded still lies in the file
+    save_file(tensors, written)
+    written.replace(path)
 
 
 class EncoderProbe(Probe[bool]):

@@ -109,8 +109,7 @@ class FoldedLayers:
         max_tokens: int,
     ) -> None:
         """`linears`: the layers' own, on the CPU or `device`. Output, down and what is E4M3 are used as they are, their
-        columns perhaps in another order. Layers are folded on the CPU: the device gets
-        what it keeps."""
+        columns perhaps in another order. Layers are folded on the CPU: the device gets what it keeps."""
         self._config, self._attention = config, attention
         kernels = _prepare(linears, device)
         before: tuple[Layer, _Folded] | None = None
@@ -324,13 +323,13 @@ def _fold_product(
     it already. The rounding of its values is not centred: the mean, a part of the states like any other, times the sum
     of a row's rounding errors stays, but where the kernel knows the sums.
     """
-    (weight, bias), (amax, number) = layer, state
-    centred, folded_bias = fold_norm(weight, bias, norm)
-    if own.dtype == _HALF:
-        folded = Linear((centred if is_centred else weight * norm[0]).half())
+    if own.bias is None:
+        centred, bias = fold_norm(*layer, norm)
+        folded, bias = Linear((centred if is_centred else layer[0] * norm[0]).half()), bias.half()
     else:
+        amax, number = state
         assert amax is not None, "calibrated"
         x_scale, x_factor = scale_input(amax[number])
         values = own.weight if reorder is None else reorder(own.weight)
-        folded = replace(own, weight=values, x_scale=x_scale, x_factor=x_factor)
-    return _Product(folded, folded_bias.half(), None if is_centred else folded.weight.float().sum(1))
+        folded, bias = replace(own, weight=values, x_scale=x_scale, x_factor=x_factor), own.bias
+    return _Product(folded, bias, None if is_centred else folded.weight.float().sum(1))

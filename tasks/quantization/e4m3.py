@@ -5,7 +5,7 @@ every token, so a text's mean does not even them out. Here the error of a column
 as the inputs that texts give make it good again.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import TypeVar
@@ -24,11 +24,12 @@ T = TypeVar("T")
 _DAMPING = 0.01  # of the mean of the diagonal: inputs that hardly vary would take every error
 _LATER = 64  # columns after which errors go into all the columns that follow
 _MOST_TOKENS = 32_768  # of the texts: inputs of a wide layer are 3,072 numbers
-_LARGEST = torch.finfo(torch.float16).max  # of what the engine's file holds
+_LEAST_SCALE = 1e-3  # of a norm, as a part of its largest
 
 
 def round_weights(weights: Weights, config: BertConfig, texts: Sequence[Ids]) -> Weights:
-    """Every linear layer's weight so that what the engine makes of it is E4M3 already, rounded for `texts`.
+    """Linear layers' weights, but of what `config` leaves in float16, so that what the engine makes of them is E4M3
+    already, rounded for `texts`, of which there is one at least.
 
     The engine has the norm before a layer in its weight: that is rounded, and divided by the norm's scale again.
     """
@@ -48,29 +49,33 @@ def choose_weights(weights: Weights, rounded: Weights, config: BertConfig) -> We
     return replace(weights, layers=tuple(layers))
 
 
-def measure_products(weights: Weights, config: BertConfig, rows: Iterable[Ids]) -> list[list[Tensor]]:
-    """By layer and LINEARS the mean [K, K] of x xᵀ over the tokens' inputs x of `fold_norm`'s weight.
+def measure_products(weights: Weights, config: BertConfig, rows: Iterable[Ids]) -> list[dict[int, Tensor]]:
+    """Of each layer, by number in LINEARS, the mean [K, K] of x xᵀ over the tokens' inputs x of `fold_norm`'s weight.
 
     Where a norm is in the weight they also have a mean, of 1: who rounds for that leaves the rows of a weight centred,
     as they have to be where a kernel multiplies states with the mean that they still have.
     """
     norms = find_norms(weights.layers)
     sizes = config.hidden, config.hidden, config.hidden, config.intermediate
-    products = [[torch.zeros(size, size) for size in sizes] for _ in range(config.layers)]
+    products = [
+        {linear: torch.zeros(size, size) for linear, size in enumerate(sizes) if rounded[linear]}
+        for rounded in config.rounded
+    ]
     tokens = 0
 
     def see(layer: int, linear: int, x: Tensor) -> Tensor:
-        own = undo_norm(x, norms[layer][linear])
-        products[layer][linear].addmm_(own.T, own)
+        if linear in products[layer]:
+            own = undo_norm(x, norms[layer][linear])
+            products[layer][linear].addmm_(own.T, own)
         return x
 
     for row in rows:
         encode(weights, config, Packed.of_rows([row]), see)
         tokens += len(row)
-    return [
-        [product / tokens + (0.0 if norm is None else 1.0) for product, norm in zip(*layer, strict=True)]
-        for layer in zip(products, norms, strict=True)
-    ]
+    for own, before in zip(products, norms, strict=True):
+        for linear, product in own.items():
+            product.div_(tokens).add_(0.0 if before[linear] is None else 1.0)
+    return products
 
 
 def round_columns(weight: Tensor, products: Tensor) -> Tensor:
@@ -107,22 +112,28 @@ def _spread_errors(products: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
 
 
-def _round_layer(layer: Layer, norms: Sequence[Norm | None], products: Sequence[Tensor]) -> Layer:
+def _round_layer(layer: Layer, norms: Sequence[Norm | None], products: Mapping[int, Tensor]) -> Layer:
     changed = {}
-    for matrix, bias, norm, product in zip(MATRICES, BIASES, norms, products, strict=True):
-        weight = getattr(layer, matrix)
-        rounded = round_columns(fold_norm(weight, getattr(layer, bias), norm)[0], product)
-        changed[matrix], changed[bias] = _unfold(rounded, weight, getattr(layer, bias), norm)
+    for linear, product in products.items():
+        matrix, bias = MATRICES[linear], BIASES[linear]
+        own = getattr(layer, matrix), getattr(layer, bias)
+        rounded = round_columns(fold_norm(*own, norms[linear])[0], product)
+        changed[matrix], changed[bias] = _unfold(rounded, *own, norms[linear])
     return replace(layer, **changed)
 
 
 def _unfold(rounded: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    """The weight and bias of which `fold_norm` makes `rounded`, and the bias that it makes of the own `weight`."""
+    """Weight and bias as the file has them: `fold_norm` makes `rounded` of one, of the other what it made of `weight`.
+
+    Where the scale is next to nothing a column stays as it was: its share of a rounding error, divided by that, would
+    be large, and the bias that makes up for it larger.
+    """
     if norm is None:
-        return rounded, bias
+        return rounded.half().float(), bias
     scale, shift = norm
-    own = torch.where(scale == 0, weight, rounded / scale).clamp(-_LARGEST, _LARGEST)
-    return own, bias + (weight - own) @ shift
+    is_least = scale.abs() < _LEAST_SCALE * scale.abs().max()
+    own = torch.where(is_least, weight, rounded / scale).half().float()
+    return own, (bias + (weight - own) @ shift).half().float()
 
 
 def _take(texts: Sequence[Ids]) -> Sequence[Ids]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def test_run_that_was_killed_before_it_asked_holds_up_nobody(
     store = paused("silver-wren")
     store("schema")
     store("description")
-    monkeypatch.setattr("flows.answer._QUESTION_SECONDS", 0)
+    monkeypatch.setattr("flows.answer._QUESTION_COMES", timedelta())  # it was paused long ago
     assert "silver-wren" in [waiting.name for waiting in list_waiting()]
     assert "amber-falcon is paused, but asks nothing: cancel it, and promote anew" in caplog.messages
 

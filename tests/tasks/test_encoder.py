@@ -143,7 +143,7 @@ def test_fp8_of_the_real_minilm_keeps_its_cosine(tmp_path: Path) -> None:
     batch = Packed.of_rows(tokenizer.encode(make_sentences(32, seed=2)))
     oracle = encode(load_weights(teacher.tokenizer.parent / "model.safetensors", config), config, batch)
     nearest = load_weights(path, config)
-    round_encoder(path, texts, calibration, 0.997)
+    found = round_encoder(path, texts, calibration, 0.997)
     assert read_config(tmp_path / "config.json").float16 == config.float16
     weights = load_weights(path, config)
     kept = config.float16 | {name for name in list_linears(config.layers) if name.startswith("layer.5/attention")}
@@ -152,6 +152,11 @@ def test_fp8_of_the_real_minilm_keeps_its_cosine(tmp_path: Path) -> None:
         for own, names in ((nearest, config.float16), (weights, config.float16), (weights, kept))
     )
     assert 0.997 <= before < chosen < mixed
+    (point,) = found.curve  # of few of the calibration texts: what was judged is what the file holds
+    few = Packed.of_rows(calibration)
+    expected = encode(nearest, config, few)
+    told = float((ExactE4M3(weights, config).encode(few) * expected).sum(1).mean())
+    assert abs(point.cosine - told) < 0.2 * (1 - told)
     assert 1 - chosen < 0.6 * (1 - before)
 
 
