@@ -131,7 +131,7 @@ def _unfold(rounded: Tensor, weight: Tensor, bias: Tensor, norm: Norm | None) ->
     if norm is None:
         return rounded.half().float(), bias
     scale, shift = norm
-    is_least = scale.abs() < _LEAST_SCALE * scale.abs().max()
+    is_least = scale.abs() <= _LEAST_SCALE * scale.abs().max()
     own = torch.where(is_least, weight, rounded / scale).half().float()
     return own, (bias + (weight - own) @ shift).half().float()
 

@@ -111,6 +111,15 @@ def test_norm_with_next_to_no_scale_costs_nothing(scale: float, model: tuple[Ber
     assert losses[0] < 0.8 * losses[1]
 
 
+def test_norm_without_any_scale_leaves_the_weight_alone(model: tuple[BertConfig, Weights]) -> None:
+    config, weights = model
+    flat = replace(weights.layers[0], out_norm_weight=torch.zeros(config.hidden))
+    weights = replace(weights, layers=(flat, *weights.layers[1:]))
+    rounded = round_weights(weights, config, draw_texts(5))
+    assert torch.equal(rounded.layers[0].up_weight, flat.up_weight.half().float())
+    assert_same_bias(weights, rounded)
+
+
 def test_layers_in_float16_keep_their_weights(model: tuple[BertConfig, Weights]) -> None:
     config, weights = model
     kept = replace(config, float16=frozenset(list_linears(2)[:5]))
