@@ -18,11 +18,11 @@ from serving.engines.e4m3 import BIASES, MATRICES, Norm, find_norms, fold_norm, 
 from serving.kernels.reference import E4M3_MAX, quantize_tensor
 from serving.tokenizer import Ids
 from tasks.progress import Advance, progress
+from tasks.quantization.gptq import round_rows
+from tasks.quantization.trellis import Floats
 
 T = TypeVar("T")
 
-_DAMPING = 0.01  # of the mean of the diagonal: inputs that hardly vary would take every error
-_LATER = 64  # columns after which errors go into all the columns that follow
 _MOST_TOKENS = 32_768  # of the texts: inputs of a wide layer are 3,072 numbers
 _LEAST_SCALE = 1e-3  # of a norm, as a part of its largest
 
@@ -86,30 +86,15 @@ def round_columns(weight: Tensor, products: Tensor) -> Tensor:
     _, scale = quantize_weight(weight)
     top, top_column = divmod(int(weight.abs().argmax()), weight.shape[1])
     order = products.diagonal().argsort(descending=True)
-    spread = _spread_errors(products[order][:, order])
-    left = weight[:, order]
-    for first in range(0, left.shape[1], _LATER):
-        last = min(first + _LATER, left.shape[1])
-        errors = torch.empty(len(left), last - first)
-        for column in range(first, last):
-            own = left[:, column]
-            rounded = quantize_tensor(own, scale).float() * scale
-            if int(order[column]) == top_column:
-                rounded[top] = weight[top, top_column].sign() * E4M3_MAX * scale
-            error = errors[:, column - first] = (own - rounded) / spread[column, column]
-            left[:, column + 1 : last] -= error[:, None] * spread[column, column + 1 : last]
-            left[:, column] = rounded
-        left[:, last:] -= errors @ spread[first:last, last:]
-    result = torch.empty_like(left)
-    result[:, order] = left
-    return result
 
+    def round_row(row: int, own: Floats) -> Floats:
+        rounded = quantize_tensor(torch.from_numpy(own), scale).float() * scale
+        if int(order[row]) == top_column:
+            rounded[top] = weight[top, top_column].sign() * E4M3_MAX * scale
+        return rounded.numpy()
 
-def _spread_errors(products: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse: how the error of a column is made good by the columns after it."""
-    damped = products.double()
-    damped = damped + torch.eye(len(damped)) * (_DAMPING * damped.diagonal().mean() + 1e-12)
-    return torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
+    rounded = round_rows(weight.T[order].numpy(), products[order][:, order].double().numpy(), round_row)
+    return torch.from_numpy(rounded)[order.argsort()].T.contiguous()
 
 
 def _round_layer(layer: Layer, norms: Sequence[Norm | None], products: Mapping[int, Tensor]) -> Layer:

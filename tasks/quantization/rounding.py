@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.quantization.gptq import round_rows
 from tasks.quantization.trellis import LIMIT, Floats, States, choose_states, codebook
 
-_DAMPING = 0.01  # of the mean of the diagonal: inputs that hardly vary would take every error
 _RUN = 24  # numbers that are chosen together at least; more would cost no less
-_LATER = 64  # rows after which errors go into all the rows that follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +39,24 @@ def round_weight(weight: Floats, products: NDArray[np.float64], bits: int) -> Fe
     """Round `weight` [K, N] for inputs whose mean of x xᵀ is `products` [K, K]."""
     rows, columns = weight.shape
     runs = count_runs(columns)
-    spread = _error_spread(products)
     factors, scales = _choose_scales(weight)
     unit = factors.astype(np.float32)[:, None] * scales.astype(np.float32)
-    left, values = weight.copy(), codebook(bits)
+    values = codebook(bits)
     states = np.empty((runs, rows, columns // runs), dtype=np.uint8)
     is_exact = np.zeros(weight.shape, dtype=bool)
-    start = np.zeros(runs, dtype=np.uint8)
-    for first in range(0, rows, _LATER):
-        last = min(first + _LATER, rows)
-        errors = np.empty((last - first, columns), dtype=np.float32)
-        for row in range(first, last):
-            numbers = left[row] / unit[row]
-            far = is_exact[row] = np.abs(numbers) > LIMIT
-            worth = (~far).astype(np.float32).reshape(runs, -1) if far.any() else None
-            numbers = np.where(far, 0, numbers).reshape(runs, -1)
-            states[:, row] = choose_states(numbers, bits, values, start, worth)
-            start = states[:, row, -1]
-            rounded = np.where(far, left[row].astype(np.float16), values[states[:, row]].ravel() * unit[row])
-            error = errors[row - first] = (left[row] - rounded) / spread[row, row]
-            left[row + 1 : last] -= np.outer(spread[row, row + 1 : last], error)
-            left[row] = rounded
-        left[last:] -= spread[first:last, last:].T @ errors
+
+    def round_row(row: int, own: Floats) -> Floats:
+        numbers = own / unit[row]
+        far = is_exact[row] = np.abs(numbers) > LIMIT
+        worth = (~far).astype(np.float32).reshape(runs, -1) if far.any() else None
+        numbers = np.where(far, 0, numbers).reshape(runs, -1)
+        before = states[:, row - 1, -1] if row else np.zeros(runs, dtype=np.uint8)
+        states[:, row] = choose_states(numbers, bits, values, before, worth)
+        return np.where(far, own.astype(np.float16), values[states[:, row]].ravel() * unit[row])
+
+    rounded = round_rows(weight, products, round_row)
     places = np.flatnonzero(is_exact).astype(np.int32)
-    exact = left.ravel()[places].astype(np.float16)
+    exact = rounded.ravel()[places].astype(np.float16)
     few = FewBits(states.reshape(runs, -1), factors, scales, places, exact, bits)
     return _fit_scales(few, weight, products)
 
@@ -79,12 +72,6 @@ def count_runs(columns: int) -> int:
 def _unroll(numbers: Floats, rows: int, columns: int) -> Floats:
     """From runs [R, K * N / R] to the weight [K, N]."""
     return numbers.reshape(len(numbers), rows, -1).transpose(1, 0, 2).reshape(rows, columns)
-
-
-def _error_spread(products: NDArray[np.float64]) -> Floats:
-    """Upper Cholesky factor of the damped inverse: how the error of a row is made good by the rows after it."""
-    damped = products + np.eye(len(products)) * (_DAMPING * np.diag(products).mean() + 1e-12)
-    return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
 
 def _choose_scales(weight: Floats) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
