@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_question_is_read_whole_although_it_is_stored_in_parts(
         tried.append(seconds)
         store(("schema", "description")[len(tried) - 1])
 
-    monkeypatch.setattr("flows.answer.time.sleep", store_one_more)
+    monkeypatch.setattr("flows.answer.time", SimpleNamespace(sleep=store_one_more))  # others in this process sleep
     waiting = find_waiting("amber-falcon")
     assert (waiting.page, len(tried)) == ("What to decide", 2)
 

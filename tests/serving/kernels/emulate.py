@@ -14,6 +14,7 @@ import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ class EmulatedKernel:
         order = self.schedule
         failure = self._run(ctypes.byref(argument), programs, order.seed, order.slow, order.slow_programs)
         assert failure is None, failure
+
+
+def emulate(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the kernel of `module` into `folder` and run it here, its order followed."""
+    monkeypatch.setattr(EmulatedKernel, "folder", folder, raising=False)
+    monkeypatch.setattr(EmulatedKernel, "is_ordered", True)
+    monkeypatch.setattr(module, "CudaKernel", EmulatedKernel)
+    monkeypatch.setattr(module, "_load", module._load.__wrapped__)
+    monkeypatch.setattr(TensorMap, "of", describe)
 
 
 def describe(matrix: Tensor, rows: int, columns: int) -> TensorMap:

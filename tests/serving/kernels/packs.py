@@ -73,6 +73,12 @@ def activate(half: Tensor) -> Tensor:
     return (half.float() * inner.float() + half.float()).half()
 
 
+def narrow(halves: Tensor, factor: Tensor) -> Tensor:
+    """Halves times the factor in E4M3, as `narrow` of wide_results.cuh; float32."""
+    largest = reference.E4M3_MAX
+    return (halves * factor.half()).float().clamp(-largest, largest).to(torch.float8_e4m3fn).float()
+
+
 def relative_error(out: Tensor, oracle: Tensor) -> float:
     return float((out.double() - oracle.double()).norm() / oracle.double().norm())
 

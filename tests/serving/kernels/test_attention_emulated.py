@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels import attention_hopper, reference
-from serving.kernels.compiled import TensorMap
-from tests.serving.kernels.emulate import NEEDS_COMPILER, EmulatedKernel, Schedule, describe
+from tests.serving.kernels.emulate import NEEDS_COMPILER, EmulatedKernel, Schedule, emulate
 from tests.serving.kernels.packs import assert_as_exact_as, make_packed, poisoned, relative_error
 
 pytestmark = NEEDS_COMPILER
@@ -16,19 +15,10 @@ LENGTHS = [1, 17, 64, 65, 128, 129, 200, 33, 300, 50]
 HEADS, PRODUCERS, FIRST_PAIR, SECOND_PAIR = 4, 3, 0xFF0, 0xFF000  # the latter warps
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
-
-
 @pytest.fixture(autouse=True)
 def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EmulatedKernel, "folder", folder, raising=False)
-    monkeypatch.setattr(EmulatedKernel, "is_ordered", True)
-    monkeypatch.setattr(attention_hopper, "CudaKernel", EmulatedKernel)
-    monkeypatch.setattr(attention_hopper, "_load", attention_hopper._load.__wrapped__)
+    emulate(attention_hopper, folder, monkeypatch)
     monkeypatch.setattr(attention_hopper, "starts_early", lambda _: False)
-    monkeypatch.setattr(TensorMap, "of", describe)
 
 
 def attend(qkv: Tensor, lengths: list[int], factor: Tensor | None = None, is_upward: bool = False) -> Tensor:

@@ -20,11 +20,6 @@ FEEDER = 1 << 16  # the 17th warp
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
-
-
-@pytest.fixture(scope="module")
 def model(folder: Path) -> tuple[BertConfig, Weights]:
     return read_model(make_encoder(folder / "model", 384, 12, 1536, layers=3))
 

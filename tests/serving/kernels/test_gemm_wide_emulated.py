@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from serving.kernels import gemm_wide, reference
-from serving.kernels.compiled import TensorMap
-from tests.serving.kernels.emulate import NEEDS_COMPILER, EmulatedKernel, Schedule, describe
-from tests.serving.kernels.packs import activate, in_order, poisoned, quantize, relative_error, sum_rows
+from tests.serving.kernels.emulate import NEEDS_COMPILER, EmulatedKernel, Schedule, emulate
+from tests.serving.kernels.packs import activate, in_order, narrow, poisoned, quantize, relative_error, sum_rows
 
 pytestmark = NEEDS_COMPILER
 COLUMNS, EPS = 384, 1e-12  # two tiles
@@ -36,19 +35,9 @@ class Product:
         return product if self.scales[0] is None else product * self.scales[0][..., None] * self.scales[1]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
-
-
 @pytest.fixture(autouse=True)
 def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(EmulatedKernel, "folder", folder, raising=False)
-    monkeypatch.setattr(EmulatedKernel, "is_ordered", True)
-    monkeypatch.setattr(gemm_wide, "CudaKernel", EmulatedKernel)
-    monkeypatch.setattr(gemm_wide, "_load", gemm_wide._load.__wrapped__)
-    monkeypatch.setattr(TensorMap, "of", describe)
+    emulate(gemm_wide, folder, monkeypatch)
 
 
 def make_product(depth: int, is_e4m3: bool, has_row_scales: bool = False) -> Product:
@@ -103,12 +92,6 @@ def find_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean.square() + EPS).rsqrt()
 
 
-def to_e4m3(values: Tensor, factor: Tensor) -> Tensor:
-    """Halves times the factor, rounded as the kernel does; float32."""
-    largest = reference.E4M3_MAX
-    return (values * factor.half()).float().clamp(-largest, largest).to(torch.float8_e4m3fn).float()
-
-
 @pytest.mark.parametrize(
     ("gelu", "is_e4m3", "factor", "programs", "schedule"),
     [
@@ -130,7 +113,7 @@ def test_emulated_linear_equals_plain_in_any_schedule(
     if by is None:
         assert relative_error(out, plain) < 1e-4
     else:
-        assert relative_error(in_order(out), to_e4m3(plain, by)) < 1e-3
+        assert relative_error(in_order(out), narrow(plain, by)) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -155,7 +138,7 @@ def test_emulated_add_equals_plain_in_any_schedule(
     assert relative_error(result.sums, sum_rows(plain)) < 1e-4
     if by is not None:
         assert result.copy is not None
-        assert relative_error(in_order(result.copy), to_e4m3(plain.half(), by)) < 1e-3
+        assert relative_error(in_order(result.copy), narrow(plain.half(), by)) < 1e-3
 
 
 def test_emulated_takes_a_scale_of_each_row() -> None:
