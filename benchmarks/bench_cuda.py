@@ -4,9 +4,10 @@
 A case's rows are written as soon as it is measured. Engine figures
 start with packed ids on the GPU and end with vectors there, as the baseline's do; `host_tokens_per_s` starts and ends
 in host memory. An engine is opened for its case's tokens and longest text, as the baseline has memory for its batch
-alone. `--minilm` names a folder with the files of cuda-fp16, in `fp8/` those of cuda-fp8, and `texts.npz` (ids,
-lengths, and the vectors of sentence-transformers in float32) and adds the quality rows; where one is below its limit
-the exit status is 1, once everything is written. Weights are random otherwise.
+alone. `--minilm` names a folder that `python -m benchmarks.cuda_files FOLDER` filled (the files of cuda-fp16, in `fp8/`
+those of cuda-fp8, and `texts.npz`: ids, lengths, and the vectors of sentence-transformers in float32) and adds the
+quality rows; where one is below its limit the exit status is 1, once everything is written. Weights are random
+otherwise.
 """
 
 import argparse

@@ -9,7 +9,7 @@ import torch
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]  # where triton has no wheel
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
