@@ -1,67 +1,30 @@
-"""Running `optimize` from a terminal: quiet logs, a table to read, one JSON document to parse."""
+"""Running `optimize` from a terminal: a table to read, one JSON document to parse."""
 
 import json
-import logging
 import math
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from prefect import get_client, tags
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_TASKS_REFRESH_CACHE, temporary_settings
-from prefect.states import Crashed
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
 from flows.config import OptimizeConfig
-from flows.environment import end_orphans
+from flows.local_run import local_run
 from flows.optimize import Outcome, optimize
-from registry.errors import RegistryError
-from serving.errors import ServingError
-from tasks.errors import TaskError
 from tasks.report import result_rows
 from tasks.select import Judged
-from tasks.state import describe_process, is_dead
 
 # What fits a terminal of 80 columns; the HTML report has the rest.
 _COLUMNS = ("candidate", "verdict", "cosine", "nDCG loss %", "p50 ms", "texts/s", "× torch", "MB")
 _STS = ("sts_spearman", "sts_spearman_loss")
-# Whose flow run it is, as a tag: the next run can tell that its owner is dead.
-_PROCESS_TAG = "process: "
-_OUR_ERRORS = (TaskError, RegistryError, ServingError)
 
 
 def run_optimize(config: OptimizeConfig, refresh: bool = False) -> Outcome:
     """Run the flow in this process; with `refresh` no cached result is used."""
     with local_run(), temporary_settings({PREFECT_TASKS_REFRESH_CACHE: refresh}):
         return optimize(config)
-
-
-@contextmanager
-def local_run() -> Iterator[None]:
-    """A flow in the block runs in this process: it closes what dead ones left, and leaves word whose it is itself."""
-    end_orphans()
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_without_our_tracebacks)
-    close_dead_flow_runs()
-    with tags(_PROCESS_TAG + describe_process(os.getpid())):
-        yield
-
-
-def close_dead_flow_runs() -> None:
-    """Mark flow runs of killed processes of this machine as crashed: they could not say so themselves."""
-    types = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PAUSED])
-    running = FlowRunFilter(state=FlowRunFilterState(type=types))
-    with get_client(sync_client=True) as client:
-        for flow_run in client.read_flow_runs(flow_run_filter=running):
-            owners = [tag.removeprefix(_PROCESS_TAG) for tag in flow_run.tags if tag.startswith(_PROCESS_TAG)]
-            if any(is_dead(owner) for owner in owners):
-                client.set_flow_run_state(flow_run.id, Crashed(message="The process was killed."), force=True)
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
@@ -137,10 +100,3 @@ def _describe_candidate(row: Judged) -> dict[str, Any]:
 def _finite(value: float | None) -> float | None:
     """JSON has no NaN: null for the cosine of what is not finite, and a loss against a teacher that scores nothing."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _without_our_tracebacks(record: logging.LogRecord) -> bool:
-    """Our own errors explain themselves in one line; Prefect would print its engine's stack above it."""
-    if record.exc_info and isinstance(record.exc_info[1], _OUR_ERRORS):
-        record.exc_info, record.exc_text = None, None
-    return True

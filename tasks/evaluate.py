@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import rankdata
 
 from registry.gate import Measurement
 from registry.manifest import EngineEntry, read_manifest
@@ -318,6 +317,8 @@ def _spearman(similarity: Values, gold: Values) -> _Statistic:
 
 
 def _rank(values: Values) -> Values:
+    from scipy.stats import rankdata  # noqa: PLC0415  takes a second, and who promotes ranks nothing
+
     return np.asarray(rankdata(values, axis=1), dtype=np.float64)
 
 

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from serving.telemetry import disable_telemetry
 from tasks.errors import TrackingFailed
 from tasks.publish import Published
 from tasks.select import Judged
 from tasks.state import describe_process, is_dead, state_dir
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Quality metrics whose interval's bad end, which the gate compares, is logged beside them.
 _WITH_BAD_END = (
@@ -84,7 +85,7 @@ class Tracker:
         if winner is not None:
             self._log_metrics(self.run_id, winner)
 
-    def log_figure(self, figure: Figure, name: str) -> None:
+    def log_figure(self, figure: "Figure", name: str) -> None:
         """A picture under the parent run's artifacts."""
         self._client.log_figure(self.run_id, figure, name)
 

@@ -3,8 +3,11 @@ only Hopper's; those that any GPU runs for others.
 """
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,36 @@ from tests.serving.kernels.launches import compile_alone
 
 pytestmark = pytest.mark.e2e
 HOPPER, JETSON = "sm_90a", "sm_110a"
-GEMM_FORMS = [
-    Form(adds, gelu, takes, gives, is_deep)
-    for adds, gelu in ((False, False), (False, True), (True, False))
-    for takes in (False, True)
-    for gives in (False, True)
-    for is_deep in ((False, True) if adds and gives else (False,))
-    if adds or gelu or not gives  # queries, keys and values are never in E4M3
-]
+
+
+def list_wide_gemms() -> Iterator[Form]:
+    for adds, gelu in ((False, False), (False, True), (True, False)):
+        for takes, gives in product((False, True), repeat=2):
+            if adds or gelu or not gives:  # queries, keys and values are never in E4M3
+                for is_deep in (False, True) if adds and gives else (False,):
+                    yield Form(adds, gelu, takes, gives, is_deep)
+
+
+# What `compile_kernel` takes.
+FORMS: dict[str, tuple[str, str, dict[str, int]]] = {
+    **{str(form): ("gemm_wide", HOPPER, gemm_wide.make_macros(form)) for form in list_wide_gemms()},
+    **{
+        f"attention, heads of {size}{', E4M3' * is_narrow}": (
+            "attention_hopper", HOPPER, attention_hopper.make_macros(size, is_narrow),
+        )
+        for size, is_narrow in product(attention_hopper.HEAD_SIZES, (False, True))
+    },
+    **{
+        f"feed-forward{', copies' * copies}": ("feed_forward", HOPPER, feed_forward.make_macros(copies))
+        for copies in (False, True)
+    },
+    **{
+        f"{rows} tokens, {pooling}, {architecture}": (
+            "few_tokens_cluster", architecture, few_tokens_cluster.make_macros(rows, pooling, normalize=True),
+        )
+        for rows, pooling, architecture in product((16, 32), ("mean", "cls", "lasttoken"), (HOPPER, JETSON))
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,29 +62,17 @@ def _compiler() -> Iterator[None]:
     sys.path.remove(str(COMPILER_FOLDER))
 
 
-@pytest.mark.parametrize("form", GEMM_FORMS)
-def test_the_wide_gemm_compiles(form: Form) -> None:
-    assert len(compile_kernel("gemm_wide", HOPPER, gemm_wide.make_macros(form))) > 10_000
+@pytest.fixture(scope="module")
+def images(_compiler: None) -> Iterator[dict[str, Future[bytes]]]:
+    """All forms: a compiler uses one core, a machine has some."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {form: pool.submit(compile_kernel, *asked) for form, asked in FORMS.items()}
+    pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("is_narrow", [False, True])
-@pytest.mark.parametrize("size", attention_hopper.HEAD_SIZES)
-def test_attention_compiles(size: int, is_narrow: bool) -> None:
-    macros = attention_hopper.make_macros(size, is_narrow)
-    assert len(compile_kernel("attention_hopper", HOPPER, macros)) > 10_000
-
-
-@pytest.mark.parametrize("copies", [False, True])
-def test_the_feed_forward_block_compiles(copies: bool) -> None:
-    assert len(compile_kernel("feed_forward", HOPPER, feed_forward.make_macros(copies))) > 10_000
-
-
-@pytest.mark.parametrize("architecture", [HOPPER, JETSON])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
-@pytest.mark.parametrize("rows", [16, 32])
-def test_few_tokens_as_a_cluster_compiles(rows: int, pooling: str, architecture: str) -> None:
-    macros = few_tokens_cluster.make_macros(rows, pooling, normalize=True)
-    assert len(compile_kernel("few_tokens_cluster", architecture, macros)) > 10_000
+@pytest.mark.parametrize("form", FORMS)
+def test_kernel_compiles(form: str, images: dict[str, Future[bytes]]) -> None:
+    assert len(images[form].result()) > 10_000
 
 
 def test_what_does_not_compile_says_why() -> None:

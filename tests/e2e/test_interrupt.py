@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.e2e.conftest import NAME, ROOT, Project, make_project
+from tests.forge import write_corpus
 
 pytestmark = pytest.mark.e2e
 
@@ -25,9 +26,10 @@ def own_project(tmp_path: Path) -> Project:
     return make_project(tmp_path)
 
 
-def interrupt(project: Project, number: signal.Signals, log: Path, step: str) -> int:
+def interrupt(project: Project, number: signal.Signals, corpus: Path, log: Path, step: str) -> int:
     """Start optimize, send the signal once `step` shows in the log, and return the exit status."""
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "optimize", "--name", NAME]
+    command = [sys.executable, "-c", "from flows.cli import main; main()"]
+    command += ["optimize", "--name", NAME, "--corpus", str(corpus)]
     with (
         log.open("w") as stream,
         subprocess.Popen(command, cwd=ROOT, env=project.env, stdout=stream, stderr=subprocess.STDOUT) as process,
@@ -67,20 +69,20 @@ def servers_of(project: Project) -> int:
 
 @pytest.mark.filterwarnings("default")
 def test_interrupted_runs_are_closed_and_the_next_one_resumes(own_project: Project, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    assert interrupt(own_project, signal.SIGINT, log, "'export' - Finished") == 130
+    inputs = write_corpus(tmp_path / "corpus.jsonl", 700), tmp_path / "log"
+    assert interrupt(own_project, signal.SIGINT, *inputs, "'export' - Finished") == 130
     assert statuses(own_project) == ["KILLED"]
     assert servers_of(own_project) == 0
 
-    assert interrupt(own_project, signal.SIGTERM, log, "'quantize-int8-dynamic' - Finished") == 130
+    assert interrupt(own_project, signal.SIGTERM, *inputs, "'quantize-int8-dynamic' - Finished") == 130
     assert statuses(own_project) == ["KILLED", "KILLED"]
 
-    assert interrupt(own_project, signal.SIGKILL, log, "embed teacher:") == -signal.SIGKILL
+    assert interrupt(own_project, signal.SIGKILL, *inputs, "embed teacher:") == -signal.SIGKILL
     assert statuses(own_project)[-1] == "RUNNING"
     assert servers_of(own_project) == 1
     assert not (own_project.folder / "registry").exists()
 
-    document = own_project.optimize("--variant", "fp32-onnx")
+    document = own_project.optimize("--variant", "fp32-onnx", "--corpus", str(inputs[0]))
     assert document["published"]["name"] == "fp32-onnx"
     assert statuses(own_project)[:3] == ["KILLED"] * 3
     assert flow_states(own_project) == ["CRASHED", "CRASHED", "CRASHED", "COMPLETED"]

@@ -35,7 +35,7 @@ prepare_environment()
 make_state_folder()
 import flows.promote
 setattr(flows.promote, sys.argv[1], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-from flows.run import local_run
+from flows.local_run import local_run
 with local_run():
     flows.promote.promote("tiny", sys.argv[2], "linus")
 """

@@ -34,6 +34,19 @@ def test_environment_keeps_every_library_out_of_the_home_and_the_working_folder(
     assert (home / "mlflow" / "mlflow.db").is_file()
 
 
+@pytest.mark.parametrize("module", ["promote", "answer", "reconcile"])
+def test_commands_for_production_start_without_what_only_optimize_needs(module: str, tmp_path: Path) -> None:
+    """Each of these takes seconds to import, and somebody waits at a terminal."""
+    absent = ("scipy", "matplotlib", "torch", "mlflow", "onnxruntime", "sentence_transformers")
+    code = (
+        "from flows.environment import prepare_environment\nprepare_environment()\n"
+        f"import sys\nimport flows.cli, flows.local_run, flows.{module}\n"
+        f"assert not sys.modules.keys() & set({absent}), sys.modules.keys() & set({absent})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, timeout=180)
+
+
 def test_environment_leaves_what_is_set(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     for name in VARIABLES[1:]:
         monkeypatch.delenv(name, raising=False)
