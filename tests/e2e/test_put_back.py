@@ -20,7 +20,7 @@ from registry.store import FolderStore
 from tests.bundles import make_bundle
 from tests.e2e.conftest import Project, make_project
 from tests.published import publish_bundle
-from tests.servers import PrefectServer, free_port
+from tests.servers import free_port, run_prefect_server
 from tests.worker import RunningWorker, run_worker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("default")]
@@ -96,12 +96,11 @@ def write_settings(project: Project, *workers: dict[str, object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def site(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Before anything was ever promoted; the worker serves a bundle that it was started with."""
     folder = tmp_path_factory.mktemp("site")
     (folder / ".thorforge" / "prefect").mkdir(parents=True)
     base = make_project(folder / ".thorforge")
-    project = Project(base.folder, base.env | {"PREFECT_API_URL": prefect_server.api_url}, folder)
     store, root, token = FolderStore(folder / "registry"), folder / "bundles", folder / "token"
     make_bundle(folder / "start", seed=9)
     start = push(folder / "start", store)
@@ -109,7 +108,8 @@ def site(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
     token.write_text(f"{TOKEN}\n")
     root.mkdir()
     options = ["--models-root", str(root), "--security-admin-tokens-file", str(token)]
-    with run_worker(folder / "start", *options) as told:
+    with run_prefect_server(base.env, free_port()) as server, run_worker(folder / "start", *options) as told:
+        project = Project(base.folder, base.env | {"PREFECT_API_URL": server.api_url}, folder)
         write_settings(project, told_settings(told.base_url, folder))
         yield Site(project, store, start, bad, told)
 
