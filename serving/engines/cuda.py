@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engines import Embeddings
-from serving.engines.cuda_memory import fit_runs, is_out_of_memory
+from serving.engines.cuda_memory import CAPTURING, empty_cache, fit_runs, is_out_of_memory
 from serving.engines.cuda_node import find_problem_here
 from serving.engines.packing import FILLER, Lengths, Limits, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
@@ -67,7 +67,7 @@ class CudaEngine:
         self._max_length = min(max_length, self._config.positions)
         self._streams = _Streams.make()
         self.memory_limit_tokens: int | None = None
-        torch.cuda.empty_cache()  # what others left there would be used and not be counted
+        empty_cache()  # what others left there would be used and not be counted
         before = torch.cuda.memory_reserved(self._device)
         fit_runs(partial(self._allocate, weights, compute), self.close, max_tokens, self._max_length)
         self.runtime = f"cuda {torch.version.cuda} {torch.cuda.get_device_name(self._device)} {compute}"
@@ -85,15 +85,13 @@ class CudaEngine:
 
     def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
         """See `Engine.embed`. Raises ValueError for what `check_batch` names, and for a text too long."""
-        import torch  # noqa: PLC0415  loaded with the engine
-
         lengths = self._check(input_ids, attention_mask)
         try:
             return self._embed(input_ids, lengths)
         except RuntimeError as error:  # someone else took the memory: half as much at a time
             if len(lengths) == 1 or not is_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()
+        empty_cache()
         middle = len(lengths) // 2
         halves = slice(None, middle), slice(middle, None)
         vectors = np.concatenate([self.embed(input_ids[half], attention_mask[half]) for half in halves])
@@ -142,10 +140,11 @@ class CudaEngine:
         """See `Engine.close`: gives back what `_allocate` took, however far it came."""
         import torch  # noqa: PLC0415  loaded with the engine
 
-        torch.cuda.synchronize(self._device)
+        with CAPTURING:
+            torch.cuda.synchronize(self._device)
         for name in ("_graphs", "_static", "_vectors", "_last", "_slots", "_encoder"):
             self.__dict__.pop(name, None)
-        torch.cuda.empty_cache()
+        empty_cache()
 
     def _check(self, input_ids: Ids, attention_mask: Ids) -> Lengths:
         """The number of tokens of each text. Raises ValueError, also for one longer than the engine was opened for."""
@@ -229,9 +228,16 @@ class CudaEngine:
             with torch.cuda.stream(stream):
                 self._encoder.run(batch, shape.long)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            mode = "thread_local"  # what another engine's thread asks of CUDA meanwhile must not break the capture
+            # The outer stream brings this thread's own back, which a capture that ends in an error does not.
+            with (
+                CAPTURING,
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode),
+            ):
                 graphs[shape] = graph, self._encoder.run(batch, shape.long)
-        torch.cuda.synchronize(self._device)
+        with CAPTURING:
+            torch.cuda.synchronize(self._device)
         return graphs
 
     def _fill_static(self, shape: "Shape") -> None:

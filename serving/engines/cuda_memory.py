@@ -1,6 +1,7 @@
 """The cuda engine and the GPU's memory: runs as large as it holds, and what is an error for want of it."""
 
 import logging
+import threading
 from collections.abc import Callable
 
 from serving.errors import EngineUnavailable
@@ -8,7 +9,19 @@ from serving.errors import EngineUnavailable
 # How torch, Triton and cuBLAS say it: only torch's own allocator has a class for that.
 _SAYINGS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
+# Held while a graph is captured. CUDA breaks the capture of a GPU for which another thread waits as a whole, and torch
+# empties its cache in no other thread meanwhile.
+CAPTURING = threading.Lock()
+
 _log = logging.getLogger(__name__)
+
+
+def empty_cache() -> None:
+    """Give the GPU back what torch keeps of it unused."""
+    import torch  # noqa: PLC0415  loaded with the engine
+
+    with CAPTURING:
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
+_NO_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 _Form = TypeVar("_Form")
 
 
@@ -51,7 +52,7 @@ class CudaKernel:
     def __init__(
         self, name: str, macros: dict[str, int], device: torch.device, threads: int, shared: int, cluster: int = 1
     ):
-        """Compile and load. Raises CompileFailed, also where the GPU cannot hold one such cluster."""
+        """Compile and load. Raises CompileFailed, also where the GPU cannot hold one such cluster; OutOfMemoryError."""
         self._threads, self._shared, self._cluster = threads, shared, cluster
         major, minor = torch.cuda.get_device_capability(device)
         with torch.cuda.device(device):  # a new thread has the first GPU
@@ -61,6 +62,8 @@ class CudaKernel:
 
                 self._driver = driver
                 self._load(name, compile_kernel(name, f"sm_{major}{minor}a", macros))
+            except torch.OutOfMemoryError:
+                raise
             except (ImportError, RuntimeError) as error:  # the latter: no such shared library
                 raise CompileFailed(str(error)) from None
             if cluster > 1 and not self._count_clusters():
@@ -134,8 +137,9 @@ def compile_kernel(name: str, architecture: str, macros: dict[str, int]) -> byte
 
 
 def _check(answer: tuple[Any, ...]) -> Any:
-    """The value of a call. Raises CompileFailed with the error's name."""
+    """The value of a call. Raises CompileFailed with the error's name, and OutOfMemoryError where it is that."""
     status, *values = answer
     if int(status) != 0:
-        raise CompileFailed(str(status))
+        # Want of memory says nothing against a kernel: who needs less may have it.
+        raise torch.OutOfMemoryError(status.name) if status.name == _NO_MEMORY else CompileFailed(status.name)
     return values[0] if values else None

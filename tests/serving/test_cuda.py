@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,4 +203,39 @@ def test_cuda_engine_equals_the_oracle_in_runs_of_any_size(compute: str, float16
     assert torch.cuda.memory_reserved() == before
     with pytest.raises(ValueError, match="positions"):
         engine.embed(*pad_batch([np.zeros(129, dtype=np.int64)]))
+    engine.close()
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_an_engine_serves_on_while_others_open_and_close_on_its_gpu(tmp_path: Path) -> None:
+    """As a worker swaps versions: graphs are captured in one thread, batches are answered in another."""
+    from tests.serving.kernels.models import make_encoder
+    from tests.serving.kernels.packs import TOKENS
+
+    path = make_encoder(tmp_path)
+    engine = CudaEngine(path, max_tokens=512)
+    batch = pad_batch([np.random.default_rng(0).integers(0, TOKENS, length) for length in (1, 128, 7, 100, 90)])
+    expected = engine.embed(*batch)
+    opened = threading.Event()
+    with ThreadPoolExecutor() as pool:
+
+        def swap() -> None:
+            for _ in range(3):
+                CudaEngine(path, max_tokens=2048).close()
+
+        def serve() -> int:
+            answered = 0
+            while not opened.is_set():
+                np.testing.assert_array_equal(engine.embed(*batch), expected)
+                answered += 1
+            return answered
+
+        serving, swaps = pool.submit(serve), [pool.submit(swap) for _ in range(2)]
+        try:
+            for swapped in swaps:
+                swapped.result()
+        finally:
+            opened.set()
+        assert serving.result() > 0
     engine.close()

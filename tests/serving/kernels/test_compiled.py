@@ -4,14 +4,16 @@ import ctypes
 import re
 import sys
 import threading
+from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from serving.engines.cuda_memory import is_out_of_memory
 from serving.kernels import attention_hopper, compiled, feed_forward, few_tokens_cluster, gemm_wide
-from serving.kernels.compiled import _FOLDER, CudaKernel, TensorMap
+from serving.kernels.compiled import _FOLDER, CompileFailed, CudaKernel, TensorMap
 
 
 class Gpus:
@@ -62,6 +64,31 @@ def test_forms_of_a_kernel_are_loaded_on_their_gpu(
     kernel._load.cache_clear()
     assert loaded == [(False, 1)] * 2
     assert gpus.current == 0
+
+
+class Status(IntEnum):
+    """As the bindings have CUDA's errors."""
+
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_IMAGE = 200
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(Status.CUDA_ERROR_OUT_OF_MEMORY, torch.OutOfMemoryError), (Status(200), CompileFailed)]
+)
+def test_loading_a_kernel_tells_want_of_memory_from_what_is_wrong_with_it(
+    status: Status, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimpleNamespace(cuModuleLoadData=lambda image: (status, None), CUfunction_attribute=None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setattr(torch.cuda, "device", Gpus().device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiled, "compile_kernel", lambda name, architecture, macros: b"")
+    with pytest.raises(kind, match=status.name) as raised:
+        CudaKernel("gemm_wide", {}, torch.device("cuda", 0), threads=32, shared=0)
+    assert is_out_of_memory(raised.value) == (kind is torch.OutOfMemoryError)
 
 
 @pytest.mark.parametrize(

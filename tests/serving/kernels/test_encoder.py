@@ -64,7 +64,8 @@ def test_fp8_encoder_stays_close_to_the_oracle(model: tuple[BertConfig, Weights]
 
 @pytest.fixture(scope="module")
 def narrow_cosine(model: tuple[BertConfig, Weights], device: torch.device) -> float:
-    """Of the encoder that has every layer in E4M3."""
+    """Of the encoder that has every layer in E4M3, on the batch that those tests make."""
+    torch.manual_seed(0)
     return find_cosine(*model, make_packed(LAYERS_LENGTHS, device))
 
 
