@@ -25,7 +25,7 @@ test: $(STAMP) check ## Linters, types, import contracts and every test that nee
 
 e2e: $(STAMP) ## The tests that need servers or a browser from the system's packages, or minutes
 	$(BIN)/python -m tests.e2e.prepare
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m e2e --timeout 1500
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m e2e --timeout 1500
 
 ui: $(STAMP) ## Open the MLflow and Prefect pages over the demo's own runs (Ctrl-C ends both)
 	$(BIN)/python -m flows.ui

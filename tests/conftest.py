@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,8 @@ from tests.teachers import make_teacher
 settings.register_profile("thorforge", deadline=None)
 settings.load_profile("thorforge")
 
+# Of tests/e2e: what one of them built, the next finds in the cache.
+ON_THE_REAL_MODEL = {f"test_{name}" for name in ("bench", "demo", "load", "prefect", "quality", "ui", "worker")}
 _SCRATCH = pytest.StashKey[str]()
 
 
@@ -45,6 +48,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "prefect_api" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`: a file's tests go to one process, and so do all that share the real model's runs."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrModel(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "real model" if Path(file).stem in ON_THE_REAL_MODEL else file
+
+    return ByFileOrModel(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

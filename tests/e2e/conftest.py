@@ -18,14 +18,6 @@ NAME = "all-MiniLM-L6-v2"
 DEPLOYMENT_SECONDS = 1800
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who runs what beside others: tests that share the real model's runs are one's, and those of a file are."""
-    for item in items:
-        if item.get_closest_marker("e2e"):
-            shares = "project" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("real model" if shares else item.path.stem))
-
-
 @dataclass(frozen=True)
 class Project:
     """A working folder's state and the environment that every command of the test gets."""

@@ -69,7 +69,7 @@ def servers_of(project: Project) -> int:
 
 @pytest.mark.filterwarnings("default")
 def test_interrupted_runs_are_closed_and_the_next_one_resumes(own_project: Project, tmp_path: Path) -> None:
-    inputs = write_corpus(tmp_path / "corpus.jsonl", 700), tmp_path / "log"
+    inputs = write_corpus(tmp_path / "corpus.jsonl", 1500), tmp_path / "log"
     assert interrupt(own_project, signal.SIGINT, *inputs, "'export' - Finished") == 130
     assert statuses(own_project) == ["KILLED"]
     assert servers_of(own_project) == 0
