@@ -261,7 +261,7 @@ def _small_workspace() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
+        os.environ.pop(name, None)  # which another engine that opens may have done
 
 
 @dataclass(frozen=True, slots=True)
