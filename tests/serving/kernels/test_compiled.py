@@ -37,6 +37,17 @@ class Gpus:
         self._own.index = 0
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, driver: object) -> Gpus:
+    """Hopper GPUs with that driver, on which kernels compile to nothing."""
+    gpus = Gpus()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setattr(torch.cuda, "device", gpus.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiled, "compile_kernel", lambda name, architecture, macros: b"")
+    return gpus
+
+
 @pytest.mark.parametrize(
     ("kernel", "arguments"),
     [
@@ -49,16 +60,11 @@ def test_forms_of_a_kernel_are_loaded_on_their_gpu(
     kernel: Any, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are compiled in threads."""
-    gpus, loaded = Gpus(), []
+    gpus, loaded = stand_in(monkeypatch, driver=None), []
 
     def load(own: CudaKernel, name: str, image: bytes) -> None:
         loaded.append((threading.current_thread() is threading.main_thread(), gpus.current))
 
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=None))
-    monkeypatch.setattr(torch.cuda, "device", gpus.device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(compiled, "compile_kernel", lambda name, architecture, macros: b"")
     monkeypatch.setattr(CudaKernel, "_load", load)
     kernel.prepare(torch.device("cuda", 1), *arguments)
     kernel._load.cache_clear()
@@ -80,12 +86,7 @@ class Status(IntEnum):
 def test_loading_a_kernel_tells_want_of_memory_from_what_is_wrong_with_it(
     status: Status, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = SimpleNamespace(cuModuleLoadData=lambda image: (status, None), CUfunction_attribute=None)
-    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-    monkeypatch.setattr(torch.cuda, "device", Gpus().device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(compiled, "compile_kernel", lambda name, architecture, macros: b"")
+    stand_in(monkeypatch, SimpleNamespace(cuModuleLoadData=lambda image: (status, None), CUfunction_attribute=None))
     with pytest.raises(kind, match=status.name) as raised:
         CudaKernel("gemm_wide", {}, torch.device("cuda", 0), threads=32, shared=0)
     assert is_out_of_memory(raised.value) == (kind is torch.OutOfMemoryError)
