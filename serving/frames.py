@@ -207,9 +207,10 @@ def decode_embed(payload: Payload) -> Embed:
     return Embed(service, arrival, rows)
 
 
-def encode_vectors(engine_seconds: float, vectors: NDArray[np.float32]) -> bytes:
-    """Payload of a VECTORS frame, of float32 [N, D]."""
-    return _VECTORS.pack(engine_seconds, vectors.shape[1]) + vectors.astype("<f4", copy=False).tobytes()
+def encode_vectors(engine_seconds: float, vectors: NDArray[np.float32]) -> tuple[bytes, memoryview]:
+    """Payload of a VECTORS frame, of float32 [N, D], in two parts: the values are not copied before they are sent."""
+    values = np.ascontiguousarray(vectors, dtype="<f4").data.cast("B")
+    return _VECTORS.pack(engine_seconds, vectors.shape[1]), values
 
 
 def decode_vectors(payload: Payload) -> tuple[float, NDArray[np.float32]]:
@@ -222,10 +223,10 @@ def decode_vectors(payload: Payload) -> tuple[float, NDArray[np.float32]]:
     return engine_seconds, values.astype(np.float32).reshape(-1, dimension)
 
 
-def encode_document(document: BaseModel, behind: Payload = b"") -> bytes:
+def encode_document(document: BaseModel, *behind: Payload) -> bytes:
     """A payload of JSON and what follows it."""
     data = document.model_dump_json().encode()
-    return b"".join((_LENGTH.pack(len(data)), data, behind))
+    return b"".join((_LENGTH.pack(len(data)), data, *behind))
 
 
 _AnyDocument = TypeVar("_AnyDocument", bound=BaseModel)

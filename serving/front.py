@@ -154,7 +154,7 @@ class RemoteLog:
                 prompt=origin.prompt,
                 texts=tuple(texts[row] for row in rows),
             )
-            self._link.send(Kind.SAMPLE, 0, encode_document(sample, encode_vectors(0.0, vectors[rows])))
+            self._link.send(Kind.SAMPLE, 0, encode_document(sample, *encode_vectors(0.0, vectors[rows])))
 
 
 def read_settings(stream: socket.socket) -> Settings | None:

@@ -142,7 +142,7 @@ class FrontLink(asyncio.Protocol):
             failure = _describe(to_serving_error(error), service)
             self.send(pack(Kind.FAILURE, subject, encode_document(failure)))
             return
-        self.send(pack(Kind.VECTORS, subject, encode_vectors(embedded.engine_seconds, embedded.vectors)))
+        self.send(pack(Kind.VECTORS, subject, *encode_vectors(embedded.engine_seconds, embedded.vectors)))
 
     async def _call(self, subject: int, call: Call, body: Payload) -> None:
         """Let the application answer; how the client's connection goes on is the front's to say."""

@@ -10,21 +10,20 @@ Texts with the same ids that are in flight at the same time share one row of the
 """
 
 import math
-from bisect import insort
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import attrgetter
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.ordered import Ordered
 from serving.tokenizer import Ids
 
 # Part of the engine's rate that all requests of many texts together are owed while single texts wait.
 BULK_SHARE = 0.25
-# From here on, sorting the whole queue once is cheaper than inserting one by one.
-_BULK_TEXTS = 16
 
 
 class Waiter(Protocol):
@@ -142,13 +141,15 @@ _due, _turn = attrgetter("due"), attrgetter("turn")
 class RequestQueue:
     """Rows waiting for the engine, in the order in which they are due, and those in it. Not thread-safe."""
 
-    def __init__(self, max_tokens: int, max_size: int) -> None:
-        self._single: list[Item] = []  # by due time
-        self._bulk: list[Item] = []  # by turn: the lane
+    def __init__(self, max_tokens: int, max_size: int, turn_size: int = 1) -> None:
+        """`turn_size` texts of a request in the lane have their turn together."""
+        self._single: Ordered[Item] = Ordered(_due)
+        self._bulk: Ordered[Item] = Ordered(_turn)  # the lane
         self._in_flight: dict[bytes, Item] = {}  # from `push` until `forget`
         self._large: list[Request] = []  # of many texts, not answered yet when the last one came
         self._max_tokens = max_tokens
         self._max_size = max_size
+        self._turn_size = turn_size
         self.num_single_tokens = self.num_bulk_tokens = 0
         self._bulk_due = 0.0  # when the first text of the lane is due
         self._bulk_turn = 0.0  # of the text that was first in the lane last time it moved
@@ -177,9 +178,10 @@ class RequestQueue:
 
     def count_due_tokens(self, now: float) -> int:
         """Tokens a text that arrives now cannot overtake: all single ones and what the lane is owed."""
-        if not self._bulk or self._bulk_due > now:
+        first = self._bulk.first
+        if first is None or self._bulk_due > now:
             return self.num_single_tokens
-        owed = self._bulk[0].length + (now - self._bulk_due) * self._bulk_rate
+        owed = first.length + (now - self._bulk_due) * self._bulk_rate
         return self.num_single_tokens + min(self.num_bulk_tokens, math.ceil(owed))
 
     def push(
@@ -196,18 +198,18 @@ class RequestQueue:
         has a later turn in the lane. Returns how many do. There the n-th request gets an n-th of the turns of the first
         (those that came first are done first), and `weight` times that.
         """
-        is_bulk = len(rows) > 1
+        is_bulk, lengths = len(rows) > 1, [len(ids) for ids in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        if recalled:
+            order = [index for index in order if index not in recalled]
+        turns = [0.0]
         if is_bulk:
-            self._large = [*(other for other in self._large if not other.is_dead), request]
-            weight /= len(self._large)
+            self._large = [*(other for other in self._large if not other.waiter.done()), request]
             self._open_lane(request.arrival, tokens_per_second)
-        lengths = [len(ids) for ids in rows]
-        turn, items, num_shared = self._bulk_turn, list[Item](), 0
-        for index in sorted(range(len(rows)), key=lengths.__getitem__):
-            if index in recalled:
-                continue
+            turns = self._list_turns([lengths[index] for index in order], weight / len(self._large))
+        items, num_shared = list[Item](), 0
+        for index, turn in zip(order, turns, strict=False):
             key, length = rows[index].tobytes(), lengths[index]
-            turn = turn + length / weight if is_bulk else 0.0
             twin = self._in_flight.get(key)
             if twin is not None and not is_bulk and twin.is_bulk:
                 self._bring_forward(twin, request.arrival)
@@ -221,6 +223,12 @@ class RequestQueue:
         self._insert(items, is_bulk)
         return num_shared
 
+    def _list_turns(self, lengths: Sequence[int], weight: float) -> list[float]:
+        """Of a request's texts in the lane: those that have their turn together have that of the last of them."""
+        size, ends = self._turn_size, list(accumulate(lengths))
+        last = len(ends) - 1
+        return [self._bulk_turn + ends[min(k - k % size + size - 1, last)] / weight for k in range(len(ends))]
+
     def _open_lane(self, now: float, tokens_per_second: float) -> None:
         self._bulk_rate = BULK_SHARE * tokens_per_second
         if not self._bulk:  # nothing was owed meanwhile
@@ -228,19 +236,13 @@ class RequestQueue:
 
     def _bring_forward(self, item: Item, due: float) -> None:
         """Out of the lane: a single text wants the same row."""
-        self._bulk.remove(item)
+        self._bulk.settle().remove(item)
         self._count([item], -1)
         item.turn, item.due = 0.0, due
         self._insert([item], is_bulk=False)
 
     def _insert(self, items: Sequence[Item], is_bulk: bool) -> None:
-        queue, key = (self._bulk, _turn) if is_bulk else (self._single, _due)
-        if len(items) < _BULK_TEXTS:
-            for item in items:
-                insort(queue, item, key=key)
-        else:
-            queue.extend(items)
-            queue.sort(key=key)
+        (self._bulk if is_bulk else self._single).add(items)
         self._count(items, 1)
 
     def _count(self, items: Sequence[Item], sign: int) -> None:
@@ -252,14 +254,14 @@ class RequestQueue:
 
     def oldest_arrival(self) -> float | None:
         """When the first of the texts that wait arrived; None when nothing waits."""
-        return min((items[0].arrival for items in (self._single, self._bulk) if items), default=None)
+        return min([item.arrival for item in (self._single.first, self._bulk.first) if item is not None], default=None)
 
     def peek(self, count: int) -> list[Item]:
         """The first `count` rows by due time that somebody waits for; the dead ones before them are dropped."""
-        single = self._first_alive(self._single, count)
+        single = self._first_alive(self._single.settle(), count)
         if not self._bulk:
             return single
-        bulk, due = self._first_alive(self._bulk, count), self._bulk_due
+        bulk, due = self._first_alive(self._bulk.settle(), count), self._bulk_due
         for item in bulk:
             item.due = due
             due += item.length / self._bulk_rate
@@ -288,8 +290,9 @@ class RequestQueue:
             # What the lane gets before it is due is a gift: from now on it is owed its part as ever.
             num_tokens = sum(item.length for item in bulk)
             self._bulk_due = min(self._bulk_due, now) + num_tokens / self._bulk_rate
-            self._bulk_turn = self._bulk[0].turn
-        for items in (self._single, self._bulk) if self._bulk else (self._single,):
+            self._bulk_turn = self._bulk.settle()[0].turn
+        for waiting in (self._single, self._bulk) if self._bulk else (self._single,):
+            items = waiting.settle()
             items[: len(window)] = [item for item in items[: len(window)] if id(item) not in gone]
         for item in bulk:
             item.turn = 0.0  # it runs: whoever comes may share its row

@@ -19,7 +19,7 @@ from serving.metrics import ModelMetrics
 from serving.models import LoadedModel
 from serving.request_queue import Request, RequestQueue, put_rows
 from serving.runner import EngineRunner, Outcome
-from serving.settings import BatchingSettings, Settings
+from serving.settings import BatchingSettings, Settings, Sizes
 from serving.texts import Accepted, Embedded, EmbedRequest, Receive, TextSide, watch_client
 from serving.tokenizer import Ids
 from serving.vector_cache import VectorCache
@@ -29,6 +29,8 @@ _PATROL_SECONDS = 0.05
 _STOP_SECONDS = 1.0
 # Part of the latency objective that one engine run may take: a newcomer waits for a run it missed, then for its own.
 _RUN_SHARE = 0.125
+# A full run has texts of so many large requests at most: each costs the event loop a copy.
+_TURNS_PER_RUN = 16
 _VALIDATION_WEIGHT = 0.04  # of the reference texts, against 1 of a client's request of many texts
 
 _log = logging.getLogger(__name__)
@@ -56,9 +58,10 @@ class EmbeddingService:
         self._timeout_seconds = settings.request_timeout_seconds
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        limits = settings.batching
-        self._queue = RequestQueue(limits.max_queue_tokens, limits.max_queue_size)
-        self._admission = Admission(limits.latency_objective_ms / 1000)
+        sizes = settings.batching.sizes(model.has_custom_kernels)
+        turn_size = -(-sizes.batch_size // _TURNS_PER_RUN)
+        self._queue = RequestQueue(sizes.queue_tokens, sizes.queue_size, turn_size)
+        self._admission = Admission(settings.batching.latency_objective_ms / 1000)
         self._engine = GuardedEngine(
             model.engine,
             model.manifest.dimension,
@@ -67,10 +70,10 @@ class EmbeddingService:
             open_spare=model.open_spare,
             on_event=metrics.count_engine_event,
         )
-        num_runs, runs = model.choice.large.num_instances, _batch_limits(limits, model.has_custom_kernels)
+        num_runs, limits = model.choice.large.num_instances, _limit_runs(settings.batching, sizes)
         self._runner = EngineRunner(
             self._engine,
-            Batcher(self._queue, runs, LatencyModel(model.cost.runs), model.grid, num_runs),
+            Batcher(self._queue, limits, LatencyModel(model.cost.runs), model.grid, num_runs),
             self._deliver_threadsafe,
             num_threads=num_runs,
             clock=clock,
@@ -332,10 +335,10 @@ class EmbeddingService:
             self._patrol_timer = self._loop.call_later(_PATROL_SECONDS, self._patrol)
 
 
-def _batch_limits(settings: BatchingSettings, has_custom_kernels: bool) -> Limits:
+def _limit_runs(settings: BatchingSettings, sizes: Sizes) -> Limits:
     return Limits(
-        settings.batch_size(has_custom_kernels),
-        settings.max_batch_tokens,
+        sizes.batch_size,
+        sizes.batch_tokens,
         settings.max_wait_time_ms / 1000,
         max_run_seconds=_RUN_SHARE * settings.latency_objective_ms / 1000 if settings.adaptive else math.inf,
     )

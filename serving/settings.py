@@ -1,7 +1,7 @@
 """What can be set: the sections of `config.toml`, their keys, types, defaults and help. `serving.config` fills them."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
@@ -48,7 +48,18 @@ Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_secrets), Afte
 Devices = Annotated[tuple[Annotated[int, Field(ge=0, le=63)], ...], AfterValidator(_check_devices)]
 
 
-_BATCH_SIZE, _GPU_BATCH_SIZE = 64, 256  # texts in one engine run where nothing is set
+class Sizes(NamedTuple):
+    """What one engine run and the queue before it may hold."""
+
+    batch_size: int
+    batch_tokens: int
+    queue_size: int
+    queue_tokens: int
+
+
+# Where nothing is set. Before a GPU so many texts are as short a wait, and short runs would leave it idle.
+_USUAL = Sizes(batch_size=64, batch_tokens=8192, queue_size=4096, queue_tokens=65_536)
+_ON_CUDA = Sizes(batch_size=256, batch_tokens=32_768, queue_size=32_768, queue_tokens=1_048_576)
 
 
 class _Section(BaseModel):
@@ -61,14 +72,22 @@ class BatchingSettings(_Section):
     max_batch_size: int | None = Field(
         default=None, ge=1, le=4096, description="texts in one engine run; by default 64, on the cuda engine 256"
     )
-    max_batch_tokens: int = Field(default=8192, ge=16, description="tokens in one engine run, padding included")
-    max_queue_tokens: int = Field(
-        default=65_536,
-        ge=1,
-        description="tokens waiting at which a request gets 429; single texts and requests of many are counted apart",
+    max_batch_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        description="tokens in one engine run, padding included; by default 8192, on the cuda engine 32768",
     )
-    max_queue_size: int = Field(
-        default=4096, ge=1, description="texts waiting at which a request gets 429, counted in the same way"
+    max_queue_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens waiting at which a request gets 429; single texts and requests of many are counted apart; "
+        "by default 65536, on the cuda engine 1048576",
+    )
+    max_queue_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="texts waiting at which a request gets 429, counted in the same way; by default 4096, on the cuda "
+        "engine 32768",
     )
     max_wait_time_ms: float = Field(
         default=0.0, ge=0, le=10, description="how long an idle engine waits for more; 0: no timer"
@@ -83,9 +102,15 @@ class BatchingSettings(_Section):
     )
     max_texts_per_request: int = Field(default=2048, ge=1, description="texts one request may hold")
 
-    def batch_size(self, has_custom_kernels: bool) -> int:
-        """Texts in one engine run; large requests want larger ones where the cuda engine takes them."""
-        return self.max_batch_size or (_GPU_BATCH_SIZE if has_custom_kernels else _BATCH_SIZE)
+    def sizes(self, has_custom_kernels: bool) -> Sizes:
+        """What is set, and for the rest what suits the engine: the cuda engine's kernels of our own or another."""
+        usual = _ON_CUDA if has_custom_kernels else _USUAL
+        return Sizes(
+            self.max_batch_size or usual.batch_size,
+            self.max_batch_tokens or usual.batch_tokens,
+            self.max_queue_size or usual.queue_size,
+            self.max_queue_tokens or usual.queue_tokens,
+        )
 
 
 class LimitsSettings(_Section):

@@ -116,8 +116,8 @@ def pad_batch(batch: Sequence[Ids], length: int = 0) -> tuple[Ids, Ids]:
 
     Padding is id 0; the attention mask hides it, so any id would do.
     """
-    lengths = np.fromiter((len(ids) for ids in batch), dtype=np.int64, count=len(batch))
-    mask = (np.arange(max(length, lengths.max()))[None, :] < lengths[:, None]).astype(np.int64)
-    input_ids = np.zeros(mask.shape, dtype=np.int64)
-    input_ids[mask.astype(bool)] = np.concatenate(batch)
-    return input_ids, mask
+    lengths = np.array([len(ids) for ids in batch])
+    is_real = np.arange(max(length, lengths.max())) < lengths[:, None]
+    input_ids = np.zeros(is_real.shape, dtype=np.int64)
+    input_ids[is_real] = np.concatenate(batch)
+    return input_ids, is_real.astype(np.int64)

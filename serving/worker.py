@@ -258,9 +258,10 @@ class Worker(Served[EmbeddingService]):
     def _add(self, model: LoadedModel) -> EmbeddingService:
         """Serve `model`, as a further version without weight where it has others. Raises ConfigInvalid."""
         longest = model.manifest.max_seq_length
-        if self.settings.batching.max_batch_tokens < longest:
+        batch_tokens = self.settings.batching.sizes(model.has_custom_kernels).batch_tokens
+        if batch_tokens < longest:
             raise ConfigInvalid(
-                f"embedding.batching.max_batch_tokens = {self.settings.batching.max_batch_tokens} is less than the "
+                f"embedding.batching.max_batch_tokens = {batch_tokens} is less than the "
                 f"{longest} tokens one text of {model.name} may have"
             )
         versions = self.models.get(model.name)

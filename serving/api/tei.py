@@ -44,17 +44,17 @@ async def render_tei(request: EmbedRequest, model: TextModel, embedded: Embedded
 
 def describe_info(model: LoadedModel, settings: Settings) -> dict[str, Any]:
     """The answer of `GET /info`, with the fields text-embeddings-inference has."""
-    manifest, batching = model.manifest, settings.batching
+    manifest, sizes = model.manifest, settings.batching.sizes(model.has_custom_kernels)
     return {
         "model_id": manifest.model_id,
         "model_sha": model.digest,
         "model_dtype": manifest.precision,
         "model_type": {"embedding": {"pooling": manifest.pooling}},
-        "max_concurrent_requests": batching.max_queue_size,
+        "max_concurrent_requests": sizes.queue_size,
         "max_input_length": manifest.max_seq_length,
-        "max_batch_tokens": batching.max_batch_tokens,
-        "max_batch_requests": batching.batch_size(model.has_custom_kernels),
-        "max_client_batch_size": batching.max_texts_per_request,
+        "max_batch_tokens": sizes.batch_tokens,
+        "max_batch_requests": sizes.batch_size,
+        "max_client_batch_size": settings.batching.max_texts_per_request,
         "auto_truncate": True,
         "tokenization_workers": 1,
         "version": version("thorforge"),

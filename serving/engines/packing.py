@@ -31,12 +31,13 @@ def check_batch(input_ids: Ids, attention_mask: Ids, limits: Limits) -> Lengths:
     if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape or not len(input_ids):
         raise ValueError(f"ids {input_ids.shape} and mask {attention_mask.shape} must both be [B, T] with B at least 1")
     lengths: Lengths = attention_mask.sum(axis=1)
-    if not np.array_equal(attention_mask, np.arange(input_ids.shape[1]) < lengths[:, None]):
+    if (attention_mask != (np.arange(input_ids.shape[1]) < lengths[:, None])).any():
         raise ValueError("a row of the mask is not ones followed by zeros")
-    if lengths.min() < 1:
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1:
         raise ValueError(f"row {int(lengths.argmin())} has no tokens")
-    if lengths.max() > limits.positions:
-        raise ValueError(f"a text of {int(lengths.max())} tokens, the model has {limits.positions} positions")
+    if longest > limits.positions:
+        raise ValueError(f"a text of {longest} tokens, the model has {limits.positions} positions")
     lowest, highest = int(input_ids.min()), int(input_ids.max())
     if lowest < 0 or highest >= limits.vocabulary:
         raise ValueError(f"ids {lowest} to {highest}, the model knows 0 to {limits.vocabulary - 1}")
@@ -87,19 +88,19 @@ def pack(input_ids: Ids, lengths: Lengths, tokens: int, rows: int, into: Int32) 
     `tokens` and `rows` may exceed the batch's: what is left over becomes sequences of up to FILLER tokens 0, and empty
     rows.
     """
-    real = int(lengths.sum())
+    count, real = len(lengths), int(lengths.sum())
     ids, starts, ends = into[: 3 * tokens].reshape(3, tokens)
     offsets, tiles = into[3 * tokens : 3 * tokens + rows + 1], into[3 * tokens + rows + 1 :]
-    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
-    lengths.cumsum(out=bounds[1:])
+    bounds = np.empty(count + 1 + -(-(tokens - real) // FILLER), dtype=np.int64)
+    bounds[0] = 0
+    lengths.cumsum(out=bounds[1 : count + 1])
+    bounds[count + 1 :] = range(real + FILLER, tokens + FILLER, FILLER)
+    bounds[-1] = tokens
     ids[:real] = input_ids[np.arange(input_ids.shape[1]) < lengths[:, None]]
-    starts[:real] = bounds[:-1].repeat(lengths)
-    ends[:real] = bounds[1:].repeat(lengths)
-    offsets[: len(bounds)] = bounds
-    offsets[len(bounds) :] = real
-    if real < tokens:
-        ids[real:] = 0
-        starts[real:] = real + np.arange(tokens - real) // FILLER * FILLER
-        ends[real:] = np.minimum(starts[real:] + FILLER, tokens)
-        bounds = np.concatenate((bounds, np.arange(real + FILLER, tokens, FILLER), [tokens]))
+    ids[real:] = 0
+    counts = bounds[1:] - bounds[:-1]
+    starts[:] = bounds[:-1].repeat(counts)
+    ends[:] = bounds[1:].repeat(counts)
+    offsets[: count + 1] = bounds[: count + 1]
+    offsets[count + 1 :] = real
     list_tiles(bounds, tiles)

@@ -32,7 +32,7 @@ def measure_footprint(folder: Path, entry: EngineEntry, max_length: int) -> dict
 
 def count_rows(max_length: int) -> int:
     """Texts of the batch: fewer of a model that takes thousands of tokens, whose attention would fill any memory."""
-    return max(1, min(_BATCH, BatchingSettings().max_batch_tokens // max_length))
+    return max(1, min(_BATCH, BatchingSettings().sizes(has_custom_kernels=False).batch_tokens // max_length))
 
 
 def _peak_bytes() -> int:

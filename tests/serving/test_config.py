@@ -50,7 +50,7 @@ def test_flag_beats_variable_beats_file_beats_default(tmp_path: Path) -> None:
     settings = load_settings([*config, "--port", "8003"], environ)
     assert settings.port == 8003
     assert settings.batching.max_batch_size == 17
-    assert settings.batching.max_batch_tokens == 8192
+    assert settings.batching.max_batch_tokens is None
     assert settings.models.default == "tiny"
     assert load_settings(config, environ).port == 8002
 
@@ -215,8 +215,9 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(key.flag in text for key in iterate_keys() if key.path != ("models", "available"))
 
 
-@pytest.mark.parametrize(
-    ("asked", "on_gpu", "size"), [(None, False, 64), (None, True, 256), (7, False, 7), (7, True, 7)]
-)
-def test_runs_are_larger_on_the_cuda_engine_unless_a_size_is_set(asked: int | None, on_gpu: bool, size: int) -> None:
-    assert BatchingSettings(max_batch_size=asked).batch_size(on_gpu) == size
+def test_runs_and_queue_are_larger_on_the_cuda_engine_unless_a_size_is_set() -> None:
+    assert BatchingSettings().sizes(has_custom_kernels=False) == (64, 8192, 4096, 65_536)
+    assert BatchingSettings().sizes(has_custom_kernels=True) == (256, 32_768, 32_768, 1_048_576)
+    own = {"max_batch_size": 7, "max_batch_tokens": 16, "max_queue_size": 1, "max_queue_tokens": 2}
+    for on_gpu in (False, True):
+        assert BatchingSettings.model_validate(own).sizes(on_gpu) == (7, 16, 1, 2)

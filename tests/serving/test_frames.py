@@ -98,7 +98,7 @@ def test_request_that_was_spoiled_is_whole_or_refused(rows: list[NDArray[np.int6
 
 @given(vectors=arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9))), seconds=st.floats(0, 1e6))
 def test_vectors_survive_bit_by_bit(vectors: NDArray[np.float32], seconds: float) -> None:
-    engine_seconds, decoded = decode_vectors(encode_vectors(seconds, vectors))
+    engine_seconds, decoded = decode_vectors(b"".join(encode_vectors(seconds, vectors)))
     assert (engine_seconds, decoded.dtype, decoded.shape) == (seconds, np.float32, vectors.shape)
     assert decoded.tobytes() == vectors.tobytes()
 

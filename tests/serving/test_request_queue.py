@@ -1,5 +1,5 @@
 from concurrent.futures import Future
-from itertools import count, cycle
+from itertools import count, cycle, groupby
 
 import numpy as np
 import pytest
@@ -96,6 +96,19 @@ def test_large_requests_take_turns_the_first_being_owed_twice_as_much_as_the_sec
     for size in (10, 50, 150):
         served = owners(queue.peek(size))
         assert abs(served.count(first) - 2 * served.count(second)) <= 2
+
+
+def test_texts_of_a_large_request_have_their_turns_together_and_as_many_of_them_as_alone() -> None:
+    queue = RequestQueue(10_000, 10_000, turn_size=8)
+    first, _ = push(queue, *[10] * 96)
+    second, _ = push(queue, *[10] * 96)
+    served = owners(queue.peek(150))
+    turns = [(owner, len(list(texts))) for owner, texts in groupby(served)]
+    assert turns[0] == (first, 16), "two of its turns end before the first of the other"
+    assert all(size % 8 == 0 for _, size in turns[:-1])
+    assert abs(served.count(first) - 2 * served.count(second)) <= 16
+    few, _ = push(queue, 10, 10)
+    assert owners(queue.peek(2)) == [few, few], "fewer texts than have their turn together wait for no others"
 
 
 def test_turns_in_the_lane_count_requests_that_are_still_there() -> None:
