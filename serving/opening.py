@@ -26,7 +26,16 @@ from serving.autotune import (
     record_path,
     write_choice,
 )
-from serving.engines import Embeddings, Engine, close_engine, has_nvidia_driver, memory_of, num_cores, open_engine
+from serving.engines import (
+    RUNS_PER_GPU,
+    Embeddings,
+    Engine,
+    close_engine,
+    has_nvidia_driver,
+    memory_of,
+    num_cores,
+    open_engine,
+)
 from serving.engines.packing import Limits
 from serving.errors import BundleRejected, EngineUnavailable, ServingError
 from serving.settings import CustomKernelsSettings, ModelSource
@@ -136,7 +145,7 @@ class Opener:
         raise _combine(failed)
 
     def _open_on_gpu(self, name: str, rows: Sequence[Ids]) -> Opened:
-        num_runs = max(1, len(self._devices)) if name == "cuda" else 1
+        num_runs = RUNS_PER_GPU * max(1, len(self._devices)) if name == "cuda" else 1
         setup = Setup(name, self._source.num_threads or num_cores(), num_runs)
         engine = self._open(setup)
         _log.info("engine chosen setup=%s measured=%s", setup, _measure_checked(engine, setup, rows))

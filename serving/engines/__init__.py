@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # engines run where a bundle's manifest cannot be read: on a 
 
 Embeddings = NDArray[np.float32]
 
-GPU_RUNTIMES = ("cuda", "tensorrt")  # each runs one batch at a time
+GPU_RUNTIMES = ("cuda", "tensorrt")
+RUNS_PER_GPU = 2  # batches at a time of the cuda engine on each GPU; TensorRT's runs one
 
 # What shows an NVIDIA driver: that of a server, of a Jetson, and the one that Windows lends to its Linux (WSL 2).
 _DRIVER_PATHS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvgpu", "/usr/lib/wsl/lib/libcuda.so.1")

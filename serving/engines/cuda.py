@@ -2,20 +2,23 @@
 
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engines import Embeddings
+from serving.engines import RUNS_PER_GPU, Embeddings
 from serving.engines.cuda_memory import CAPTURING, empty_cache, fit_runs, is_out_of_memory
 from serving.engines.cuda_node import find_problem_here
+from serving.engines.cuda_shapes import Shape, list_shapes, make_shape, round_tokens
 from serving.engines.packing import FILLER, Lengths, Limits, check_batch, pack, packed_size, split_rows
 from serving.errors import EngineUnavailable
 from serving.kernels import HEAD_SIZES
@@ -30,10 +33,6 @@ if TYPE_CHECKING:
 MAX_TOKENS = 131_072  # of one run; a larger batch takes several
 MAX_ROWS = 4096
 _LEAST_LENGTH = 16  # tokens of a text, on average, from which a run is full of tokens and not of texts
-_LEAST_TOKENS = 16  # of a graph, and what smaller ones differ by
-_STEPS = 16  # graphs an octave: a run computes 3 % more tokens than it has, on average
-_LONG_TOKENS = 4096  # of a run, from which long texts have graphs
-_NUM_SLOTS = 2
 _WIDTH = 128  # what the kernels take of a row of states or of the intermediate at a time
 
 _log = logging.getLogger(__name__)
@@ -42,6 +41,7 @@ _log = logging.getLogger(__name__)
 class CudaEngine:
     """Runs `model.safetensors` with the `config.json` beside it; `compute` is `f16` or `f8` (E4M3 linear layers).
 
+    As many threads as RUNS_PER_GPU may run batches: one batch is packed and copied while another is computed.
     Everything the GPU needs is allocated and captured before the first batch; `memory_bytes` is what that took of the
     GPU's memory: by how much torch's part of it grew, so that what else happens to it meanwhile counts, too.
     """
@@ -65,7 +65,7 @@ class CudaEngine:
         _check_calibration(path, weights, compute)
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._max_length = min(max_length, self._config.positions)
-        self._streams = _Streams.make()
+        self._streams, self._submitting = _Streams.make(), threading.Lock()
         self.memory_limit_tokens: int | None = None
         empty_cache()  # what others left there would be used and not be counted
         before = torch.cuda.memory_reserved(self._device)
@@ -129,10 +129,12 @@ class CudaEngine:
         import torch  # noqa: PLC0415  loaded with the engine
 
         self._encoder = _make_encoder(weights, self._config, self._device, compute, max_tokens)
-        self._slots = deque(_Slot.make(self._encoder, self._device) for _ in range(_NUM_SLOTS))
-        self._last = self._slots[-1]
-        self._vectors = torch.zeros_like(self._slots[0].results, device=self._device)
-        self._static = torch.zeros_like(self._slots[0].integers)
+        self._slots: SimpleQueue[_Slot] = SimpleQueue()  # that no run uses
+        for _ in range(RUNS_PER_GPU):
+            self._last = _Slot.make(self._encoder, self._device)
+            self._slots.put(self._last)
+        self._vectors = torch.zeros_like(self._last.results, device=self._device)
+        self._static = torch.zeros_like(self._last.integers)
         with _small_workspace():
             self._graphs = self._capture()
 
@@ -156,32 +158,49 @@ class CudaEngine:
 
     def _embed(self, input_ids: Ids, lengths: Lengths) -> Embeddings:
         vectors = np.empty((len(lengths), self._config.hidden), dtype=np.float32)
+        running: deque[tuple[slice, _Slot]] = deque()
         try:
-            self._run_all(input_ids, lengths, vectors)
+            for rows in split_rows(lengths, self._encoder.max_tokens, self._encoder.max_rows):
+                slot = self._find_slot(running, vectors)
+                running.append((rows, slot))
+                self._submit(slot, input_ids[rows], lengths[rows])
+            while running:
+                self._collect(running, vectors)
         except BaseException:
             self._streams.synchronize()  # a run may still read staging that the next batch writes
+            for _, slot in running:
+                self._slots.put(slot)
             raise
         return vectors
 
-    def _run_all(self, input_ids: Ids, lengths: Lengths, vectors: Embeddings) -> None:
-        waiting: deque[tuple[slice, _Slot]] = deque()
-        for rows in split_rows(lengths, self._encoder.max_tokens, self._encoder.max_rows):
-            if len(waiting) == _NUM_SLOTS:
-                _collect(waiting, vectors)
-            slot = self._slots[0]
-            self._slots.rotate()
-            self._submit(slot, input_ids[rows], lengths[rows])
-            waiting.append((rows, slot))
-        while waiting:
-            _collect(waiting, vectors)
+    def _find_slot(self, running: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> "_Slot":
+        """One that is free, or that the first of these runs frees; with none of its own a batch waits for others'."""
+        while running:
+            try:
+                return self._slots.get_nowait()
+            except Empty:
+                self._collect(running, vectors)
+        return self._slots.get()
+
+    def _collect(self, running: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None:
+        rows, slot = running[0]
+        slot.done.synchronize()
+        vectors[rows] = slot.results.numpy()[: rows.stop - rows.start]
+        running.popleft()
+        self._slots.put(slot)
 
     def _submit(self, slot: "_Slot", input_ids: Ids, lengths: Lengths) -> None:
-        """Queue copy in, computation and copy out, each on its stream, each behind the one before."""
-        import torch  # noqa: PLC0415  loaded with the engine
-
+        """Pack a run, and queue copy in, computation and copy out."""
         shape = self._choose_shape(lengths)
         used = packed_size(shape.tokens, shape.rows)
         pack(input_ids, lengths, shape.tokens, shape.rows, slot.numbers[:used])
+        with self._submitting:
+            self._queue(slot, shape, used, len(lengths))
+
+    def _queue(self, slot: "_Slot", shape: Shape, used: int, count: int) -> None:
+        """Each step on its stream, each behind the one before."""
+        import torch  # noqa: PLC0415  loaded with the engine
+
         streams = self._streams
         with torch.cuda.stream(streams.copy_in):
             slot.integers[:used].copy_(slot.staging[:used], non_blocking=True)
@@ -190,22 +209,22 @@ class CudaEngine:
             slot.copied.wait()
             out = self._compute(slot.integers, shape)
             self._last.done.wait()  # its vectors left while this run computed
-            self._vectors[: len(lengths)].copy_(out[: len(lengths)], non_blocking=True)
+            self._vectors[:count].copy_(out[:count], non_blocking=True)
             slot.computed.record()
         with torch.cuda.stream(streams.copy_out):
             slot.computed.wait()
-            slot.results[: len(lengths)].copy_(self._vectors[: len(lengths)], non_blocking=True)
+            slot.results[:count].copy_(self._vectors[:count], non_blocking=True)
             slot.done.record()
         self._last = slot
 
-    def _choose_shape(self, lengths: Lengths) -> "Shape":
+    def _choose_shape(self, lengths: Lengths) -> Shape:
         real = int(lengths.sum())
         tokens = min(round_tokens(real), self._encoder.max_tokens)
         least = self._encoder.long_length
         is_long = least is not None and int((lengths * lengths).sum()) >= least * real
         return make_shape(tokens, self._encoder.max_rows, is_long)
 
-    def _compute(self, integers: "torch.Tensor", shape: "Shape") -> "torch.Tensor":
+    def _compute(self, integers: "torch.Tensor", shape: Shape) -> "torch.Tensor":
         """Vectors [rows, H] of a packed batch on the device, on the current stream."""
         used = packed_size(shape.tokens, shape.rows)
         self._static[:used].copy_(integers[:used], non_blocking=True)
@@ -240,7 +259,7 @@ class CudaEngine:
             torch.cuda.synchronize(self._device)
         return graphs
 
-    def _fill_static(self, shape: "Shape") -> None:
+    def _fill_static(self, shape: Shape) -> None:
         """Texts of one token each, so that the kernels read nothing wild while they warm up."""
         import torch  # noqa: PLC0415  loaded with the engine
 
@@ -262,38 +281,6 @@ def _small_workspace() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name, None)  # which another engine that opens may have done
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a graph was captured for: tokens, rows (empty ones included), and kernels for long texts or for short."""
-
-    tokens: int
-    rows: int
-    long: bool
-
-
-def round_tokens(tokens: int) -> int:
-    """The tokens a run of so many is filled up to."""
-    step = max(_LEAST_TOKENS, 2 ** ((tokens - 1).bit_length() - 1) // _STEPS) if tokens > 1 else _LEAST_TOKENS
-    return -(-tokens // step) * step
-
-
-def make_shape(tokens: int, max_rows: int, is_long: bool) -> Shape:
-    """The shape of a run of `tokens`: as many rows as there could be, kernels for long texts only if it is large."""
-    return Shape(tokens, min(tokens, max_rows), is_long and tokens >= _LONG_TOKENS)
-
-
-def list_shapes(max_tokens: int, max_rows: int, has_long: bool) -> list[Shape]:
-    """Every shape a run of up to `max_tokens` may have, the largest first; long ones if runs may be."""
-    sizes: list[int] = []
-    tokens = 1
-    while not sizes or sizes[-1] < max_tokens:
-        sizes.append(min(round_tokens(tokens), max_tokens))
-        tokens = sizes[-1] + 1
-    kinds = (True, False) if has_long else (False,)
-    shapes = {make_shape(size, max_rows, is_long): None for size in reversed(sizes) for is_long in kinds}
-    return list(shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,12 +328,6 @@ class _Slot:
             torch.cuda.Event(),
             torch.cuda.Event(),
         )
-
-
-def _collect(waiting: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None:
-    rows, slot = waiting.popleft()
-    slot.done.synchronize()
-    vectors[rows] = slot.results.numpy()[: rows.stop - rows.start]
 
 
 def _require_gpu(compute: str) -> Any:

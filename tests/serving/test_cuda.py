@@ -3,12 +3,12 @@
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -121,13 +121,16 @@ def make_recorded_engine(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> Cud
     parts: dict[str, Any] = {
         "_encoder": SimpleNamespace(max_tokens=16, max_rows=16, long_length=32),
         "_streams": _Streams(*(Recorded(name, log) for name in ("in", "compute", "out"))),
-        "_slots": deque((make_slot(0), make_slot(1))),
+        "_slots": SimpleQueue(),
+        "_submitting": threading.Lock(),
         "_vectors": Recorded("vectors", log),
         "_compute": compute,
     }
     for name, part in parts.items():
         setattr(engine, name, part)
-    engine._last = engine._slots[-1]
+    for number in (0, 1):
+        engine._last = make_slot(number)
+        engine._slots.put(engine._last)
     return engine
 
 
@@ -136,8 +139,9 @@ def test_vectors_wait_on_the_device_until_those_before_them_have_left(monkeypatc
     before it waits."""
     log: list[str] = []
     engine = make_recorded_engine(monkeypatch, log)
+    slots = engine._slots.get(), engine._slots.get()
     for slot in (0, 1, 0):
-        engine._submit(engine._slots[slot], np.zeros((2, 3), dtype=np.int64), np.array([3, 2]))
+        engine._submit(slots[slot], np.zeros((2, 3), dtype=np.int64), np.array([3, 2]))
     expected = []
     for own, last in ((0, 1), (1, 0), (0, 1)):
         work = f"wait copied {own}, compute integers {own}, wait done {last}, out to vectors, record computed {own}"

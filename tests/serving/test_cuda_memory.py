@@ -3,10 +3,10 @@
 import logging
 import sys
 import weakref
-from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,7 +210,7 @@ def make_computing_engine(monkeypatch: pytest.MonkeyPatch, log: list[str], most_
         return SimpleNamespace(staging=staging, numbers=staging.numpy(), **tensors, **events)
 
     parts: dict[str, Any] = {
-        "_slots": deque((make_slot(0), make_slot(1))),
+        "_slots": SimpleQueue(),
         "_vectors": torch.zeros(16, 2),
         "_compute": compute,
         "_config": SimpleNamespace(limits=Limits(vocabulary=1000, positions=16), hidden=2),
@@ -219,7 +219,9 @@ def make_computing_engine(monkeypatch: pytest.MonkeyPatch, log: list[str], most_
     }
     for name, part in parts.items():
         setattr(engine, name, part)
-    engine._last = engine._slots[-1]
+    for number in (0, 1):
+        engine._last = make_slot(number)
+        engine._slots.put(engine._last)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("cache emptied"))
     return engine
 

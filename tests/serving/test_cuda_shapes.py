@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.engines.bert import BertConfig
-from serving.engines.cuda import (
-    CudaEngine,
-    _make_encoder,
-    _small_workspace,
-    check_sizes,
-    list_shapes,
-    make_shape,
-    round_tokens,
-)
+from serving.engines.cuda import CudaEngine, _make_encoder, _small_workspace, check_sizes
+from serving.engines.cuda_shapes import list_shapes, make_shape, round_tokens
 from serving.engines.packing import split_rows
 from serving.errors import EngineUnavailable
 
