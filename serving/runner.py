@@ -3,11 +3,15 @@
 A thread takes the next batch itself the moment its engine is free, so whatever arrived during a run shares the next
 one. A batch that is full of texts which nothing can overtake cannot improve by waiting: `prefetch` forms and pads it
 while the engines still run.
+An engine may take more batches than it computes at a time, so that the next is there when one ends. Until then others
+may come to share it, so only a full one is given early.
 """
 
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -73,14 +77,19 @@ class EngineRunner:
         deliver: Callable[[Outcome], None],
         *,
         num_threads: int = 1,
+        num_computing: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`num_threads` runs go on at the same time."""
+        """`num_threads` runs go on at the same time, of which the engine computes `num_computing` (0: all of them)."""
         self._engine, self._batcher, self._deliver, self._clock = engine, batcher, deliver, clock
         self._lock = threading.Lock()  # guards the batcher, its queue and model, _prefetched, the lanes' batches
-        self._ready = threading.Condition(self._lock)
+        # Threads that may start at once wait for the first, those whose run would be an early one for the second: a
+        # condition wakes who waits longest, and lone texts are to find the thread that had the last one.
+        self._ready, self._early = threading.Condition(self._lock), threading.Condition(self._lock)
         self._prefetched: _Padded | None = None
-        self._num_idle = 0
+        self._num_computing = num_computing or num_threads
+        self._ends: deque[float] = deque([-math.inf] * self._num_computing, self._num_computing)  # of the last runs
+        self._num_idle = self._num_parked = 0  # threads that wait for the one and the other
         self._num_abandoned = 0
         self._padding = 1.0  # tokens computed per token asked for
         self._is_stopping = threading.Event()
@@ -97,6 +106,7 @@ class EngineRunner:
         with self._ready:
             self._is_stopping.set()
             self._ready.notify_all()
+            self._early.notify_all()
         for lane in self._lanes:
             lane.thread.join(max(0.0, deadline - time.monotonic()))
         return not any(lane.thread.is_alive() for lane in self._lanes)
@@ -105,7 +115,7 @@ class EngineRunner:
     def tokens_per_second(self) -> float:
         """What all threads together do on full batches, padding included."""
         tokens = max(1, self._batcher.max_tokens)
-        return len(self._lanes) * tokens / self._batcher.model.predict(tokens)
+        return self._num_computing * tokens / self._batcher.model.predict(tokens)
 
     def backlog(self, is_bulk: bool, num_coming: int = 0) -> Backlog:
         """What a text that arrives now finds before it, or the first of many.
@@ -121,22 +131,33 @@ class EngineRunner:
             if self._prefetched is not None:
                 due_tokens += self._prefetched.batch.num_tokens
                 seconds += model.predict(self._prefetched.batch.padded_tokens)
-            seconds = seconds / len(self._lanes) + self.predict(padded)
+            seconds = seconds / self._num_computing + self.predict(padded)
             return Backlog(len(queue), queue.num_tokens, queue.is_full(is_bulk, num_coming), due_tokens, seconds)
 
     def predict(self, num_tokens: float) -> float:
         """Seconds that all threads together take for that many tokens, padding included, in runs of full size."""
         model = self._batcher.model
         num_runs = 1 + num_tokens // max(1, self._batcher.max_tokens)
-        return (num_runs * model.overhead_seconds + num_tokens * model.seconds_per_token) / len(self._lanes)
+        return (num_runs * model.overhead_seconds + num_tokens * model.seconds_per_token) / self._num_computing
 
     def submit(self, request: Request, rows: Sequence[Ids], weight: float = 1.0, recalled: Collection[int] = ()) -> int:
         """Queue a request and wake an idle thread; see `RequestQueue.push`."""
         with self._ready:
             num_shared = self._batcher.queue.push(request, rows, self.tokens_per_second, weight, recalled)
-            if self._num_idle:
+            if self._num_free:
                 self._ready.notify(len(rows))
+            else:
+                self._wake_early()
         return num_shared
+
+    @property
+    def _num_free(self) -> int:
+        """Runs that would be computed at once."""
+        return max(0, self._num_computing - sum(lane.batch is not None for lane in self._lanes))
+
+    def _wake_early(self) -> None:
+        if self._num_parked + self._num_idle and self._batcher.is_full():
+            (self._early if self._num_parked else self._ready).notify()
 
     def forget(self, items: Sequence[Item]) -> None:
         """See `RequestQueue.forget`."""
@@ -146,7 +167,8 @@ class EngineRunner:
     def prefetch(self) -> None:
         """Form and pad the next batch now if it is settled and every thread is busy."""
         with self._lock:
-            if self._num_idle or self._prefetched is not None or not self._batcher.is_settled():
+            has_thread = self._num_idle or self._num_parked
+            if has_thread or self._prefetched is not None or not self._batcher.is_settled():
                 return
             batch = self._batcher.take(self._clock())
             if batch is not None:
@@ -226,29 +248,45 @@ class EngineRunner:
                 if padded is not None:
                     lane.begin(padded.batch, now)
                     return padded
-                timeout = self._batcher.wait_seconds(now)
-                if timeout == 0 and (batch := self._batcher.take(now, 1 + self._num_idle)) is not None:
+                may_start = self._num_free or self._batcher.is_full()
+                timeout = self._batcher.wait_seconds(now) if may_start else None
+                num_takers = max(1, min(1 + self._num_idle, self._num_free))
+                if timeout == 0 and (batch := self._batcher.take(now, num_takers)) is not None:
                     lane.begin(batch, now)
+                    self._wake_early()
                     break
                 if timeout != 0:
-                    self._num_idle += 1
-                    self._ready.wait(timeout)
-                    self._num_idle -= 1
+                    self._sleep(timeout)
             else:
                 return None
         return _Padded(batch, *batch.pad())
+
+    def _sleep(self, timeout: float | None) -> None:
+        """Until a run may start; the engine's last threads until an early one may."""
+        if self._num_idle < self._num_computing:
+            self._num_idle += 1
+            self._ready.wait(timeout)
+            self._num_idle -= 1
+        else:
+            self._num_parked += 1
+            self._early.wait()
+            self._num_parked -= 1
 
     def _compute(self, lane: _Lane, padded: _Padded) -> Outcome:
         batch, started = padded.batch, self._clock() if lane.busy_since is None else lane.busy_since
         vectors, failures = self._engine.run(
             [item.ids for item in batch.items], padded.input_ids, padded.attention_mask
         )
-        seconds = self._clock() - started
+        now = self._clock()
+        seconds = now - started
         with self._lock:
             lane.end()
+            if self._num_computing < len(self._lanes):  # it may have waited for another's end
+                started = max(started, self._ends[0])
+            self._ends.append(now)
             self._batcher.limit_tokens(self._engine.memory_limit_tokens)
-            if seconds > 0 and not failures:
-                self._batcher.model.observe(Run(batch.padded_tokens, seconds))
+            if now > started and not failures:
+                self._batcher.model.observe(Run(batch.padded_tokens, now - started))
                 self._padding += _PADDING_WEIGHT * (batch.padded_tokens / batch.num_tokens - self._padding)
         if failures:
             reason = next(iter(failures.values()))

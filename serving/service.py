@@ -70,12 +70,13 @@ class EmbeddingService:
             open_spare=model.open_spare,
             on_event=metrics.count_engine_event,
         )
-        num_runs, limits = model.choice.large.num_instances, _limit_runs(settings.batching, sizes)
+        limits = _limit_runs(settings.batching, sizes)
         self._runner = EngineRunner(
             self._engine,
-            Batcher(self._queue, limits, LatencyModel(model.cost.runs), model.grid, num_runs),
+            Batcher(self._queue, limits, LatencyModel(model.cost.runs), model.grid, model.num_computing),
             self._deliver_threadsafe,
-            num_threads=num_runs,
+            num_threads=model.choice.large.num_instances,
+            num_computing=model.num_computing,
             clock=clock,
         )
         self._cache = VectorCache(settings.cache_bytes)

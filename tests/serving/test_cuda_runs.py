@@ -96,11 +96,12 @@ def test_a_batch_that_fails_gives_its_places_back(monkeypatch: pytest.MonkeyPatc
 @NEEDS_GPU
 def test_two_threads_get_what_one_gets(tmp_path: Path) -> None:
     from tests.serving.kernels.models import make_encoder
+    from tests.serving.kernels.packs import TOKENS
 
     engine = CudaEngine(make_encoder(tmp_path), max_tokens=512)
     rng = np.random.default_rng(0)
     batches = [
-        pad_batch([rng.integers(0, 100, length) for length in rng.integers(1, 60, size)])
+        pad_batch([rng.integers(0, TOKENS, length) for length in rng.integers(1, 60, size)])
         for size in rng.integers(1, 40, 60)
     ]
     expected = [engine.embed(*batch) for batch in batches]
