@@ -157,9 +157,11 @@ def _measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
         **({"http_processes": fronts} if fronts else {}),
         **({"max_batch_size": max_batch_size} if max_batch_size else {}),
     }
-    if plan.server_cores:
-        os.sched_setaffinity(0, os.sched_getaffinity(0) - plan.server_cores)
     with ExitStack() as stack:
+        if plan.server_cores:
+            everywhere = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, everywhere - plan.server_cores)
+            stack.callback(os.sched_setaffinity, 0, everywhere)  # the rows describe the whole machine
         sitting = Sitting(plan, texts, bundle, say, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         for spec in specs:
             sitting.add(_start(spec, sitting, stack))

@@ -59,8 +59,7 @@ class EmbeddingService:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         sizes = settings.batching.sizes(model.has_custom_kernels)
-        turn_size = -(-sizes.batch_size // _TURNS_PER_RUN)
-        self._queue = RequestQueue(sizes.queue_tokens, sizes.queue_size, turn_size)
+        self._queue = RequestQueue(sizes.queue_tokens, sizes.queue_size, -(-sizes.batch_size // _TURNS_PER_RUN))
         self._admission = Admission(settings.batching.latency_objective_ms / 1000)
         self._engine = GuardedEngine(
             model.engine,
