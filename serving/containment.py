@@ -37,6 +37,7 @@ class GuardedEngine:
         self._reopen, self._open_spare, self._on_event = reopen, open_spare, on_event
         self._spare: Engine | None = None
         self._lock = threading.Lock()  # one thread at a time opens or drops an engine
+        self._using_spare = threading.Lock()  # which runs one text at a time
         self._has_failed = False
 
     @property
@@ -140,7 +141,8 @@ class GuardedEngine:
         if spare is None:
             return
         for row in sorted(failures):
-            answer, failed = _run_together(spare, [rows[row]], self._dimension)
+            with self._using_spare:
+                answer, failed = _run_together(spare, [rows[row]], self._dimension)
             if not failed:
                 vectors[row] = answer[0]
                 del failures[row]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from registry.manifest import Manifest, RegistryError, digest_of, hold_bundle, verify_bundle
 from serving.autotune import Choice
 from serving.containment import OpenEngine
-from serving.engines import RUNS_PER_GPU, Embeddings, Engine, memory_of
+from serving.engines import Embeddings, Engine, memory_of
 from serving.errors import BundleRejected
 from serving.latency_model import LatencyModel, Run
 from serving.opening import BY_DEFAULT, Opened, Opener
@@ -94,7 +94,7 @@ class LoadedModel:
     def num_computing(self) -> int:
         """Batches that the engine computes at a time, of the `choice.large.num_instances` that it takes."""
         num_runs = self.choice.large.num_instances
-        return max(1, num_runs // RUNS_PER_GPU) if self.has_custom_kernels else num_runs
+        return max(1, num_runs - 1) if getattr(self.engine, "takes_next", False) else num_runs
 
     @property
     def grid(self) -> ShapeGrid:

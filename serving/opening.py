@@ -27,7 +27,7 @@ from serving.autotune import (
     write_choice,
 )
 from serving.engines import (
-    RUNS_PER_GPU,
+    RUNS_OF_CUDA,
     Embeddings,
     Engine,
     close_engine,
@@ -145,7 +145,8 @@ class Opener:
         raise _combine(failed)
 
     def _open_on_gpu(self, name: str, rows: Sequence[Ids]) -> Opened:
-        num_runs = RUNS_PER_GPU * max(1, len(self._devices)) if name == "cuda" else 1
+        one = RUNS_OF_CUDA if name == "cuda" else 1
+        num_runs = len(self._devices) if name == "cuda" and len(self._devices) > 1 else one
         setup = Setup(name, self._source.num_threads or num_cores(), num_runs)
         engine = self._open(setup)
         _log.info("engine chosen setup=%s measured=%s", setup, _measure_checked(engine, setup, rows))
@@ -183,7 +184,9 @@ class Opener:
             engine,
             choice,
             partial(self.open_choice, choice),
-            None if spare is None else partial(self._open, replace(choice.large, runtime=spare.runtime)),
+            None
+            if spare is None
+            else partial(self._open, replace(choice.large, runtime=spare.runtime, num_instances=1)),
         )
 
     def _open(self, setup: Setup, cache: Path | None = None) -> Engine:

@@ -11,7 +11,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ from serving.tokenizer import Ids
 _PADDING_WEIGHT = 0.05
 # A dead engine that cannot be opened is tried again after this, then after twice as long, up to the second.
 _REVIVE_SECONDS = (1.0, 30.0)
-# Threads that may hang for good, each with its engine's memory, before only a restart helps.
+# Engines that may hang for good, each with its memory, before only a restart helps.
 _MAX_ABANDONED = 2
 
 _log = logging.getLogger(__name__)
@@ -36,7 +35,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """What became of a batch: row k of `vectors` [B, D] belongs to item k unless `failures` says why it has none."""
+    """What became of a batch: row k of `vectors` [B, D] belongs to item k unless `failures` says why it has none.
+
+    `engine_seconds` are those in which it was the engine's turn, not those in which it waited there for another.
+    """
 
     batch: Batch
     vectors: Embeddings
@@ -57,7 +59,7 @@ class _Lane:
     def __init__(self, body: Callable[["_Lane"], None]) -> None:
         self.batch: Batch | None = None
         self.busy_since: float | None = None
-        self.is_abandoned = False
+        self.abandoned: object = None  # what it was given up with: one thing for all threads in an engine that hangs
         self.thread = threading.Thread(target=body, args=(self,), name="engine", daemon=True)
 
     def begin(self, batch: Batch, now: float) -> None:
@@ -80,7 +82,7 @@ class EngineRunner:
         num_computing: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`num_threads` runs go on at the same time, of which the engine computes `num_computing` (0: all of them)."""
+        """`num_threads` batches are given to the engine at the same time, which computes all of them (0) or one."""
         self._engine, self._batcher, self._deliver, self._clock = engine, batcher, deliver, clock
         self._lock = threading.Lock()  # guards the batcher, its queue and model, _prefetched, the lanes' batches
         # Threads that may start at once wait for the first, those whose run would be an early one for the second: a
@@ -88,9 +90,9 @@ class EngineRunner:
         self._ready, self._early = threading.Condition(self._lock), threading.Condition(self._lock)
         self._prefetched: _Padded | None = None
         self._num_computing = num_computing or num_threads
-        self._ends: deque[float] = deque([-math.inf] * self._num_computing, self._num_computing)  # of the last runs
+        self._last_end = -math.inf  # where one run waits for another
         self._num_idle = self._num_parked = 0  # threads that wait for the one and the other
-        self._num_abandoned = 0
+        self._abandoned: set[object] = set()  # engines that hang
         self._padding = 1.0  # tokens computed per token asked for
         self._is_stopping = threading.Event()
         self._lanes = [_Lane(self._run) for _ in range(num_threads)]
@@ -113,7 +115,7 @@ class EngineRunner:
 
     @property
     def tokens_per_second(self) -> float:
-        """What all threads together do on full batches, padding included."""
+        """What the engine does on full batches, padding included."""
         tokens = max(1, self._batcher.max_tokens)
         return self._num_computing * tokens / self._batcher.model.predict(tokens)
 
@@ -125,7 +127,7 @@ class EngineRunner:
         now, batcher = self._clock(), self._batcher
         queue, model = batcher.queue, batcher.model
         with self._lock:
-            seconds = sum(self._remaining(lane, now) for lane in self._lanes)
+            seconds = self._remaining(now)
             due_tokens = queue.count_due_tokens(now)
             padded = due_tokens * self._padding
             if self._prefetched is not None:
@@ -135,7 +137,7 @@ class EngineRunner:
             return Backlog(len(queue), queue.num_tokens, queue.is_full(is_bulk, num_coming), due_tokens, seconds)
 
     def predict(self, num_tokens: float) -> float:
-        """Seconds that all threads together take for that many tokens, padding included, in runs of full size."""
+        """Seconds that the engine takes for that many tokens, padding included, in runs of full size."""
         model = self._batcher.model
         num_runs = 1 + num_tokens // max(1, self._batcher.max_tokens)
         return (num_runs * model.overhead_seconds + num_tokens * model.seconds_per_token) / self._num_computing
@@ -145,7 +147,7 @@ class EngineRunner:
         with self._ready:
             num_shared = self._batcher.queue.push(request, rows, self.tokens_per_second, weight, recalled)
             if self._num_free:
-                self._ready.notify(len(rows))
+                (self._ready if self._num_idle else self._early).notify(len(rows))
             else:
                 self._wake_early()
         return num_shared
@@ -195,19 +197,27 @@ class EngineRunner:
         Nothing happens while too many hang already, or when no other engine can be opened.
         """
         items: list[Item] = []
-        for lane in self._stuck(max_run_seconds):
-            if self._num_abandoned == _MAX_ABANDONED or not self._engine.abandon():
-                break
-            self._num_abandoned += 1
+        while len(self._abandoned) < _MAX_ABANDONED:
             with self._lock:
-                lane.is_abandoned = True
-                if lane.batch is not None:
-                    items += lane.batch.items
+                stuck = self._stuck(max_run_seconds)[:1]
+                if not stuck or not self._engine.abandon():
+                    break
+                if self._shares_engine:  # what was given to the engine after that hangs behind it
+                    stuck = [lane for lane in self._lanes if lane.batch is not None]
+                engine = object()
+                self._abandoned.add(engine)
+                successors = [self._replace(lane, engine) for lane in stuck]
+                items += [item for lane in stuck if lane.batch is not None for item in lane.batch.items]
                 self._batcher.queue.forget(items)
-                self._lanes[self._lanes.index(lane)] = successor = _Lane(self._run)
-            _log.error("engine hangs seconds=%g abandoned=%d", max_run_seconds, self._num_abandoned)
-            successor.thread.start()
+            _log.error("engine hangs seconds=%g abandoned=%d", max_run_seconds, len(self._abandoned))
+            for successor in successors:
+                successor.thread.start()
         return items
+
+    def _replace(self, lane: _Lane, engine: object) -> _Lane:
+        lane.abandoned = engine
+        self._lanes[self._lanes.index(lane)] = successor = _Lane(self._run)
+        return successor
 
     def _stuck(self, max_run_seconds: float) -> list[_Lane]:
         now = self._clock()
@@ -215,18 +225,31 @@ class EngineRunner:
             lane for lane in self._lanes if (since := lane.busy_since) is not None and now - since > max_run_seconds
         ]
 
-    def _remaining(self, lane: _Lane, now: float) -> float:
-        batch, since = lane.batch, lane.busy_since
-        if batch is None or since is None:
-            return 0.0
-        return max(0.0, self._batcher.model.predict(batch.padded_tokens) - (now - since))
+    @property
+    def _shares_engine(self) -> bool:
+        """Whether one of its runs waits for another."""
+        return self._num_computing < len(self._lanes)
+
+    def _remaining(self, now: float) -> float:
+        """Seconds of the engine that the runs which go on will take, all together."""
+        runs = sorted(
+            (lane.busy_since, self._batcher.model.predict(lane.batch.padded_tokens))
+            for lane in self._lanes
+            if lane.batch is not None and lane.busy_since is not None
+        )
+        computed = [max(0.0, seconds - (now - self._start(since))) for since, seconds in runs[: self._num_computing]]
+        return sum(computed) + sum(seconds for _, seconds in runs[self._num_computing :])
+
+    def _start(self, given: float) -> float:
+        """When the engine began with a run that it was given at `given`, the first of those that go on."""
+        return max(given, self._last_end) if self._shares_engine else given
 
     def _run(self, lane: _Lane) -> None:
         while self._revive() and (padded := self._next(lane)) is not None:
             outcome = self._compute(lane, padded)
-            if lane.is_abandoned:  # it came back after all: its requests are answered, its successor works
+            if lane.abandoned is not None:  # it came back after all: its requests are answered, its successor works
                 with self._lock:
-                    self._num_abandoned -= 1
+                    self._abandoned.discard(lane.abandoned)
                 return
             self._deliver(outcome)
 
@@ -263,7 +286,7 @@ class EngineRunner:
 
     def _sleep(self, timeout: float | None) -> None:
         """Until a run may start; the engine's last threads until an early one may."""
-        if self._num_idle < self._num_computing:
+        if timeout is not None or self._num_idle < self._num_computing:
             self._num_idle += 1
             self._ready.wait(timeout)
             self._num_idle -= 1
@@ -273,20 +296,19 @@ class EngineRunner:
             self._num_parked -= 1
 
     def _compute(self, lane: _Lane, padded: _Padded) -> Outcome:
-        batch, started = padded.batch, self._clock() if lane.busy_since is None else lane.busy_since
+        batch, given = padded.batch, self._clock() if lane.busy_since is None else lane.busy_since
         vectors, failures = self._engine.run(
             [item.ids for item in batch.items], padded.input_ids, padded.attention_mask
         )
         now = self._clock()
-        seconds = now - started
         with self._lock:
+            seconds = now - self._start(given)
             lane.end()
-            if self._num_computing < len(self._lanes):  # it may have waited for another's end
-                started = max(started, self._ends[0])
-            self._ends.append(now)
+            if lane.abandoned is None:
+                self._last_end = now
             self._batcher.limit_tokens(self._engine.memory_limit_tokens)
-            if now > started and not failures:
-                self._batcher.model.observe(Run(batch.padded_tokens, now - started))
+            if seconds > 0 and not failures and lane.abandoned is None:
+                self._batcher.model.observe(Run(batch.padded_tokens, seconds))
                 self._padding += _PADDING_WEIGHT * (batch.padded_tokens / batch.num_tokens - self._padding)
         if failures:
             reason = next(iter(failures.values()))

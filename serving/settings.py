@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
 
 # Where nothing is set. Before a GPU so many texts are as short a wait, and short runs would leave it idle.
 _USUAL = Sizes(batch_size=64, batch_tokens=8192, queue_size=4096, queue_tokens=65_536)
-_ON_CUDA = Sizes(batch_size=256, batch_tokens=32_768, queue_size=32_768, queue_tokens=1_048_576)
+_ON_CUDA = Sizes(batch_size=256, batch_tokens=32_768, queue_size=32_768, queue_tokens=524_288)
 
 
 class _Section(BaseModel):
@@ -81,7 +81,7 @@ class BatchingSettings(_Section):
         default=None,
         ge=1,
         description="tokens waiting at which a request gets 429; single texts and requests of many are counted apart; "
-        "by default 65536, on the cuda engine 1048576",
+        "by default 65536, on the cuda engine 524288",
     )
     max_queue_size: int | None = Field(
         default=None,

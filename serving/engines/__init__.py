@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # engines run where a bundle's manifest cannot be read: on a 
 Embeddings = NDArray[np.float32]
 
 GPU_RUNTIMES = ("cuda", "tensorrt")
-RUNS_PER_GPU = 2  # batches at a time of the cuda engine on each GPU; TensorRT's runs one
+RUNS_OF_CUDA = 2  # batches that the cuda engine takes at a time on one GPU, of which it computes one
 
 # What shows an NVIDIA driver: that of a server, of a Jetson, and the one that Windows lends to its Linux (WSL 2).
 _DRIVER_PATHS = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/nvgpu", "/usr/lib/wsl/lib/libcuda.so.1")

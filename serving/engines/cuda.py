@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engines import RUNS_PER_GPU, Embeddings
+from serving.engines import RUNS_OF_CUDA, Embeddings
 from serving.engines.cuda_memory import CAPTURING, empty_cache, fit_runs, is_out_of_memory
 from serving.engines.cuda_node import find_problem_here
 from serving.engines.cuda_shapes import Shape, list_shapes, make_shape, round_tokens
@@ -41,12 +41,13 @@ _log = logging.getLogger(__name__)
 class CudaEngine:
     """Runs `model.safetensors` with the `config.json` beside it; `compute` is `f16` or `f8` (E4M3 linear layers).
 
-    As many threads as RUNS_PER_GPU may run batches: one batch is packed and copied while another is computed.
+    As many threads as RUNS_OF_CUDA may run batches: one batch is packed and copied while another is computed.
     Everything the GPU needs is allocated and captured before the first batch; `memory_bytes` is what that took of the
     GPU's memory: by how much torch's part of it grew, so that what else happens to it meanwhile counts, too.
     """
 
     compiles_shapes, is_packed = False, True
+    takes_next = True  # a batch more than it computes at a time
 
     def __init__(
         self, path: Path, compute: str = "f16", max_tokens: int = MAX_TOKENS, max_length: int = MAX_TOKENS
@@ -130,7 +131,7 @@ class CudaEngine:
 
         self._encoder = _make_encoder(weights, self._config, self._device, compute, max_tokens)
         self._slots: SimpleQueue[_Slot] = SimpleQueue()  # that no run uses
-        for _ in range(RUNS_PER_GPU):
+        for _ in range(RUNS_OF_CUDA):
             self._last = _Slot.make(self._encoder, self._device)
             self._slots.put(self._last)
         self._vectors = torch.zeros_like(self._last.results, device=self._device)
@@ -142,10 +143,11 @@ class CudaEngine:
         """See `Engine.close`: gives back what `_allocate` took, however far it came."""
         import torch  # noqa: PLC0415  loaded with the engine
 
-        with CAPTURING:
-            torch.cuda.synchronize(self._device)
-        for name in ("_graphs", "_static", "_vectors", "_last", "_slots", "_encoder"):
-            self.__dict__.pop(name, None)
+        with self._submitting:  # a batch that another thread brings meanwhile fails
+            with CAPTURING:
+                torch.cuda.synchronize(self._device)
+            for name in ("_graphs", "_static", "_vectors", "_last", "_slots", "_encoder"):
+                self.__dict__.pop(name, None)
         empty_cache()
 
     def _check(self, input_ids: Ids, attention_mask: Ids) -> Lengths:
@@ -158,36 +160,18 @@ class CudaEngine:
 
     def _embed(self, input_ids: Ids, lengths: Lengths) -> Embeddings:
         vectors = np.empty((len(lengths), self._config.hidden), dtype=np.float32)
-        running: deque[tuple[slice, _Slot]] = deque()
+        runs = _Runs(self._slots, vectors)
         try:
             for rows in split_rows(lengths, self._encoder.max_tokens, self._encoder.max_rows):
-                slot = self._find_slot(running, vectors)
-                running.append((rows, slot))
-                self._submit(slot, input_ids[rows], lengths[rows])
-            while running:
-                self._collect(running, vectors)
+                self._submit(runs.find_slot(rows), input_ids[rows], lengths[rows])
+            runs.collect_all()
         except BaseException:
-            self._streams.synchronize()  # a run may still read staging that the next batch writes
-            for _, slot in running:
-                self._slots.put(slot)
+            try:
+                self._streams.synchronize()  # a run may still read staging that the next batch writes
+            finally:  # a GPU that is lost raises again
+                runs.give_up()
             raise
         return vectors
-
-    def _find_slot(self, running: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> "_Slot":
-        """One that is free, or that the first of these runs frees; with none of its own a batch waits for others'."""
-        while running:
-            try:
-                return self._slots.get_nowait()
-            except Empty:
-                self._collect(running, vectors)
-        return self._slots.get()
-
-    def _collect(self, running: "deque[tuple[slice, _Slot]]", vectors: Embeddings) -> None:
-        rows, slot = running[0]
-        slot.done.synchronize()
-        vectors[rows] = slot.results.numpy()[: rows.stop - rows.start]
-        running.popleft()
-        self._slots.put(slot)
 
     def _submit(self, slot: "_Slot", input_ids: Ids, lengths: Lengths) -> None:
         """Pack a run, and queue copy in, computation and copy out."""
@@ -328,6 +312,45 @@ class _Slot:
             torch.cuda.Event(),
             torch.cuda.Event(),
         )
+
+
+class _Runs:
+    """The runs of one batch: each has a slot from when it is packed until its vectors are here."""
+
+    def __init__(self, free: "SimpleQueue[_Slot]", vectors: Embeddings) -> None:
+        self._free, self._vectors = free, vectors
+        self._running: deque[tuple[slice, _Slot]] = deque()
+
+    def find_slot(self, rows: slice) -> _Slot:
+        """One that is free, or that the first of these runs frees; with none of its own a batch waits for another's."""
+        slot = self._take()
+        self._running.append((rows, slot))
+        return slot
+
+    def collect_all(self) -> None:
+        """Wait for every run, and take its vectors."""
+        while self._running:
+            self._collect()
+
+    def give_up(self) -> None:
+        """Free the slots of runs that nobody waits for."""
+        for _, slot in self._running:
+            self._free.put(slot)
+
+    def _take(self) -> _Slot:
+        while self._running:
+            try:
+                return self._free.get_nowait()
+            except Empty:
+                self._collect()
+        return self._free.get()
+
+    def _collect(self) -> None:
+        rows, slot = self._running[0]
+        slot.done.synchronize()
+        self._vectors[rows] = slot.results.numpy()[: rows.stop - rows.start]
+        self._running.popleft()
+        self._free.put(slot)
 
 
 def _require_gpu(compute: str) -> Any:

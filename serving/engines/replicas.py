@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from serving.engines import RUNS_PER_GPU, Embeddings, Engine, close_engine, memory_of
+from serving.engines import Embeddings, Engine, close_engine, memory_of
 from serving.engines.packing import Limits
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids
@@ -13,17 +13,17 @@ _log = logging.getLogger(__name__)
 
 
 class ReplicatedEngine:
-    """Equal engines behind one: as many threads may run batches as they can together, others wait for their turn.
+    """Equal engines behind one: as many threads may run batches as there are engines, others wait for their turn.
 
     An engine that raises on a batch which another then answers gets no more of them: its GPU is lost to this process.
     The last one is kept, so that its failures are those of an engine that stands alone.
     """
 
-    def __init__(self, engines: Sequence[Engine], runs_each: int = 1) -> None:
-        """`engines`, one at least, run `runs_each` batches at a time each."""
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        """`engines`, one at least, run one batch at a time each."""
         self._engines, self._left = tuple(engines), list(engines)
-        self._free = dict.fromkeys(engines, runs_each)  # batches that each could take
-        self._changed = threading.Condition()  # guards the two
+        self._idle = list(reversed(engines))  # the last is taken first: a lone client keeps one GPU awake, not all
+        self._changed = threading.Condition()  # guards the two lists
         self.compiles_shapes = any(engine.compiles_shapes for engine in engines)
         self.is_packed = all(engine.is_packed for engine in engines)
 
@@ -79,23 +79,18 @@ class ReplicatedEngine:
         return vectors
 
     def _take(self, other_than: Engine | None = None) -> Engine | None:
-        """The idlest engine, as soon as there is one that can take a batch; None where only `other_than` is left.
-
-        Of equals the first: a lone client keeps one GPU awake, not all.
-        """
+        """An idle engine, as soon as there is one; None where only `other_than` is left."""
         with self._changed:
-            self._changed.wait_for(lambda: self._left == [other_than] or self._list_idle(other_than))
-            found = max(self._list_idle(other_than), key=self._free.__getitem__, default=None)
+            self._changed.wait_for(lambda: self._left == [other_than] or any(e is not other_than for e in self._idle))
+            found = next((engine for engine in reversed(self._idle) if engine is not other_than), None)
             if found is not None:
-                self._free[found] -= 1
+                self._idle.remove(found)
             return found
-
-    def _list_idle(self, other_than: Engine | None) -> list[Engine]:
-        return [engine for engine in self._left if engine is not other_than and self._free[engine]]
 
     def _give_back(self, engine: Engine) -> None:
         with self._changed:
-            self._free[engine] += 1
+            if engine in self._left:
+                self._idle.append(engine)
             self._changed.notify_all()
 
     def _lose(self, engine: Engine, failure: Exception) -> None:
@@ -103,6 +98,8 @@ class ReplicatedEngine:
             if engine not in self._left or len(self._left) == 1:
                 return
             self._left.remove(engine)
+            if engine in self._idle:
+                self._idle.remove(engine)
             self._changed.notify_all()
         _log.error(
             "engine gets no more batches gpu=%d left=%d error=%s",
@@ -135,4 +132,4 @@ def open_on_devices(open_one: Callable[[], Engine], devices: Sequence[int]) -> E
         for engine in engines:
             close_engine(engine)
         raise
-    return engines[0] if len(engines) == 1 else ReplicatedEngine(engines, RUNS_PER_GPU)
+    return engines[0] if len(engines) == 1 else ReplicatedEngine(engines)

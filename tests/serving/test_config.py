@@ -217,7 +217,7 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_runs_and_queue_are_larger_on_the_cuda_engine_unless_a_size_is_set() -> None:
     assert BatchingSettings().sizes(has_custom_kernels=False) == (64, 8192, 4096, 65_536)
-    assert BatchingSettings().sizes(has_custom_kernels=True) == (256, 32_768, 32_768, 1_048_576)
+    assert BatchingSettings().sizes(has_custom_kernels=True) == (256, 32_768, 32_768, 524_288)
     own = {"max_batch_size": 7, "max_batch_tokens": 16, "max_queue_size": 1, "max_queue_tokens": 2}
     for on_gpu in (False, True):
         assert BatchingSettings.model_validate(own).sizes(on_gpu) == (7, 16, 1, 2)

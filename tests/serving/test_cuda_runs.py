@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from serving.engines.cuda import CudaEngine
+from serving.engines.cuda import CudaEngine, _Streams
 from serving.tokenizer import pad_batch
 from tests.serving.test_cuda import NEEDS_GPU
 from tests.serving.test_cuda_memory import make_batch, make_computing_engine
@@ -90,6 +90,21 @@ def test_a_batch_that_fails_gives_its_places_back(monkeypatch: pytest.MonkeyPatc
         assert engine._slots.qsize() == 2
     engine._compute = whole
     assert engine.embed(ids, mask).tolist() == expected
+
+
+def test_a_gpu_that_is_lost_raises_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for it raises as well; nobody waits for a place that is never given back."""
+    engine: Any = make_computing_engine(monkeypatch, [], most_tokens=16)
+
+    def lose(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine._compute = lose
+    monkeypatch.setattr(_Streams, "synchronize", lose)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            engine.embed(*make_batch([9] * 5)[:2])
+        assert engine._slots.qsize() == 2
 
 
 @pytest.mark.gpu

@@ -52,25 +52,6 @@ def test_each_batch_goes_to_an_engine_that_has_nothing_to_do(model: LoadedModel)
         np.testing.assert_array_equal(answer, answers[0])
 
 
-def test_engines_that_run_two_batches_each_share_them_evenly(model: LoadedModel) -> None:
-    held = [HeldEngine(model.engine) for _ in range(2)]
-    engine = ReplicatedEngine(held, runs_each=2)
-    with ThreadPoolExecutor(4) as pool:
-        first = pool.submit(engine.embed, *batch(2, 6, 3))
-        assert held[0].entered.wait(WAIT)
-        second = pool.submit(engine.embed, *batch(2, 6, 3))
-        assert held[1].entered.wait(WAIT)
-        held[1].gate.set()
-        second.result(WAIT)
-        third = pool.submit(engine.embed, *batch(2, 6, 3))
-        third.result(WAIT)
-        assert [len(each.shapes) for each in held] == [0, 2], "the one that has a batch gets no other"
-        more = [pool.submit(engine.embed, *batch(2, 6, 3)) for _ in range(2)]
-        held[0].gate.set()
-        for future in (first, *more):
-            future.result(WAIT)
-
-
 def test_lone_batches_keep_to_one_engine(model: LoadedModel) -> None:
     engines = [WrappedEngine(model.engine) for _ in range(2)]
     engine = ReplicatedEngine(engines)
@@ -245,9 +226,9 @@ def cuda_bundle(bundle: Path, tmp_path: Path) -> Path:
 
 def test_worker_runs_a_batch_on_each_gpu_at_the_same_time(cuda_bundle: Path, opened: list[OnGpu]) -> None:
     own = load_model(ModelSource(path=cuda_bundle), devices=(0, 1))
-    assert own.choice.large == Setup("cuda", own.choice.large.num_threads, 4)
+    assert own.choice.large == Setup("cuda", own.choice.large.num_threads, 2)
     held = [HeldEngine(each) for each in opened]
-    prepared = replace(own, engine=ReplicatedEngine(held, runs_each=2), reopen=None, open_spare=None)
+    prepared = replace(own, engine=ReplicatedEngine(held), reopen=None, open_spare=None)
     with serve(make_settings(cuda_bundle), prepared) as (url, _), ThreadPoolExecutor(2) as clients:
         running = [
             clients.submit(httpx.post, f"{url}/api/v1/embed", json={"text": text}, timeout=WAIT)
@@ -259,7 +240,7 @@ def test_worker_runs_a_batch_on_each_gpu_at_the_same_time(cuda_bundle: Path, ope
             each.gate.set()
         assert [future.result().status_code for future in running] == [200, 200]
         (described,) = httpx.get(f"{url}/api/v1/models").json()["models"]
-    assert (described["engine"], described["engine_setup"][:7]) == ("cuda 13.0 on 2 of 2 GPUs", "cuda:4x")
+    assert (described["engine"], described["engine_setup"][:7]) == ("cuda 13.0 on 2 of 2 GPUs", "cuda:2x")
 
 
 def test_engines_are_opened_anew_on_the_same_gpus(cuda_bundle: Path, opened: list[OnGpu]) -> None:

@@ -1,20 +1,18 @@
+from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
 from queue import SimpleQueue
-from threading import Event, Semaphore, get_ident
 
 import numpy as np
 import pytest
 
 from serving.batcher import Batcher, Limits
 from serving.containment import GuardedEngine, OpenEngine
-from serving.engines import Embeddings, Engine
+from serving.engines import Engine
 from serving.errors import EngineUnavailable
 from serving.models import LoadedModel
 from serving.request_queue import Request, RequestQueue
 from serving.runner import EngineRunner, Outcome
-from serving.tokenizer import Ids
-from tests.serving.conftest import wait_until
 from tests.serving.engines import FaultyEngine, HeldEngine, WrappedEngine, die, raise_on
 from tests.serving.latency import make_latency_model
 
@@ -32,12 +30,14 @@ class Harness:
         num_threads: int = 1,
         reopen: OpenEngine | None = None,
         num_computing: int = 0,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.outcomes: SimpleQueue[Outcome] = SimpleQueue()
         self.batcher = Batcher(
             RequestQueue(10**6, 10**6), limits or Limits(4, 1000), make_latency_model(1000, tokens_per_second=1000)
         )
         self.now = 0.0
+        self.clock = clock or (lambda: self.now)
         self.guard = GuardedEngine(engine, 8, np.array([2, RED, 3]), reopen=reopen)
         self.runner = EngineRunner(
             self.guard,
@@ -45,14 +45,14 @@ class Harness:
             self.outcomes.put,
             num_threads=num_threads,
             num_computing=num_computing,
-            clock=lambda: self.now,
+            clock=self.clock,
         )
         self.runner.start()
         self.texts = count(1)
 
     def submit(self, *rows: list[int]) -> Request:
         waiter: Future[None] = Future()
-        request = Request(len(rows), 8, self.now, waiter)
+        request = Request(len(rows), 8, self.clock(), waiter)
         self.runner.submit(request, [np.array(row) for row in rows])
         return request
 
@@ -179,126 +179,6 @@ def test_two_threads_run_two_batches_at_a_time(model: LoadedModel) -> None:
     assert harness.runner.backlog(60).seconds == pytest.approx((2 * 1.003 + 1.0) / 2)
     engine.gate.set()
     assert {len(harness.next().batch.items) for _ in range(2)} == {1}
-    assert harness.runner.stop(WAIT)
-
-
-class GatedEngine(WrappedEngine):
-    """Each run, in order of their beginnings, waits for a gate of its own."""
-
-    def __init__(self, inner: Engine) -> None:
-        super().__init__(inner)
-        self.begun, self.gates, self._next = Semaphore(0), [Event() for _ in range(4)], count()
-
-    def embed(self, input_ids: Ids, attention_mask: Ids) -> Embeddings:
-        gate = self.gates[next(self._next)]
-        self.begun.release()
-        assert gate.wait(WAIT)
-        return super().embed(input_ids, attention_mask)
-
-
-def test_next_batch_is_given_early_only_where_it_is_full(model: LoadedModel) -> None:
-    engine = GatedEngine(model.engine)
-    harness = Harness(engine, num_threads=2, num_computing=1)
-    harness.submit_new()
-    assert engine.begun.acquire(timeout=WAIT)
-    for _ in range(3):
-        harness.submit_new()
-    assert not engine.begun.acquire(timeout=0.1)
-    assert len(harness.batcher.queue) == 3
-    harness.submit_new()
-    assert engine.begun.acquire(timeout=WAIT)
-    harness.submit_new()
-    for gate in engine.gates:
-        gate.set()
-    assert sorted(len(harness.next().batch.items) for _ in range(3)) == [1, 1, 4]
-    assert harness.runner.stop(WAIT)
-
-
-def test_what_waited_for_a_run_to_end_starts_then(model: LoadedModel) -> None:
-    engine = GatedEngine(model.engine)
-    harness = Harness(engine, num_threads=2, num_computing=1)
-    for texts in (1, 4):
-        for _ in range(texts):
-            harness.submit_new()
-        assert engine.begun.acquire(timeout=WAIT)
-    harness.submit_new()
-    engine.gates[0].set()
-    assert len(harness.next().batch.items) == 1
-    assert not engine.begun.acquire(timeout=0.1), "the batch that was full is computed now, this one may grow"
-    engine.gates[1].set()
-    assert len(harness.next().batch.items) == 4
-    assert engine.begun.acquire(timeout=WAIT)
-    for _ in range(4):
-        harness.submit_new()
-    assert engine.begun.acquire(timeout=WAIT), "whichever thread is idle"
-    for gate in engine.gates:
-        gate.set()
-    assert sorted(len(harness.next().batch.items) for _ in range(2)) == [1, 4]
-    assert harness.runner.stop(WAIT)
-
-
-def test_thread_that_waits_for_the_other_to_end_takes_what_fills_a_batch_meanwhile(model: LoadedModel) -> None:
-    engine = GatedEngine(model.engine)
-    harness = Harness(engine, num_threads=2, num_computing=1)
-    for texts in (1, 4):
-        for _ in range(texts):
-            harness.submit_new()
-        assert engine.begun.acquire(timeout=WAIT)
-    engine.gates[0].set()
-    harness.next()
-    for _ in range(4):
-        harness.submit_new()
-    assert engine.begun.acquire(timeout=WAIT)
-    for gate in engine.gates:
-        gate.set()
-    assert [len(harness.next().batch.items) for _ in range(2)] == [4, 4]
-    assert harness.runner.stop(WAIT)
-
-
-def test_what_one_request_leaves_for_a_second_batch_is_given_early(model: LoadedModel) -> None:
-    engine = GatedEngine(model.engine)
-    harness = Harness(engine, num_threads=2, num_computing=1)
-    harness.submit(*([2, *([RED] * place), 3] for place in range(9)))
-    for _ in range(2):
-        assert engine.begun.acquire(timeout=WAIT)
-    assert len(harness.batcher.queue) == 1
-    for gate in engine.gates:
-        gate.set()
-    assert sorted(len(harness.next().batch.items) for _ in range(3)) == [1, 4, 4]
-    assert harness.runner.stop(WAIT)
-
-
-def test_lone_texts_find_the_same_thread(model: LoadedModel) -> None:
-    threads = list[int]()
-
-    def note(_: Ids, vectors: Embeddings) -> Embeddings:
-        threads.append(get_ident())
-        return vectors
-
-    harness = Harness(FaultyEngine(model.engine, note), num_threads=2, num_computing=1)
-    for _ in range(6):
-        wait_until(lambda: harness.runner._num_idle + harness.runner._num_parked == 2)
-        harness.submit_new()
-        harness.next()
-    assert len(set(threads)) == 1
-    assert harness.runner.stop(WAIT)
-
-
-def test_run_that_was_given_early_counts_from_the_end_of_the_one_before(model: LoadedModel) -> None:
-    engine, observed = GatedEngine(model.engine), list[float]()
-    harness = Harness(engine, num_threads=2, num_computing=1)
-    harness.batcher.model.observe = lambda run: observed.append(run.seconds)  # type: ignore[method-assign]
-    for texts in (1, 4):
-        for _ in range(texts):
-            harness.submit_new()
-        assert engine.begun.acquire(timeout=WAIT)
-    outcomes = []
-    for number, ended in enumerate((3.0, 5.0)):
-        harness.now = ended
-        engine.gates[number].set()
-        outcomes.append(harness.next())
-    assert observed == [3.0, 2.0]
-    assert [outcome.engine_seconds for outcome in outcomes] == [3.0, 5.0], "what its clients waited for"
     assert harness.runner.stop(WAIT)
 
 

@@ -34,7 +34,7 @@ def test_two_gpus_answer_at_the_same_time_with_the_same_bits(
         for lengths in ([12], [128, 3], [40] * 20, [128] * 50, [100, 7] * 60)
     ]
     first, second = ([own.embed(*batch) for batch in batches] for own in engine._engines)
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda batch: engine.embed(*batch), batches * 4))
     for number, answer in enumerate(answers):
         np.testing.assert_array_equal(answer, first[number % len(batches)])
