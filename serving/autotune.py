@@ -94,7 +94,8 @@ class Choice:
         """The same numbers of threads and runs for a bundle that has `runtimes`, the preferred one first."""
         if {self.large.runtime, self.small.runtime} <= set(runtimes):
             return self
-        setup = replace(self.large, runtime=next(iter(runtimes)))
+        num_instances = 1 if self.large.runtime in GPU_RUNTIMES else self.large.num_instances
+        setup = replace(self.large, runtime=next(iter(runtimes)), num_instances=num_instances)
         return Choice(setup, setup)
 
 

@@ -59,11 +59,12 @@ class _Lane:
     def __init__(self, body: Callable[["_Lane"], None]) -> None:
         self.batch: Batch | None = None
         self.busy_since: float | None = None
-        self.abandoned: object = None  # what it was given up with: one thing for all threads in an engine that hangs
+        self.generation = 0  # of the engine that has its batch
+        self.is_abandoned = False
         self.thread = threading.Thread(target=body, args=(self,), name="engine", daemon=True)
 
-    def begin(self, batch: Batch, now: float) -> None:
-        self.batch, self.busy_since = batch, now
+    def begin(self, batch: Batch, now: float, generation: int = 0) -> None:
+        self.batch, self.busy_since, self.generation = batch, now, generation
 
     def end(self) -> None:
         self.batch = self.busy_since = None
@@ -92,7 +93,8 @@ class EngineRunner:
         self._num_computing = num_computing or num_threads
         self._last_end = -math.inf  # where one run waits for another
         self._num_idle = self._num_parked = 0  # threads that wait for the one and the other
-        self._abandoned: set[object] = set()  # engines that hang
+        self._generation = 0  # of the engine: one that hangs is left to its threads, and another opened
+        self._abandoned: set[_Lane] = set()
         self._padding = 1.0  # tokens computed per token asked for
         self._is_stopping = threading.Event()
         self._lanes = [_Lane(self._run) for _ in range(num_threads)]
@@ -197,25 +199,34 @@ class EngineRunner:
         Nothing happens while too many hang already, or when no other engine can be opened.
         """
         items: list[Item] = []
-        while len(self._abandoned) < _MAX_ABANDONED:
+        while True:
             with self._lock:
                 stuck = self._stuck(max_run_seconds)[:1]
-                if not stuck or not self._engine.abandon():
-                    break
+                if not stuck or not self._leave_engine(stuck[0].generation):
+                    return items
                 if self._shares_engine:  # what was given to the engine after that hangs behind it
                     stuck = [lane for lane in self._lanes if lane.batch is not None]
-                engine = object()
-                self._abandoned.add(engine)
-                successors = [self._replace(lane, engine) for lane in stuck]
+                successors = [self._replace(lane) for lane in stuck]
                 items += [item for lane in stuck if lane.batch is not None for item in lane.batch.items]
                 self._batcher.queue.forget(items)
-            _log.error("engine hangs seconds=%g abandoned=%d", max_run_seconds, len(self._abandoned))
+            _log.error("engine hangs seconds=%g abandoned=%d", max_run_seconds, self._count_hanging())
             for successor in successors:
                 successor.thread.start()
-        return items
 
-    def _replace(self, lane: _Lane, engine: object) -> _Lane:
-        lane.abandoned = engine
+    def _leave_engine(self, generation: int) -> bool:
+        """Whether there is, or can be, another engine than that one."""
+        if generation == self._generation:
+            if self._count_hanging() == _MAX_ABANDONED or not self._engine.abandon():
+                return False
+            self._generation += 1
+        return True
+
+    def _count_hanging(self) -> int:
+        return len({lane.generation for lane in self._abandoned})
+
+    def _replace(self, lane: _Lane) -> _Lane:
+        lane.is_abandoned = True
+        self._abandoned.add(lane)
         self._lanes[self._lanes.index(lane)] = successor = _Lane(self._run)
         return successor
 
@@ -247,9 +258,9 @@ class EngineRunner:
     def _run(self, lane: _Lane) -> None:
         while self._revive() and (padded := self._next(lane)) is not None:
             outcome = self._compute(lane, padded)
-            if lane.abandoned is not None:  # it came back after all: its requests are answered, its successor works
+            if lane.is_abandoned:  # it came back after all: its requests are answered, its successor works
                 with self._lock:
-                    self._abandoned.discard(lane.abandoned)
+                    self._abandoned.discard(lane)
                 return
             self._deliver(outcome)
 
@@ -269,13 +280,13 @@ class EngineRunner:
                 now = self._clock()
                 padded, self._prefetched = self._prefetched, None
                 if padded is not None:
-                    lane.begin(padded.batch, now)
+                    lane.begin(padded.batch, now, self._generation)
                     return padded
                 may_start = self._num_free or self._batcher.is_full()
                 timeout = self._batcher.wait_seconds(now) if may_start else None
                 num_takers = max(1, min(1 + self._num_idle, self._num_free))
                 if timeout == 0 and (batch := self._batcher.take(now, num_takers)) is not None:
-                    lane.begin(batch, now)
+                    lane.begin(batch, now, self._generation)
                     self._wake_early()
                     break
                 if timeout != 0:
@@ -300,14 +311,14 @@ class EngineRunner:
         vectors, failures = self._engine.run(
             [item.ids for item in batch.items], padded.input_ids, padded.attention_mask
         )
-        now = self._clock()
         with self._lock:
+            now = self._clock()
             seconds = now - self._start(given)
             lane.end()
-            if lane.abandoned is None:
+            if not lane.is_abandoned:
                 self._last_end = now
             self._batcher.limit_tokens(self._engine.memory_limit_tokens)
-            if seconds > 0 and not failures and lane.abandoned is None:
+            if seconds > 0 and not failures and not lane.is_abandoned:
                 self._batcher.model.observe(Run(batch.padded_tokens, seconds))
                 self._padding += _PADDING_WEIGHT * (batch.padded_tokens / batch.num_tokens - self._padding)
         if failures:

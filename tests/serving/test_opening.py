@@ -325,3 +325,5 @@ def test_layout_of_an_engine_that_a_bundle_lacks_is_kept_for_the_one_it_has() ->
     kept = Setup("openvino", 1, 2)
     assert in_use.keep_layout(["openvino"]) == Choice(kept, kept)
     assert (str(in_use), str(Choice(kept, kept))) == ("onnxruntime:2x1, lone onnxruntime:1x2", "openvino:2x1")
+    on_gpu, one = Setup("cuda", 2, 2), Setup("openvino", 2, 1)
+    assert Choice(on_gpu, on_gpu).keep_layout(["openvino"]) == Choice(one, one), "its second batch only waits"

@@ -200,6 +200,29 @@ def test_stuck_thread_is_replaced_and_its_late_answer_dropped(model: LoadedModel
     assert harness.outcomes.empty()
 
 
+def test_threads_that_hang_one_after_the_other_in_one_engine_cost_one(model: LoadedModel) -> None:
+    stuck, opened = HeldEngine(model.engine), list[Engine]()
+
+    def reopen() -> Engine:
+        opened.append(WrappedEngine(model.engine))
+        return opened[-1]
+
+    harness = Harness(stuck, num_threads=2, reopen=reopen)
+    for asked in (1.0, 3.0):
+        harness.now = asked
+        harness.submit_new()
+        assert stuck.entered.wait(WAIT)
+        stuck.entered.clear()
+    for now in (7.0, 9.0):
+        harness.now = now
+        assert len(harness.runner.replace_stuck(max_run_seconds=5.0)) == 1
+        waiting = harness.submit_new()
+        assert owners(harness.next()) == [waiting]
+    assert (len(opened), harness.runner._count_hanging()) == (1, 1)
+    stuck.gate.set()
+    assert harness.runner.stop(WAIT)
+
+
 def test_runner_gives_up_replacing_engines_that_all_hang(model: LoadedModel) -> None:
     engines = [HeldEngine(model.engine, is_free=lambda ids: (ids == RED).any()) for _ in range(3)]
     rest = iter(engines[1:])

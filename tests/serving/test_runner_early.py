@@ -156,7 +156,9 @@ def test_all_that_an_engine_was_given_is_given_up_with_it(model: LoadedModel) ->
     assert harness.runner.replace_stuck(max_run_seconds=1.0) == []
     waiting = harness.submit_new()
     assert owners(harness.next()) == [waiting]
-    assert len(harness.runner._abandoned) == 1
+    assert (len(harness.runner._abandoned), harness.runner._count_hanging()) == (2, 1)
+    stuck.gates[1].set()
+    wait_until(lambda: len(harness.runner._abandoned) == 1)
     for gate in stuck.gates:
         gate.set()
     wait_until(lambda: not harness.runner._abandoned)
