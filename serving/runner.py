@@ -282,9 +282,9 @@ class EngineRunner:
                 if padded is not None:
                     lane.begin(padded.batch, now, self._generation)
                     return padded
-                may_start = self._num_free or self._batcher.is_full()
-                timeout = self._batcher.wait_seconds(now) if may_start else None
-                num_takers = max(1, min(1 + self._num_idle, self._num_free))
+                num_free = self._num_free
+                timeout = self._batcher.wait_seconds(now) if num_free or self._batcher.is_full() else None
+                num_takers = max(1, min(1 + self._num_idle, num_free))
                 if timeout == 0 and (batch := self._batcher.take(now, num_takers)) is not None:
                     lane.begin(batch, now, self._generation)
                     self._wake_early()

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,17 +121,22 @@ def make_recorded_engine(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> Cud
     parts: dict[str, Any] = {
         "_encoder": SimpleNamespace(max_tokens=16, max_rows=16, long_length=32),
         "_streams": _Streams(*(Recorded(name, log) for name in ("in", "compute", "out"))),
-        "_slots": SimpleQueue(),
         "_submitting": threading.Lock(),
         "_vectors": Recorded("vectors", log),
         "_compute": compute,
     }
     for name, part in parts.items():
         setattr(engine, name, part)
+    fill_slots(engine, make_slot)
+    return engine
+
+
+def fill_slots(engine: CudaEngine, make_slot: Callable[[int], Any]) -> None:
+    """Give it two that no run uses."""
+    engine._slots = SimpleQueue()
     for number in (0, 1):
         engine._last = make_slot(number)
         engine._slots.put(engine._last)
-    return engine
 
 
 def test_vectors_wait_on_the_device_until_those_before_them_have_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ from serving.engines.cuda_memory import is_out_of_memory
 from serving.engines.packing import Limits, packed_size
 from serving.errors import EngineUnavailable
 from serving.tokenizer import Ids, pad_batch
-from tests.serving.test_cuda import Recorded, make_recorded_engine
+from tests.serving.test_cuda import Recorded, fill_slots, make_recorded_engine
 
 WEIGHTS = 1000  # bytes
 OF_A_TOKEN = {"encoder": 10, "slot": 3, "buffer": 1, "graphs": 5}  # bytes
@@ -210,7 +209,6 @@ def make_computing_engine(monkeypatch: pytest.MonkeyPatch, log: list[str], most_
         return SimpleNamespace(staging=staging, numbers=staging.numpy(), **tensors, **events)
 
     parts: dict[str, Any] = {
-        "_slots": SimpleQueue(),
         "_vectors": torch.zeros(16, 2),
         "_compute": compute,
         "_config": SimpleNamespace(limits=Limits(vocabulary=1000, positions=16), hidden=2),
@@ -219,9 +217,7 @@ def make_computing_engine(monkeypatch: pytest.MonkeyPatch, log: list[str], most_
     }
     for name, part in parts.items():
         setattr(engine, name, part)
-    for number in (0, 1):
-        engine._last = make_slot(number)
-        engine._slots.put(engine._last)
+    fill_slots(engine, make_slot)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("cache emptied"))
     return engine
 

@@ -29,6 +29,17 @@ class GatedEngine(WrappedEngine):
         return super().embed(input_ids, attention_mask)
 
 
+def begin_two(model: LoadedModel) -> tuple[GatedEngine, Harness]:
+    """An engine that computes a batch of one text and has a full one, of four, behind it."""
+    engine = GatedEngine(model.engine)
+    harness = Harness(engine, num_threads=2, num_computing=1)
+    for texts in (1, 4):
+        for _ in range(texts):
+            harness.submit_new()
+        assert engine.begun.acquire(timeout=WAIT)
+    return engine, harness
+
+
 def test_next_batch_is_given_early_only_where_it_is_full(model: LoadedModel) -> None:
     engine = GatedEngine(model.engine)
     harness = Harness(engine, num_threads=2, num_computing=1)
@@ -48,12 +59,7 @@ def test_next_batch_is_given_early_only_where_it_is_full(model: LoadedModel) -> 
 
 
 def test_what_waited_for_a_run_to_end_starts_then(model: LoadedModel) -> None:
-    engine = GatedEngine(model.engine)
-    harness = Harness(engine, num_threads=2, num_computing=1)
-    for texts in (1, 4):
-        for _ in range(texts):
-            harness.submit_new()
-        assert engine.begun.acquire(timeout=WAIT)
+    engine, harness = begin_two(model)
     harness.submit_new()
     engine.gates[0].set()
     assert len(harness.next().batch.items) == 1
@@ -71,12 +77,7 @@ def test_what_waited_for_a_run_to_end_starts_then(model: LoadedModel) -> None:
 
 
 def test_thread_that_waits_for_the_other_to_end_takes_what_fills_a_batch_meanwhile(model: LoadedModel) -> None:
-    engine = GatedEngine(model.engine)
-    harness = Harness(engine, num_threads=2, num_computing=1)
-    for texts in (1, 4):
-        for _ in range(texts):
-            harness.submit_new()
-        assert engine.begun.acquire(timeout=WAIT)
+    engine, harness = begin_two(model)
     engine.gates[0].set()
     harness.next()
     for _ in range(4):
@@ -121,17 +122,12 @@ def test_timer_runs_on_where_the_other_thread_waits_for_a_run_to_end(model: Load
 
 
 def test_backlog_counts_a_batch_that_waits_for_another_whole(model: LoadedModel) -> None:
-    engine = GatedEngine(model.engine)
-    harness = Harness(engine, num_threads=2, num_computing=1)  # a run takes 1 s and a millisecond a token
-    for texts in (1, 4):
-        for _ in range(texts):
-            harness.submit_new()
-        assert engine.begun.acquire(timeout=WAIT)
-    short, full = 1.008, 1.032
+    engine, harness = begin_two(model)
+    short, full = 1.008, 1.032  # seconds of a run: 1, and a millisecond a token
     harness.now = 0.5
     assert harness.runner.backlog(60).seconds == pytest.approx(short - 0.5 + full + 1.0)
     harness.now = 0.75
-    harness.batcher.model.observe = lambda _: None  # type: ignore[method-assign]
+    harness.batcher.model.observe = lambda _: None  # type: ignore[method-assign]  # predictions stay what they are
     engine.gates[0].set()
     harness.next()
     harness.now = 1.0
@@ -183,13 +179,9 @@ def test_lone_texts_find_the_same_thread(model: LoadedModel) -> None:
 
 
 def test_run_that_was_given_early_counts_from_the_end_of_the_one_before(model: LoadedModel) -> None:
-    engine, observed = GatedEngine(model.engine), list[float]()
-    harness = Harness(engine, num_threads=2, num_computing=1)
+    engine, harness = begin_two(model)
+    observed = list[float]()
     harness.batcher.model.observe = lambda run: observed.append(run.seconds)  # type: ignore[method-assign]
-    for texts in (1, 4):
-        for _ in range(texts):
-            harness.submit_new()
-        assert engine.begun.acquire(timeout=WAIT)
     outcomes = []
     for number, ended in enumerate((3.0, 5.0)):
         harness.now = ended
